@@ -1,0 +1,13 @@
+"""Channel selection convolution in JAX and Flax."""
+
+from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
+from chansel_jax.resnet import ResNet, ResNetConfig, resnet14, resnet18
+
+__all__ = [
+    "ChannelSelectionConv",
+    "ResNet",
+    "ResNetConfig",
+    "SubKernelConv",
+    "resnet14",
+    "resnet18",
+]

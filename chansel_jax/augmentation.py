@@ -1,0 +1,45 @@
+"""Random crop, flip and normalisation, as pure functions on the device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def normalise(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
+    """Images `(N, H, W, C)` uint8 as float32 of zero mean and unit deviation in each channel.
+
+    Args:
+        images: the images.
+        mean: `(C,)`, in units of the images (0 to 255).
+        std: `(C,)`, likewise.
+    """
+    return (images.astype(jnp.float32) - mean) / std
+
+
+def random_crop_flip(key: jax.Array, images: jax.Array, *, padding: int, flip: bool) -> jax.Array:
+    """Crops every image at random out of its padded self, and mirrors half of them.
+
+    Args:
+        key: decides the crops and the mirrored images; equal keys give equal results.
+        images: `(N, H, W, C)`, any dtype.
+        padding: pixels of black added on each side before the crop; 0 leaves the images in place.
+        flip: whether each image is mirrored left to right with probability one half.
+
+    Returns:
+        Images of the shape and dtype of `images`.
+    """
+    count, height, width, channels = images.shape
+    crop_key, flip_key = jax.random.split(key)
+    if padding:
+        offsets = jax.random.randint(crop_key, (count, 2), 0, 2 * padding + 1)
+        padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+        crop = functools.partial(lax.dynamic_slice, slice_sizes=(height, width, channels))
+        images = jax.vmap(lambda image, offset: crop(image, (offset[0], offset[1], 0)))(
+            padded, offsets
+        )
+    if flip:
+        mirrored = jax.random.bernoulli(flip_key, shape=(count, 1, 1, 1))
+        images = jnp.where(mirrored, images[:, :, ::-1], images)
+    return images

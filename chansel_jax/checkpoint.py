@@ -1,0 +1,157 @@
+"""Checkpoints of a run: all that knows orbax.
+
+A checkpoint holds the training state and a record of the run so far (plain JSON). The last two and
+the one of lowest validation loss are kept. They are written in the background; a checkpoint appears
+under its epoch's number only when it is complete.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+import tensorstore
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+from chansel_jax.training import TrainState, digest
+
+CheckpointManager = ocp.CheckpointManager
+
+LAST_KEPT = 2
+
+
+class CheckpointError(Exception):
+    """No checkpoint could be restored."""
+
+
+def open_checkpoints(directory: str | Path, report: Callable[[str], None]) -> ocp.CheckpointManager:
+    """The checkpoints under `directory`, which is made if need be; close it (or use `with`).
+
+    Args:
+        directory: where the checkpoints lie.
+        report: takes one line for each checkpoint that had to be set aside as damaged.
+    """
+    # Orbax reports every phase of every save; what went wrong reaches the caller as an exception.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    directory = Path(directory).absolute()
+    for metrics in directory.glob("[0-9]*/metrics/metrics"):
+        # The manager reads all metrics when it opens, and fails as a whole if it cannot.
+        try:
+            json.loads(metrics.read_bytes())["val_loss"]
+        except (ValueError, TypeError, KeyError) as error:
+            _set_aside(directory, int(metrics.parts[-3]), error, report)
+    keep = policies.AnyPreservationPolicy(
+        [
+            policies.LatestN(LAST_KEPT),
+            policies.BestN(n=1, get_metric_fn=_val_loss, reverse=True),
+        ]
+    )
+    return ocp.CheckpointManager(
+        directory,
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=keep, best_fn=_val_loss, best_mode="min"
+        ),
+    )
+
+
+def save(
+    manager: ocp.CheckpointManager, epoch: int, state: TrainState, record: dict, val_loss: float
+) -> None:
+    """Begins to save `state` and `record` (JSON) as the checkpoint of `epoch`."""
+    manager.save(
+        epoch,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(_tree(state)),
+            record=ocp.args.JsonSave({"digest": digest(_tree(state)), "run": record}),
+        ),
+        metrics={"val_loss": val_loss},
+    )
+
+
+def restore_latest(
+    manager: ocp.CheckpointManager, like: TrainState, report: Callable[[str], None]
+) -> tuple[TrainState, dict] | None:
+    """The newest checkpoint that is whole: its state and record; None where there is none at all.
+
+    A damaged checkpoint is told to `report` and moved out of the way, to `damaged-EPOCH` beside it.
+
+    Args:
+        manager: from `open_checkpoints`.
+        like: a state of the same structure, shapes, dtypes and placement.
+        report: takes one line for each damaged checkpoint.
+
+    Raises:
+        CheckpointError: if there are checkpoints, and all are damaged.
+    """
+    epochs = sorted(manager.all_steps(), reverse=True)
+    for epoch in epochs:
+        try:
+            restored = restore(manager, epoch, like)
+        except Exception as error:  # orbax has no exception of its own for a damaged file
+            _set_aside(Path(manager.directory), epoch, error, report)
+        else:
+            manager.reload()
+            return restored
+    if epochs:
+        raise CheckpointError(f"every checkpoint under {manager.directory} is damaged")
+    return None
+
+
+def restore(
+    manager: ocp.CheckpointManager, epoch: int, like: TrainState
+) -> tuple[TrainState, dict]:
+    """State and record of the checkpoint of `epoch`.
+
+    Raises:
+        CheckpointError: if the state is not the one that was saved.
+        Exception: whatever orbax raises for a checkpoint that is missing or cannot be read.
+    """
+    _read_through(Path(manager.directory) / str(epoch) / "state")
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like))
+    restored = manager.restore(
+        epoch,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
+        ),
+    )
+    state = TrainState(**restored["state"])
+    if digest(restored["state"]) != restored["record"]["digest"]:
+        raise CheckpointError("the digest of its state differs from the one saved with it")
+    return state, restored["record"]["run"]
+
+
+def _tree(state: TrainState) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _val_loss(metrics: dict[str, float]) -> float:
+    return metrics["val_loss"]
+
+
+def _read_through(directory: Path) -> None:
+    """Reads every stored value once, one after another, so that damage ends in one exception.
+
+    Orbax reads them all at once, and a damaged file then ends in a traceback for each.
+    """
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{directory}/"}).result()
+    keys = store.list().result()
+    if not keys:
+        raise CheckpointError(f"{directory} holds no arrays")
+    for key in keys:
+        store.read(key).result()
+
+
+def _set_aside(
+    directory: Path, epoch: int, error: Exception, report: Callable[[str], None]
+) -> None:
+    """Moves a checkpoint to the first free name `damaged-EPOCH`, `damaged-EPOCH-2`, …"""
+    target, attempt = directory / f"damaged-{epoch}", 2
+    while target.exists():
+        target, attempt = directory / f"damaged-{epoch}-{attempt}", attempt + 1
+    (directory / str(epoch)).rename(target)
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    report(f"checkpoint of epoch {epoch} is damaged ({reason:.200}); moved to {target}")

@@ -1,0 +1,309 @@
+"""Convolution layers: the ordinary dense one and channel selection.
+
+Both are `flax.nnx` modules called alike, so that a network takes either as an argument. Arrays are
+NHWC, kernels HWIO.
+"""
+
+import functools
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer, PrecisionLike
+from jax import lax
+
+from chansel_jax.depthwise import DIMENSIONS, depthwise_conv
+from chansel_jax.window import Padding, output_size, padding_spec, pair, positive
+
+he_normal = nnx.initializers.he_normal()
+lecun_normal = nnx.initializers.lecun_normal()
+zeros = nnx.initializers.zeros_init()
+
+BatchNorm = functools.partial(nnx.BatchNorm, momentum=0.9)  # PyTorch writes this momentum as 0.1
+
+
+class _Conv(nnx.Module):
+    """What both layers share: the window's geometry, the bias, the dtype, any batch axes."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        *,
+        strides: int | tuple[int, int],
+        padding: Padding,
+        kernel_dilation: int | tuple[int, int],
+        use_bias: bool,
+        dtype: Dtype | None,
+        param_dtype: Dtype,
+        precision: PrecisionLike,
+        bias_init: Initializer,
+        rngs: nnx.Rngs,
+    ):
+        self.in_channels = positive("in_channels", in_channels)
+        self.out_channels = positive("out_channels", out_channels)
+        self.kernel_size = pair("kernel_size", kernel_size)
+        self.strides = pair("strides", strides)
+        self.padding = padding_spec(padding)
+        self.kernel_dilation = pair("kernel_dilation", kernel_dilation)
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.bias = nnx.data(
+            nnx.Param(bias_init(rngs.params(), (self.out_channels,), param_dtype))
+            if use_bias
+            else None
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Convolves `x` `(*batch, H, W, C_in)` to `(*batch, H_out, W_out, C_out)`.
+
+        Raises:
+            ValueError: if the shape of `x` does not fit, or is smaller than the kernel.
+        """
+        if x.ndim < 3 or x.shape[-1] != self.in_channels:
+            raise ValueError(
+                f"x of shape {x.shape} must be (*batch, H, W, C_in) with "
+                f"in_channels={self.in_channels}"
+            )
+        batch, size = x.shape[:-3], x.shape[-3:-1]
+        rows, columns = output_size(
+            size, self.kernel_size, self.strides, self.padding, self.kernel_dilation
+        )
+        dtype = self.dtype or jnp.result_type(x, self.param_dtype)
+        y = self._convolve(x.reshape(-1, *size, self.in_channels).astype(dtype))
+        if self.bias is not None:
+            y = y + self.bias[...].astype(dtype).reshape(1, 1, 1, -1)
+        return y.reshape(*batch, rows, columns, self.out_channels)
+
+    def _dense_conv(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(
+            x,
+            kernel.astype(x.dtype),
+            window_strides=self.strides,
+            padding=self.padding,
+            rhs_dilation=self.kernel_dilation,
+            dimension_numbers=DIMENSIONS,
+            precision=self.precision,
+        )
+
+
+class SubKernelConv(_Conv):
+    """The dense convolution: a K_h × K_w kernel for every pair of input and output channel.
+
+    Parameters: `kernel` `(K_h, K_w, C_in, C_out)` and, with `use_bias`, `bias` `(C_out,)`.
+
+    Args:
+        in_channels: C_in, the channels of the input.
+        out_channels: C_out, the channels of the output.
+        kernel_size: K_h and K_w; an integer stands for both.
+        strides: steps between outputs in rows and columns; an integer stands for both. Default 1.
+        padding: `"SAME"` (the default), `"VALID"`, an integer, or `((top, bottom), (left, right))`.
+            PyTorch's `padding=1` is `1` here; it differs from `"SAME"` where the stride is 2.
+        kernel_dilation: distance between a kernel's elements in rows and columns. Default 1.
+        use_bias: whether to add a bias to the output. Default True.
+        dtype: of the computation; by default what input and parameters promote to.
+        param_dtype: of the parameters. Default float32.
+        precision: `jax.lax.Precision` of the products.
+        kernel_init: initialiser of `kernel`; He's normal one by default.
+        bias_init: initialiser of `bias`; zeros by default.
+        rngs: the stream `params` initialises the parameters.
+
+    Raises:
+        ValueError: naming the argument that is wrong, and its value.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        *,
+        strides: int | tuple[int, int] = 1,
+        padding: Padding = "SAME",
+        kernel_dilation: int | tuple[int, int] = 1,
+        use_bias: bool = True,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = he_normal,
+        bias_init: Initializer = zeros,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            strides=strides,
+            padding=padding,
+            kernel_dilation=kernel_dilation,
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            bias_init=bias_init,
+            rngs=rngs,
+        )
+        shape = (*self.kernel_size, self.in_channels, self.out_channels)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+
+    def _convolve(self, x: jax.Array) -> jax.Array:
+        return self._dense_conv(x, self.kernel[...])
+
+
+class ChannelSelectionConv(_Conv):
+    """Channel selection: a weighted sum over the input channels, then one kernel, per output.
+
+    Every output channel learns R weighted sums of the input channels (the pointwise part) and a
+    K_h × K_w kernel for each of them (the depthwise part), which are added. With R = 1 this is the
+    BSConv-U of Haase and Amthor, "Rethinking Depthwise Separable Convolutions" (CVPR 2020); sums of
+    R of them are those of Guo et al., "Network Decoupling" (2018), and R = min(C_in, K_h·K_w) can
+    express every dense convolution.
+
+    Parameters, where output channel `o` owns the columns `o·R … o·R + R - 1` of `pointwise`:
+
+    - `pointwise` `(C_in, C_out·R)`
+    - `depthwise` `(K_h, K_w, R, C_out)`
+    - `bias` `(C_out,)`, with `use_bias`
+    - `norm.scale`, `norm.bias` `(C_out·R,)`, with `norm`
+
+    The default initialisers give the composed kernel the variance of He's initialisation of a
+    dense one, 2 / (C_in·K_h·K_w): 1 / C_in for `pointwise`, 2 / (K_h·K_w·R) for `depthwise`.
+
+    Args:
+        in_channels: C_in, the channels of the input.
+        out_channels: C_out, the channels of the output.
+        kernel_size: K_h and K_w of the depthwise part; an integer stands for both.
+        strides: steps between outputs in rows and columns; an integer stands for both. Default 1.
+        padding: `"SAME"` (the default), `"VALID"`, an integer, or `((top, bottom), (left, right))`.
+            PyTorch's `padding=1` is `1` here; it differs from `"SAME"` where the stride is 2.
+        kernel_dilation: distance between a kernel's elements in rows and columns. Default 1.
+        use_bias: whether to add a bias to the output. Default True.
+        dtype: of the computation; by default what input and parameters promote to.
+        param_dtype: of the parameters. Default float32.
+        precision: `jax.lax.Precision` of the products.
+        kernel_init: initialiser of both parts where the next two are not given.
+        bias_init: initialiser of `bias`; zeros by default.
+        rank: R, from 1 (the default) to min(C_in, K_h·K_w).
+        pointwise_init: initialiser of `pointwise`; LeCun's normal one by default.
+        depthwise_init: initialiser of `depthwise`; He's normal one by default.
+        norm: whether to normalise the weighted sums (BatchNorm) before the depthwise part. Default
+            False.
+        lowering: how it is computed, one of `ChannelSelectionConv.LOWERINGS`. `"composed"` (the
+            default) is one dense convolution with `composed_kernel()`: the cost of the dense layer
+            on every device. `"grouped"` is a product over channels, then a feature-grouped
+            convolution: fewest operations, but slow where the backend has no fast grouped
+            convolution (XLA on CPUs). With `norm` there is no composed kernel: the default is
+            `"grouped"` then.
+        rngs: the stream `params` initialises the parameters.
+
+    Raises:
+        ValueError: naming the argument that is wrong, and its value.
+    """
+
+    LOWERINGS: ClassVar[tuple[str, ...]] = ("composed", "grouped")
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        *,
+        strides: int | tuple[int, int] = 1,
+        padding: Padding = "SAME",
+        kernel_dilation: int | tuple[int, int] = 1,
+        use_bias: bool = True,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer | None = None,
+        bias_init: Initializer = zeros,
+        rank: int = 1,
+        pointwise_init: Initializer | None = None,
+        depthwise_init: Initializer | None = None,
+        norm: bool = False,
+        lowering: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            strides=strides,
+            padding=padding,
+            kernel_dilation=kernel_dilation,
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            bias_init=bias_init,
+            rngs=rngs,
+        )
+        self.rank = _checked_rank(rank, self.in_channels, self.kernel_size)
+        self.lowering = _checked_lowering(lowering, norm)
+        selected = self.out_channels * self.rank
+        self.pointwise = nnx.Param(
+            (pointwise_init or kernel_init or lecun_normal)(
+                rngs.params(), (self.in_channels, selected), param_dtype
+            )
+        )
+        self.depthwise = nnx.Param(
+            (depthwise_init or kernel_init or he_normal)(
+                rngs.params(), (*self.kernel_size, self.rank, self.out_channels), param_dtype
+            )
+        )
+        self.norm = nnx.data(
+            BatchNorm(selected, dtype=dtype, param_dtype=param_dtype, rngs=rngs) if norm else None
+        )
+
+    def _convolve(self, x: jax.Array) -> jax.Array:
+        if self.lowering == "composed":
+            return self._dense_conv(x, self.composed_kernel())
+        selected = jnp.dot(x, self.pointwise[...].astype(x.dtype), precision=self.precision)
+        if self.norm is not None:
+            selected = self.norm(selected)
+        return depthwise_conv(
+            selected,
+            self.depthwise[...].astype(x.dtype),
+            strides=self.strides,
+            padding=self.padding,
+            dilation=self.kernel_dilation,
+            precision=self.precision,
+        )
+
+    def composed_kernel(self) -> jax.Array:
+        """The dense kernel `(K_h, K_w, C_in, C_out)` that computes the same function.
+
+        Raises:
+            ValueError: with `norm`, for then no dense kernel does.
+        """
+        if self.norm is not None:
+            raise ValueError("norm=True: a layer normalised between its parts has no dense kernel")
+        pointwise = self.pointwise[...].reshape(self.in_channels, self.out_channels, self.rank)
+        return jnp.einsum(
+            "ior,hwro->hwio", pointwise, self.depthwise[...], precision=lax.Precision.HIGHEST
+        )
+
+
+def _checked_rank(rank: int, in_channels: int, kernel_size: tuple[int, int]) -> int:
+    most = min(in_channels, kernel_size[0] * kernel_size[1])
+    rank = positive("rank", rank)
+    if rank > most:
+        raise ValueError(
+            f"rank={rank} must be at most min(C_in, K_h·K_w) = {most}: a sum of more channel "
+            "selections can express nothing that the dense convolution cannot"
+        )
+    return rank
+
+
+def _checked_lowering(lowering: str | None, norm: bool) -> str:
+    if lowering is None:
+        return "grouped" if norm else "composed"
+    if lowering not in ChannelSelectionConv.LOWERINGS:
+        names = ", ".join(map(repr, ChannelSelectionConv.LOWERINGS))
+        raise ValueError(f"lowering={lowering!r} must be one of {names}")
+    if lowering == "composed" and norm:
+        raise ValueError("lowering='composed' cannot normalise between the parts (norm=True)")
+    return lowering

@@ -1,0 +1,7 @@
+"""Data sets in memory, prepared and cached through tensorflow-datasets, without TensorFlow."""
+
+from chansel_jax.data.dataset import Dataset, Split
+from chansel_jax.data.errors import DataError
+from chansel_jax.data.loading import DATASETS, load
+
+__all__ = ["DATASETS", "DataError", "Dataset", "Split", "load"]

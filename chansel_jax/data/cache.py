@@ -1,0 +1,147 @@
+"""Prepared data sets: one tensorflow-datasets builder that keeps any source as array_record.
+
+Nothing here imports TensorFlow, and nothing is printed but progress bars.
+"""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+from tensorflow_datasets.core import constants
+from tqdm.auto import tqdm
+
+from chansel_jax.data.dataset import Dataset, Split
+from chansel_jax.data.errors import DataError
+from chansel_jax.data.source import Source
+
+CHUNK = 1024  # images read at a time
+
+
+@dataclasses.dataclass(eq=False)
+class SourceConfig(tfds.core.BuilderConfig):
+    """A builder config, named after its source."""
+
+    source: Source | None = None
+
+
+class LocalInfo(tfds.core.DatasetInfo):
+    """Asks no bucket; the original does, and leaves an empty temporary folder each time."""
+
+    def initialize_from_bucket(self) -> None:
+        pass
+
+
+class ChanselImages(tfds.core.GeneratorBasedBuilder):
+    """Keeps the images of its config's source as PNG, in the order the source gives."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos = None  # no checksums to look up: sources verify their own downloads
+
+    def _info(self) -> LocalInfo:
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            "label": tfds.features.ClassLabel(),
+        }
+        return LocalInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+        content = self.builder_config.source.read(Path(dl_manager.download_dir))
+        self.info.features["label"].names = content.class_names
+        return {
+            name: self._generate_examples(examples) for name, examples in content.splits.items()
+        }
+
+    def _generate_examples(self, examples: Iterable[tuple[np.ndarray, int]]) -> Iterator:
+        for key, (image, label) in enumerate(examples):
+            yield key, {"image": Image.fromarray(image), "label": int(label)}
+
+    # A library does not print: these two lines would go to the standard output.
+    def _log_download_bytes(self) -> None:
+        pass
+
+    def _log_download_done(self) -> None:
+        pass
+
+
+def load_source(source: Source, data_dir: str | Path | None = None) -> Dataset:
+    """Loads a source's prepared data set, after preparing it if that has not been done.
+
+    Args:
+        source: where the images come from.
+        data_dir: where prepared data sets and downloads are kept; by default the folder that
+            tensorflow-datasets uses, `TFDS_DATA_DIR` or ~/tensorflow_datasets.
+
+    Raises:
+        DataError: the source is at fault, `data_dir` cannot be written, or what has been
+            prepared cannot be read.
+    """
+    data_dir = Path(data_dir or constants.get_default_data_dir()).expanduser()
+    folder = data_dir / ChanselImages.name / source.name
+    with _without_log_messages():
+        with _unreadable(folder):
+            builder = _builder(source, data_dir)
+        try:
+            builder.download_and_prepare()
+        except OSError as error:
+            if not folder.joinpath(str(builder.version)).exists():  # no other process was faster
+                raise DataError(f"cannot prepare {source.name} in {data_dir}: {error}") from error
+        with _unreadable(folder):
+            return _read(_builder(source, data_dir))
+
+
+def _builder(source: Source, data_dir: Path) -> ChanselImages:
+    config = SourceConfig(source.name, source=source)
+    return ChanselImages(config=config, data_dir=data_dir, file_format="array_record")
+
+
+def _read(builder: ChanselImages) -> Dataset:
+    return Dataset(
+        name=builder.builder_config.name,
+        class_names=tuple(builder.info.features["label"].names),
+        splits={name: _read_split(builder, name) for name in builder.info.splits},
+    )
+
+
+def _read_split(builder: ChanselImages, name: str) -> Split:
+    records = builder.as_data_source(name)
+    images = np.empty((len(records), *records[0]["image"].shape), np.uint8)
+    labels = np.empty(len(records), np.int32)
+    chunks = range(0, len(records), CHUNK)
+    for start in tqdm(chunks, desc=f"Reading {name}", delay=1, leave=False):
+        indices = range(start, min(start + CHUNK, len(records)))
+        for i, record in zip(indices, records.__getitems__(list(indices)), strict=True):
+            images[i], labels[i] = record["image"], record["label"]
+    return Split(images, labels)
+
+
+@contextlib.contextmanager
+def _unreadable(folder: Path) -> Iterator[None]:
+    """Any error here means that the prepared data set is broken: the readers raise all kinds."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(
+            f"the prepared data set cannot be read, delete {folder} and try again: {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_log_messages() -> Iterator[None]:
+    """Holds back the warnings of tensorflow-datasets, which concern none of its users here."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

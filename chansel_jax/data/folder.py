@@ -1,0 +1,187 @@
+"""Any folder of images, one folder a class.
+
+Understood are PATH/{train,validation,test}/<class>/, without validation or test or both, and
+PATH/<class>/. Hidden files and files with other extensions than IMAGE_EXTENSIONS are passed over.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from chansel_jax.data.errors import DataError
+from chansel_jax.data.source import Content, Source, choose_per_class
+
+SPLITS = ("train", "validation", "test")
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+VALIDATION_SHARE = 5  # one image in five
+
+Files = list[tuple[Path, int]]  # image files and their labels
+
+
+def folder(
+    root: str | Path,
+    *,
+    image_size: int | None = None,
+    classes: Sequence[str] = (),
+    train_per_class: int | None = None,
+    split_seed: int = 0,
+) -> Source:
+    """The source of the images under `root`; the arguments are those of `load`.
+
+    Raises:
+        DataError: `root` is no folder of the kind, or does not have what is asked for. The images
+            themselves are read, and refused, later.
+    """
+    root = Path(root).expanduser().resolve()
+    for option, value in (("--image-size", image_size), ("--train-per-class", train_per_class)):
+        if value is not None and value < 1:
+            raise DataError(f"{option}={value} must be at least 1")
+    try:
+        class_names, found = _find(root, classes)
+        digest = _digest(root, found, class_names, image_size, train_per_class, split_seed)
+    except OSError as error:
+        raise DataError(f"cannot read {root}: {error}") from error
+    splits = _divide(found, class_names, train_per_class, split_seed)
+
+    def read(download_dir: Path) -> Content:
+        first = splits["train"][0][0]
+        shape = _decode(first, image_size).shape
+        return Content(
+            class_names,
+            {name: _images(files, image_size, first, shape) for name, files in splits.items()},
+        )
+
+    return Source(f"folder-{digest}", read)
+
+
+def _find(root: Path, classes: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Files]]:
+    """The names of the classes, and the files of every split there is a folder for."""
+    if not root.is_dir():
+        raise DataError(f"there is no folder {root}")
+    roots = {split: root / split for split in SPLITS if (root / split).is_dir()} or {"train": root}
+    if "train" not in roots:
+        raise DataError(f"{root} has a folder {min(roots)} but no folder train")
+
+    class_names = tuple(classes) or _subfolders(roots["train"])
+    _check_classes(class_names, _subfolders(roots["train"]), roots["train"])
+    found = {}
+    for split, split_root in roots.items():
+        there = _subfolders(split_root)
+        if not classes and (unknown := set(there) - set(class_names)):
+            raise DataError(f"the class {min(unknown)} of {split_root} is not in {roots['train']}")
+        found[split] = [
+            (path, label)
+            for label, name in enumerate(class_names)
+            if name in there
+            for path in _image_files(split_root / name)
+        ]
+        if not found[split]:
+            raise DataError(f"there are no images in {split_root}")
+    return class_names, found
+
+
+def _check_classes(wanted: Sequence[str], there: Sequence[str], root: Path) -> None:
+    if not there:
+        raise DataError(f"{root} has no folders, one is expected for each class")
+    if len(set(wanted)) < len(wanted):
+        raise DataError(f"--classes={','.join(wanted)} names a class twice")
+    for name in wanted:
+        if name not in there:
+            raise DataError(f"there is no class {name} in {root}, but {', '.join(there)}")
+
+
+def _subfolders(root: Path) -> tuple[str, ...]:
+    return tuple(
+        sorted(path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(path))
+    )
+
+
+def _image_files(root: Path) -> list[Path]:
+    paths = sorted(
+        path
+        for path in root.iterdir()
+        if path.suffix.lower() in IMAGE_EXTENSIONS and not _is_hidden(path) and path.is_file()
+    )
+    if not paths:
+        raise DataError(f"the class {root.name} has no images: {root}")
+    return paths
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".")
+
+
+def _digest(root: Path, found: dict[str, Files], *settings: object) -> str:
+    """Changes with everything that decides what the prepared data set holds."""
+    digest = hashlib.sha256(repr((str(root), settings)).encode())
+    for split, files in found.items():
+        for path, label in files:
+            stat = path.stat()
+            entry = (split, label, path.name, stat.st_size, stat.st_mtime_ns)
+            digest.update(repr(entry).encode())
+    return digest.hexdigest()[:32]
+
+
+def _divide(
+    found: dict[str, Files], class_names: Sequence[str], train_per_class: int | None, seed: int
+) -> dict[str, Files]:
+    """Splits off the validation set, where there is none, and limits the training set."""
+    if "validation" in found and train_per_class is None:
+        return found
+    labels = np.array([label for _, label in found["train"]])
+    counts = np.bincount(labels, minlength=len(class_names))
+    _check_counts(counts, class_names, train_per_class, "validation" not in found)
+
+    if train_per_class is None:
+        sizes = counts - np.maximum(1, counts // VALIDATION_SHARE)
+    else:
+        sizes = [train_per_class] * len(class_names)
+    chosen, rest = choose_per_class(labels, sizes, seed)
+    train = [found["train"][i] for i in chosen]
+    validation = found.get("validation") or [found["train"][i] for i in rest]
+    return {**found, "train": train, "validation": validation}
+
+
+def _check_counts(
+    counts: np.ndarray, class_names: Sequence[str], train_per_class: int | None, split: bool
+) -> None:
+    """`split`: whether each class has to have an image left for validation."""
+    needed = (train_per_class or 1) + split
+    for name, count in zip(class_names, counts, strict=True):
+        if count < needed:
+            option = f" with --train-per-class={train_per_class}" if train_per_class else ""
+            purpose = "training and validation" if split else "training"
+            raise DataError(f"{purpose}{option} needs {needed} images of {name}, not {count}")
+
+
+def _images(
+    files: Files, image_size: int | None, first: Path, shape: tuple[int, ...]
+) -> Iterator[tuple[np.ndarray, int]]:
+    """The decoded images, refused unless they have the shape of the `first`."""
+    for path, label in files:
+        image = _decode(path, image_size)
+        if image.shape != shape:
+            sizes = [f"{width} x {height}" for height, width, _ in (shape, image.shape)]
+            raise DataError(
+                f"the images differ in size, {first} is {sizes[0]} and {path} is {sizes[1]}: "
+                "give --image-size=N to resize them"
+            )
+        yield image, label
+
+
+def _decode(path: Path, image_size: int | None) -> np.ndarray:
+    """An image file as (H, W, 3) uint8; its centre as (N, N, 3) if it is to have the size N."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits
+                raise ValueError("it has more than 8 bits a channel")
+            # Pillow asks for this detour where a palette has transparent entries.
+            rgb = image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
+    except Exception as error:  # a broken file can raise almost anything
+        raise DataError(f"{path} cannot be read as an image: {error}") from error
+    if image_size is not None:
+        rgb = ImageOps.fit(rgb, (image_size, image_size), Image.Resampling.BICUBIC)
+    return np.asarray(rgb)

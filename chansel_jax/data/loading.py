@@ -1,0 +1,78 @@
+"""Data sets by name."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from chansel_jax.data.cache import load_source
+from chansel_jax.data.cifar import cifar10, cifar100, dog_cat_bird
+from chansel_jax.data.dataset import Dataset
+from chansel_jax.data.errors import DataError
+from chansel_jax.data.folder import folder
+from chansel_jax.data.silhouettes import silhouettes
+
+SOURCES = {
+    "silhouettes": silhouettes,
+    "dog_cat_bird": dog_cat_bird,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+}
+DATASETS = (*SOURCES, "folder")
+
+
+def load(
+    name: str = "silhouettes",
+    *,
+    data_dir: str | Path | None = None,
+    image_size: int | None = None,
+    classes: Sequence[str] = (),
+    train_per_class: int | None = None,
+    split_seed: int = 0,
+) -> Dataset:
+    """Loads a data set into memory; the first time it is prepared, and downloaded if need be.
+
+    Args:
+        name: one of DATASETS.
+        data_dir: for "folder" the tree of images, PATH/{train,validation,test}/<class>/*, without
+            validation or test or both, or PATH/<class>/*. For the others where downloads and
+            prepared data sets are kept; by default where tensorflow-datasets keeps them,
+            `TFDS_DATA_DIR` or ~/tensorflow_datasets, which is also where "folder" does.
+
+    The other arguments are for "folder" alone:
+        image_size: scale the shorter side to this many pixels and keep the centre; by default
+            the images must be of one size.
+        classes: the classes to take, in the order of their labels; by default all,
+            alphabetically.
+        train_per_class: how many training images to take of each class. Where there is no
+            validation set, the rest is that; by default a fifth is.
+        split_seed: which images those are.
+
+    Returns:
+        The data set, with images (N, H, W, 3) uint8 and labels (N,) int32.
+
+    Raises:
+        DataError: anything is wrong with the arguments, the images or the download; one line.
+    """
+    if name == "folder":
+        if data_dir is None:
+            raise DataError("the data set folder needs --data-dir=PATH, the folder of images")
+        source = folder(
+            data_dir,
+            image_size=image_size,
+            classes=classes,
+            train_per_class=train_per_class,
+            split_seed=split_seed,
+        )
+        return dataclasses.replace(load_source(source), name=name)
+
+    if name not in SOURCES:
+        raise DataError(f"there is no data set {name}, but {', '.join(DATASETS)}")
+    for option, value in (
+        ("--image-size", image_size),
+        ("--classes", ",".join(classes)),
+        ("--train-per-class", train_per_class),
+        ("--split-seed", split_seed),
+    ):
+        if value:
+            raise DataError(f"{option}={value} is for the data set folder only, not for {name}")
+    return load_source(SOURCES[name](), data_dir)

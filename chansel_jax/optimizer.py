@@ -1,0 +1,127 @@
+"""Optimisers, learning-rate schedules and weight decay, all optax's."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import optax
+from jax.tree_util import DictKey
+
+Undecayed = Literal["biases", "norms", "depthwise"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """How the parameters are updated."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW (decoupled weight decay), or SGD with momentum (weight decay added to the gradient)."""
+    learning_rate: float = 5e-3
+    """The highest learning rate."""
+    schedule: Literal["cosine", "constant", "step"] = "cosine"
+    """After the warm-up: fall to zero along a cosine, stay, or fall at --step-epochs."""
+    warmup_epochs: float = 2.0
+    """Epochs over which the learning rate rises from zero; may be a fraction."""
+    step_epochs: tuple[int, ...] = (100, 150, 180)
+    """With --schedule=step: the epochs after which the learning rate is divided by ten."""
+    momentum: float = 0.9
+    """Of SGD; AdamW ignores it."""
+    weight_decay: float = 0.05
+    """Strength of the weight decay."""
+    undecayed: tuple[Undecayed, ...] = ("biases", "norms")
+    """Parameters without weight decay, any of: biases, norms, depthwise (kernels)."""
+
+    def __post_init__(self):
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be positive")
+        for name in ("warmup_epochs", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum} must be in [0, 1)")
+        if (
+            list(self.step_epochs) != sorted(set(self.step_epochs))
+            or min(self.step_epochs, default=1) < 1
+        ):
+            raise ValueError(f"step_epochs={self.step_epochs} must be positive and increasing")
+        unknown = set(self.undecayed) - {"biases", "norms", "depthwise"}
+        if unknown:
+            raise ValueError(
+                f"undecayed={','.join(self.undecayed)} may name biases, norms and depthwise only"
+            )
+
+
+def make_schedule(
+    settings: OptimizerSettings, *, epochs: int, steps_per_epoch: int
+) -> optax.Schedule:
+    """The learning rate as a function of the step, counted from 0.
+
+    Raises:
+        ValueError: if the warm-up is not shorter than the training.
+    """
+    warmup = round(settings.warmup_epochs * steps_per_epoch)
+    total = epochs * steps_per_epoch
+    if warmup >= total:
+        raise ValueError(
+            f"warmup_epochs={settings.warmup_epochs} must be fewer than epochs={epochs}"
+        )
+    peak = settings.learning_rate
+    match settings.schedule:
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, total - warmup)
+        case "constant":
+            after = optax.constant_schedule(peak)
+        case "step":
+            after = optax.piecewise_constant_schedule(
+                peak, {e * steps_per_epoch - warmup: 0.1 for e in settings.step_epochs}
+            )
+        case other:
+            raise ValueError(f"schedule={other!r} must be cosine, constant or step")
+    if not warmup:
+        return after
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(
+    settings: OptimizerSettings, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """The optimiser that `settings` describe, at the learning rate of `schedule`.
+
+    Raises:
+        ValueError: if `settings.optimizer` is unknown.
+    """
+
+    def mask(params: Any) -> Any:
+        return decayed(params, settings.undecayed)
+
+    match settings.optimizer:
+        case "adamw":
+            return optax.adamw(schedule, weight_decay=settings.weight_decay, mask=mask)
+        case "sgd":
+            return optax.chain(
+                optax.add_decayed_weights(settings.weight_decay, mask),
+                optax.sgd(schedule, momentum=settings.momentum),
+            )
+        case other:
+            raise ValueError(f"optimizer={other!r} must be adamw or sgd")
+
+
+def decayed(params: Any, undecayed: tuple[Undecayed, ...]) -> Any:
+    """A tree like `params` that is True where weight decay applies.
+
+    `norms` are the scales and biases of normalisation layers (modules named `norm…` or `…_norm`),
+    `biases` all other biases, `depthwise` the depthwise kernels of channel selection.
+    """
+
+    def is_decayed(path: tuple, _: jax.Array) -> bool:
+        return _kind([entry.key for entry in path if isinstance(entry, DictKey)]) not in undecayed
+
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
+
+
+def _kind(names: list[str | int]) -> str:
+    owner, name = names[-2:]
+    if str(owner).startswith("norm") or str(owner).endswith("_norm"):
+        return "norms"
+    return {"bias": "biases", "depthwise": "depthwise"}.get(name, "others")

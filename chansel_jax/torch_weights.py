@@ -1,0 +1,144 @@
+"""PyTorch state dicts in and out of a `ResNet`, without importing PyTorch.
+
+Names are torchvision's: `conv1`, `bn1`, `layer1.0.conv1`, `layer2.0.downsample.0`, `fc`. Where a
+convolution is channel selection, its two parts are `fc`, an `nn.Linear` without bias, and `conv2d`,
+a grouped `nn.Conv2d` that has the bias; BatchNorm between them is `bn`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
+from chansel_jax.resnet import ResNet
+
+# What turns a layer's path in a `ResNet` into its name in a state dict, applied in this order. The
+# number of a block has become that of its stage and its own within the stage before.
+_LAYER_NAMES = (
+    (r"^stem\.conv", "conv1"),
+    (r"^stem\.norm", "bn1"),
+    (r"\.norm([12])$", r".bn\1"),
+    (r"\.shortcut_norm$", ".downsample.1"),
+    (r"\.shortcut", ".downsample.0"),
+    (r"\.norm$", ".bn"),
+    (r"^dense$", "fc"),
+)
+
+# Variable of a layer, its name in a state dict, and which of its axes the axes of the array there
+# are. Kernels are HWIO here and OIHW there, a dense layer's (in, out) and (out, in).
+_VARIABLES = {
+    SubKernelConv: (("kernel", "weight", (3, 2, 0, 1)), ("bias", "bias", (0,))),
+    ChannelSelectionConv: (
+        ("pointwise", "fc.weight", (1, 0)),
+        ("depthwise", "conv2d.weight", (3, 2, 0, 1)),
+        ("bias", "conv2d.bias", (0,)),
+    ),
+    nnx.BatchNorm: (
+        ("scale", "weight", (0,)),
+        ("bias", "bias", (0,)),
+        ("mean", "running_mean", (0,)),
+        ("var", "running_var", (0,)),
+    ),
+    nnx.Linear: (("kernel", "weight", (1, 0)), ("bias", "bias", (0,))),
+}
+
+
+def from_torch(network: ResNet, state_dict: Mapping[str, Any]) -> None:
+    """Loads parameters and running statistics into `network`, in place.
+
+    Args:
+        network: built with the configuration the arrays belong to.
+        state_dict: a PyTorch module's `state_dict()`, or the same in NumPy arrays. Convolutions
+            are `NAME.weight` `(C_out, C_in, K_h, K_w)` or, where they are channel selection,
+            `NAME.fc.weight` `(C_out·R, C_in)` and `NAME.conv2d.weight` `(C_out, R, K_h, K_w)`; the
+            last layer is `fc.weight` `(num_classes, C)`; everything else has one axis. Values are
+            cast to the dtype of the network's variables. `num_batches_tracked`, which a momentum
+            makes meaningless, is ignored.
+
+    Raises:
+        ValueError: listing all names that are missing, unexpected, or of a wrong shape. Nothing is
+            loaded then.
+    """
+    entries = {entry.name: entry for entry in _entries(network)}
+    arrays = {
+        name: _to_numpy(value)
+        for name, value in state_dict.items()
+        if not name.endswith("num_batches_tracked")
+    }
+    problems = [f"{name} is missing" for name in entries if name not in arrays]
+    problems += [f"{name} is unexpected" for name in arrays if name not in entries]
+    problems += [
+        f"{name} has shape {arrays[name].shape}, not {entry.shape}"
+        for name, entry in entries.items()
+        if name in arrays and arrays[name].shape != entry.shape
+    ]
+    if problems:
+        raise ValueError("state_dict does not fit the network:\n" + "\n".join(problems))
+    for name, entry in entries.items():
+        # A copy: on CPUs JAX would share the memory, which PyTorch goes on to change.
+        array = np.array(arrays[name].transpose(np.argsort(entry.axes)))
+        entry.variable[...] = jnp.asarray(array, entry.variable.dtype)
+
+
+def to_torch(network: ResNet) -> dict[str, np.ndarray]:
+    """Parameters and running statistics as a PyTorch module's `load_state_dict` takes them.
+
+    Returns:
+        NumPy arrays that own their memory, by name, with the shapes `from_torch` takes and the
+        dtypes of the network's variables. `num_batches_tracked` is not among them; PyTorch's strict
+        loading does without.
+    """
+    return {
+        entry.name: np.array(np.asarray(entry.variable[...]).transpose(entry.axes), order="C")
+        for entry in _entries(network)
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """One array of a state dict and the variable it belongs to."""
+
+    name: str
+    variable: nnx.Variable
+    axes: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.variable.shape[axis] for axis in self.axes)
+
+
+def _entries(network: ResNet) -> Iterator[_Entry]:
+    for path, layer in nnx.iter_modules(network):
+        name = _layer_name(path, network.config.blocks)
+        if type(layer) not in _VARIABLES and _has_parameters(layer):
+            raise ValueError(
+                f"{name} is a {type(layer).__name__}, which has no PyTorch counterpart"
+            )
+        for attribute, leaf, axes in _VARIABLES.get(type(layer), ()):
+            variable = getattr(layer, attribute)
+            if variable is not None:
+                yield _Entry(f"{name}.{leaf}", variable, axes)
+
+
+def _layer_name(path: tuple[str | int, ...], blocks: tuple[int, ...]) -> str:
+    if path[:1] == ("blocks",) and len(path) > 1:
+        stages = [f"layer{stage}.{i}" for stage, n in enumerate(blocks, 1) for i in range(n)]
+        path = (stages[path[1]], *path[2:])
+    name = ".".join(map(str, path))
+    for pattern, replacement in _LAYER_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _has_parameters(layer: nnx.Module) -> bool:
+    return any(isinstance(value, nnx.Param) for value in vars(layer).values())
+
+
+def _to_numpy(array: Any) -> np.ndarray:
+    is_tensor = hasattr(array, "detach")
+    return array.detach().cpu().numpy() if is_tensor else np.asarray(array)

@@ -1,0 +1,322 @@
+"""The training step, the evaluation and their state: pure functions under `jax.jit`.
+
+Everything runs over a mesh of all local devices, data-parallel: batches are sharded, the state is
+replicated, BatchNorm sees the whole batch. A data set lies on the devices as uint8; which images a
+step takes, how they are cropped and mirrored, and what dropout drops depend on the seed and the
+step alone.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from chansel_jax.augmentation import normalise, random_crop_flip
+from chansel_jax.data import Split
+
+Tree = Any
+NO_STEP = np.iinfo(np.int32).max
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "batch_stats", "opt_state", "step", "key"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes, and the key that decides its randomness.
+
+    Attributes:
+        params: the network's parameters, a tree of nested dicts.
+        batch_stats: running means and variances of BatchNorm, likewise.
+        opt_state: the optimiser's state.
+        step: steps taken so far, int32.
+        key: data of the random key `(2,)` uint32; constant over a run.
+    """
+
+    params: Tree
+    batch_stats: Tree
+    opt_state: Tree
+    step: jax.Array
+    key: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["loss", "correct", "count", "bad_step"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Sums over images, and the first step whose loss was not finite (else `NO_STEP`)."""
+
+    loss: jax.Array
+    correct: jax.Array
+    count: jax.Array
+    bad_step: jax.Array
+
+    def add(self, losses: jax.Array, correct: jax.Array, mask: jax.Array) -> "Totals":
+        """Adds the images `(N,)` of a batch where `mask` is True."""
+        return dataclasses.replace(
+            self,
+            loss=self.loss + jnp.sum(jnp.where(mask, losses, 0)),
+            correct=self.correct + jnp.sum(correct & mask),
+            count=self.count + jnp.sum(mask),
+        )
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["images", "labels", "mean", "std"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class DeviceSplit:
+    """A split of a data set on every device of a mesh.
+
+    Attributes:
+        images: `(N, H, W, C)` uint8.
+        labels: `(N,)` int32.
+        mean: `(C,)` float32, the channels' means over the training images.
+        std: `(C,)` float32, their standard deviations.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    mean: jax.Array
+    std: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """How training images are varied."""
+
+    crop_padding: int = 4
+    """Pixels of black added on each side before a random crop; 0 crops nothing."""
+    flip: bool = True
+    """Whether images are mirrored left to right at random."""
+
+    def __post_init__(self):
+        if self.crop_padding < 0:
+            raise ValueError(f"crop_padding={self.crop_padding} must not be negative")
+
+
+def data_mesh() -> Mesh:
+    """All local devices along one axis, `"data"`."""
+    devices = jax.local_devices()
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation `(C,)` float32 of each channel of images `(N, H, W, C)` uint8.
+
+    A channel without any variation gets the deviation 1.
+    """
+    channels = images.shape[-1]
+    counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(channels)])
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    levels = np.arange(256.0)
+    mean = shares @ levels
+    std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(axis=1))
+    return mean.astype(np.float32), np.where(std > 0, std, 1).astype(np.float32)
+
+
+def put_split(split: Split, mean: np.ndarray, std: np.ndarray, mesh: Mesh) -> DeviceSplit:
+    """`split` on every device of `mesh`, with the statistics that normalise it."""
+    return jax.device_put(
+        DeviceSplit(split.images, split.labels, mean, std), NamedSharding(mesh, PartitionSpec())
+    )
+
+
+def init_state(
+    network: nnx.Module, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
+) -> TrainState:
+    """The state before the first step, with the parameters of `network`, on every device."""
+    _, params, batch_stats, _ = nnx.split(network, nnx.Param, nnx.BatchStat, ...)
+    params = nnx.to_pure_dict(params)
+    state = TrainState(
+        params=params,
+        batch_stats=nnx.to_pure_dict(batch_stats),
+        opt_state=optimizer.init(params),
+        step=jnp.int32(0),
+        key=jax.random.key_data(jax.random.key(seed)),
+    )
+    # A copy, since the training step consumes its state and the network keeps its arrays.
+    return jax.device_put(jax.tree.map(jnp.copy, state), NamedSharding(mesh, PartitionSpec()))
+
+
+def load_state(network: nnx.Module, state: TrainState) -> None:
+    """Gives `network` the parameters and batch statistics of `state`."""
+    nnx.update(network, state.params, state.batch_stats)
+
+
+def init_totals(mesh: Mesh) -> Totals:
+    """Totals of no image, on every device."""
+    return jax.device_put(_zero_totals(), NamedSharding(mesh, PartitionSpec()))
+
+
+def epoch_order(state: TrainState, count: int, steps_per_epoch: int) -> jax.Array:
+    """The order `(count,)` int32 in which the epoch of `state.step` visits `count` images."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step // steps_per_epoch)
+    # One more fold keeps the epochs' keys apart from the steps'.
+    return jax.random.permutation(jax.random.fold_in(key, 1), count).astype(jnp.int32)
+
+
+def make_train_step(
+    network: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    batch_size: int,
+    steps_per_epoch: int,
+    augmentation: Augmentation,
+    label_smoothing: float = 0.0,
+) -> Callable[[TrainState, Totals, DeviceSplit, jax.Array], tuple[TrainState, Totals]]:
+    """The jitted step `(state, totals, split, order) -> (state, totals)`.
+
+    It takes the `batch_size` images that are next in `order`, and consumes (donates) `state` and
+    `totals`. The totals hold the cross-entropy without label smoothing.
+
+    Args:
+        network: gives the structure; its arrays are not used.
+        optimizer: updates the parameters.
+        mesh: the devices, from `data_mesh`.
+        batch_size: images a step over all devices.
+        steps_per_epoch: steps before a new `order` begins.
+        augmentation: how the images are varied.
+        label_smoothing: share of the target spread evenly over all classes.
+
+    Raises:
+        ValueError: if `batch_size` does not divide by the devices.
+    """
+    _check_batch_size(batch_size, mesh)
+    apply = _apply_function(network, train=True)
+    shard = functools.partial(
+        lax.with_sharding_constraint, shardings=NamedSharding(mesh, PartitionSpec("data"))
+    )
+
+    def train_step(state, totals, split, order):
+        step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        augment_key, dropout_key = jax.random.split(step_key)
+        first = state.step % steps_per_epoch * batch_size
+        index = shard(lax.dynamic_slice_in_dim(order, first, batch_size))
+        images = random_crop_flip(
+            augment_key,
+            split.images[index],
+            padding=augmentation.crop_padding,
+            flip=augmentation.flip,
+        )
+        images, labels = normalise(images, split.mean, split.std), split.labels[index]
+
+        def loss_function(params):
+            logits, batch_stats = apply(params, state.batch_stats, images, dropout_key)
+            targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
+            loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+            return loss, (logits, batch_stats)
+
+        (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_function, has_aux=True)(
+            state.params
+        )
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        totals = totals.add(*_losses_and_correct(logits, labels), jnp.full(batch_size, True))
+        bad_step = jnp.where(jnp.isfinite(loss), NO_STEP, state.step)
+        totals = dataclasses.replace(totals, bad_step=jnp.minimum(totals.bad_step, bad_step))
+        state = TrainState(
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            step=state.step + 1,
+            key=state.key,
+        )
+        return state, totals
+
+    return jax.jit(
+        chex.assert_max_traces(train_step, n=1),
+        donate_argnums=(0, 1),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
+
+
+def make_evaluate(
+    network: nnx.Module, *, mesh: Mesh, batch_size: int
+) -> Callable[[TrainState, DeviceSplit], Totals]:
+    """The jitted evaluation `(state, split) -> totals` over every image of a split.
+
+    The last batch is padded and the padding masked, so that no image is left out or counted twice.
+
+    Raises:
+        ValueError: if `batch_size` does not divide by the devices.
+    """
+    _check_batch_size(batch_size, mesh)
+    apply = _apply_function(network, train=False)
+    shard = functools.partial(
+        lax.with_sharding_constraint, shardings=NamedSharding(mesh, PartitionSpec("data"))
+    )
+
+    def evaluate(state, split):
+        count = len(split.labels)
+
+        def add_batch(batch, totals):
+            index = shard(batch * batch_size + jnp.arange(batch_size))
+            taken = jnp.minimum(index, count - 1)
+            images = normalise(split.images[taken], split.mean, split.std)
+            logits, _ = apply(state.params, state.batch_stats, images, None)
+            return totals.add(*_losses_and_correct(logits, split.labels[taken]), index < count)
+
+        return lax.fori_loop(0, -(-count // batch_size), add_batch, _zero_totals())
+
+    return jax.jit(evaluate)
+
+
+def digest(tree: Tree) -> str:
+    """SHA-256, in hexadecimal, of a tree's arrays: their paths, dtypes, shapes and bytes."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        sha.update(array.tobytes())
+    return sha.hexdigest()
+
+
+def _apply_function(network: nnx.Module, *, train: bool) -> Callable:
+    """`(params, batch_stats, images, dropout_key) -> (logits, batch_stats)` of `network`."""
+    network = nnx.clone(network)
+    network.train() if train else network.eval()
+    graph, _, _, rest = nnx.split(network, nnx.Param, nnx.BatchStat, ...)
+
+    def apply(params, batch_stats, images, dropout_key):
+        module = nnx.merge(graph, params, batch_stats, nnx.to_pure_dict(rest))
+        rngs = None if dropout_key is None else nnx.Rngs(dropout=dropout_key)
+        logits = module(images, rngs=rngs)
+        return logits, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+
+    return apply
+
+
+def _zero_totals() -> Totals:
+    return Totals(jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.int32(NO_STEP))
+
+
+def _losses_and_correct(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses, jnp.argmax(logits, axis=-1) == labels
+
+
+def _check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    if batch_size < 1 or batch_size % mesh.size:
+        lower = batch_size // mesh.size * mesh.size
+        nearest = " or ".join(str(b) for b in (lower, lower + mesh.size) if b > 0)
+        raise ValueError(
+            f"batch_size={batch_size} must divide by the {mesh.size} devices: take {nearest}"
+        )

@@ -1,0 +1,1 @@
+"""One command a module: `python -m experiments.NAME --help`."""

@@ -1,0 +1,78 @@
+"""What all commands share: settings from flags, and errors as one line."""
+
+import sys
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+Settings = TypeVar("Settings")
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+
+
+class CommandError(Exception):
+    """What the user can mend; its message is one line."""
+
+
+def run(main: Callable[[Settings], object], settings_type: type[Settings], name: str) -> None:
+    """Calls `main` with settings read from the command line.
+
+    A `CommandError` ends the program with one line on standard error and exit code 1, a wrong flag
+    with 2, an interruption by the user with 130.
+
+    Args:
+        main: the command.
+        settings_type: a dataclass; nested ones become groups of flags.
+        name: the command's name in `python -m experiments.NAME`.
+    """
+    try:
+        main(parse(settings_type, name))
+    except (CommandError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def parse(settings_type: type[Settings], name: str, arguments: list[str] | None = None) -> Settings:
+    """Settings from `arguments` (by default the command line's); sequences are comma-separated.
+
+    Raises:
+        SystemExit: after `--help`, or if a flag is unknown or its value refused.
+    """
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_comma_separated)
+    return tyro.cli(
+        settings_type,
+        prog=f"python -m experiments.{name}",
+        args=arguments,
+        registry=registry,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def _comma_separated(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    if get_origin(info.type) is not tuple or get_args(info.type)[1:] != (Ellipsis,):
+        return None
+    element = get_args(info.type)[0]
+    choices = get_args(element) if get_origin(element) is Literal else ()
+    convert = str if choices else element
+
+    def instance_from_str(arguments: list[str]) -> tuple[Any, ...]:
+        values = tuple(convert(text.strip()) for text in arguments[0].split(",") if text.strip())
+        for value in values:
+            if choices and value not in choices:
+                raise ValueError(f"{value!r} is none of {', '.join(choices)}")
+        return values
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=",".join(choices) if choices else f"{element.__name__.upper()},…",
+        instance_from_str=instance_from_str,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    )

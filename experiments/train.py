@@ -1,0 +1,262 @@
+"""Trains a network on images, saves it, and reports.
+
+    python -m experiments.train --conv=chansel
+
+trains channel selection on the embedded silhouettes. A run lives in its --workdir; the same
+command, typed again, goes on where the run stopped.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from rich.console import Console
+from rich.progress import track
+
+from chansel_jax import checkpoint, data, records, training
+from chansel_jax.counting import count_network
+from chansel_jax.optimizer import make_optimizer, make_schedule
+from chansel_jax.resnet import ResNet
+from chansel_jax.workdir import WorkdirError, claim
+from experiments import printing
+from experiments.command_line import CommandError, run
+from experiments.settings import Settings, build_network, run_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """All that settings decide, built."""
+
+    settings: Settings
+    dataset: data.Dataset
+    network: ResNet
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    mesh: jax.sharding.Mesh
+    splits: dict[str, training.DeviceSplit]
+    steps_per_epoch: int
+
+    def init_state(self) -> training.TrainState:
+        """The state before the first step."""
+        return training.init_state(self.network, self.optimizer, self.settings.seed, self.mesh)
+
+    def describe(self) -> dict[str, Any]:
+        """All that decides the result: the settings, and the data's sizes and statistics."""
+        settings = dataclasses.asdict(self.settings)
+        del settings["workdir"], settings["resume"]
+        # Images may have moved; what they are is described below.
+        del settings["data"]["data_dir"]
+        train_split = self.splits["train"]
+        sizes = {name: len(split.labels) for name, split in self.dataset.splits.items()}
+        return {
+            "settings": settings,
+            "data": {
+                "class_names": self.dataset.class_names,
+                "image_shape": train_split.images.shape[1:],
+                "images": sizes,
+                "mean": train_split.mean.tolist(),
+                "std": train_split.std.tolist(),
+            },
+        }
+
+
+def main(settings: Settings) -> None:
+    """Trains as `settings` say, and prints how it goes."""
+    train_and_evaluate(settings, Console(highlight=False, soft_wrap=True))
+
+
+def train_and_evaluate(settings: Settings, console: Console) -> dict[str, Any]:
+    """Trains, or goes on with, the run that `settings` describe; returns its summary.
+
+    Raises:
+        CommandError: if a setting or the data is wrong, the workdir holds another run, no
+            checkpoint can be restored, or a loss is not finite.
+    """
+    workdir = settings.workdir or Path("runs", run_name(settings))
+    try:
+        experiment = build(settings)
+        aside = claim(workdir, experiment.describe(), settings.resume)
+    except (ValueError, WorkdirError) as error:
+        raise CommandError(error) from error
+    printing.print_header(experiment.dataset, experiment.mesh.devices.ravel(), console)
+    rows = count_network(experiment.network.config, experiment.splits["train"].images.shape[1:3])
+    printing.print_layers(rows, f"{settings.network.model}, multiply-adds for one image", console)
+    console.print(f"run: {workdir}" + (f" (the one before is now {aside})" if aside else ""))
+    try:
+        with checkpoint.open_checkpoints(workdir / "checkpoints", console.print) as manager:
+            state, history = train(experiment, manager, workdir, console)
+    except (checkpoint.CheckpointError, FloatingPointError) as error:
+        raise CommandError(error) from error
+    summary = {
+        "model": settings.network.model,
+        "conv": settings.network.conv,
+        "dataset": settings.data.dataset,
+        "seed": settings.seed,
+        "parameters": sum(row.parameters for row in rows),
+        "multiply_adds": sum(row.multiply_adds for row in rows),
+        **records.summarise(history),
+        "params_sha256": training.digest((state.params, state.batch_stats)),
+    }
+    records.write_json(workdir / "summary.json", summary)
+    printing.print_summary(summary, workdir, console)
+    return summary
+
+
+def build(settings: Settings) -> Experiment:
+    """Loads the data and builds what trains on it.
+
+    Raises:
+        ValueError: if a setting or the data is wrong.
+    """
+    arguments = dataclasses.asdict(settings.data)
+    dataset = data.load(arguments.pop("dataset"), **arguments)
+    train_split = dataset.splits["train"]
+    steps_per_epoch = len(train_split.labels) // settings.batch_size
+    if not steps_per_epoch:
+        raise ValueError(
+            f"batch_size={settings.batch_size} must be at most the {len(train_split.labels)} "
+            "training images"
+        )
+    schedule = make_schedule(
+        settings.optimization, epochs=settings.epochs, steps_per_epoch=steps_per_epoch
+    )
+    mesh = training.data_mesh()
+    statistics = training.channel_statistics(train_split.images)
+    return Experiment(
+        settings=settings,
+        dataset=dataset,
+        network=build_network(settings, len(dataset.class_names)),
+        schedule=schedule,
+        optimizer=make_optimizer(settings.optimization, schedule),
+        mesh=mesh,
+        splits={
+            name: training.put_split(dataset.splits[name], *statistics, mesh)
+            for name in ("train", "validation")
+        },
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def train(
+    experiment: Experiment,
+    manager: checkpoint.CheckpointManager,
+    workdir: Path,
+    console: Console,
+) -> tuple[training.TrainState, list[records.Row]]:
+    """Trains all epochs that are still to come; returns the last state and the whole history.
+
+    Raises:
+        CheckpointError: if there are checkpoints, and none can be restored.
+        FloatingPointError: if a loss is not finite; earlier checkpoints stay.
+    """
+    settings = experiment.settings
+    state, history = experiment.init_state(), []
+    restored = checkpoint.restore_latest(manager, state, console.print)
+    if restored is not None:
+        state, history = restored[0], restored[1]["history"]
+        console.print(f"resumed after epoch {len(history)} of {settings.epochs}")
+    if len(history) < settings.epochs:
+        step, evaluate = compile_functions(experiment, state, console)
+        console.print(printing.EPOCH_HEADER)
+    with records.MetricsWriter(workdir, history) as metrics:
+        try:
+            for epoch in range(len(history) + 1, settings.epochs + 1):
+                state, row = train_epoch(experiment, epoch, step, evaluate, state, console)
+                history.append(row)
+                metrics.write(row)
+                checkpoint.save(manager, epoch, state, {"history": history}, row["val_loss"])
+                console.print(printing.epoch_line(history))
+        finally:
+            if history:
+                records.plot_losses(history, workdir / "losses.png", run_name(settings))
+    return state, history
+
+
+def compile_functions(
+    experiment: Experiment, state: training.TrainState, console: Console
+) -> tuple[Callable, Callable]:
+    """The training step and the evaluation, compiled."""
+    settings, splits = experiment.settings, experiment.splits
+    step = training.make_train_step(
+        experiment.network,
+        experiment.optimizer,
+        mesh=experiment.mesh,
+        batch_size=settings.batch_size,
+        steps_per_epoch=experiment.steps_per_epoch,
+        augmentation=settings.augmentation,
+        label_smoothing=settings.label_smoothing,
+    )
+    evaluate = training.make_evaluate(
+        experiment.network, mesh=experiment.mesh, batch_size=settings.batch_size
+    )
+    order = training.epoch_order(state, len(splits["train"].labels), experiment.steps_per_epoch)
+    start = time.perf_counter()
+    step = step.lower(
+        state, training.init_totals(experiment.mesh), splits["train"], order
+    ).compile()
+    evaluate = evaluate.lower(state, splits["validation"]).compile()
+    console.print(f"compiled in {time.perf_counter() - start:.1f} s")
+    return step, evaluate
+
+
+def train_epoch(
+    experiment: Experiment,
+    epoch: int,
+    step: Callable,
+    evaluate: Callable,
+    state: training.TrainState,
+    console: Console,
+) -> tuple[training.TrainState, records.Row]:
+    """One pass over the training images, then the evaluation; returns the state and the row.
+
+    Raises:
+        FloatingPointError: if a loss is not finite.
+    """
+    steps, split = experiment.steps_per_epoch, experiment.splits["train"]
+    start = time.perf_counter()
+    order = training.epoch_order(state, len(split.labels), steps)
+    totals = training.init_totals(experiment.mesh)
+    for _ in track(
+        range(steps),
+        description=f"epoch {epoch}",
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ):
+        state, totals = step(state, totals, split, order)
+    totals = jax.device_get(totals)
+    seconds = time.perf_counter() - start
+    if totals.bad_step != training.NO_STEP:
+        raise FloatingPointError(not_finite("training loss", totals.bad_step, epoch))
+    validation = jax.device_get(evaluate(state, experiment.splits["validation"]))
+    row = {
+        "epoch": epoch,
+        "train_loss": float(totals.loss / totals.count),
+        "train_accuracy": float(totals.correct / totals.count),
+        "val_loss": float(validation.loss / validation.count),
+        "val_accuracy": float(validation.correct / validation.count),
+        "learning_rate": float(experiment.schedule(epoch * steps - 1)),
+        "images_per_second": float(totals.count / seconds),
+        "seconds": seconds,
+    }
+    if not math.isfinite(row["val_loss"]):
+        raise FloatingPointError(not_finite("validation loss", epoch * steps - 1, epoch))
+    return state, row
+
+
+def not_finite(what: str, step: int, epoch: int) -> str:
+    """The message for a loss that is not finite at `step`, counted from 0."""
+    kept = f"the checkpoint of epoch {epoch - 1} is kept" if epoch > 1 else "nothing was saved yet"
+    return (
+        f"the {what} is not finite at step {step} (epoch {epoch}); {kept}; "
+        "a lower --learning-rate may help"
+    )
+
+
+if __name__ == "__main__":
+    run(main, Settings, "train")

@@ -1,0 +1,358 @@
+import io
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from chansel_jax.data import DataError, load
+
+SPLITS = {"train/cat": 10, "train/dog": 10, "validation/cat": 2, "validation/dog": 2}
+
+
+def by_label(split):
+    """For each label the set of its images, as bytes."""
+    return {
+        int(label): {image.tobytes() for image in split.images[split.labels == label]}
+        for label in np.unique(split.labels)
+    }
+
+
+def arrays_in(arrays, folder):
+    return {array.tobytes() for path, array in arrays.items() if path.parent == folder}
+
+
+def counts(dataset):
+    return {name: np.bincount(split.labels).tolist() for name, split in dataset.splits.items()}
+
+
+def refusal(root, **options):
+    with pytest.raises(DataError) as caught:
+        load("folder", data_dir=root, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "images"
+
+
+def test_three_splits(root, write_images):
+    arrays = write_images(root, {**SPLITS, "test/cat": 3, "test/dog": 4})
+    dataset = load("folder", data_dir=root)
+    assert dataset.name == "folder"
+    assert dataset.class_names == ("cat", "dog")
+    assert list(dataset.splits) == ["train", "validation", "test"]
+    for name, split in dataset.splits.items():
+        assert split.images.dtype == np.uint8
+        assert split.images.flags.c_contiguous
+        assert split.labels.dtype == np.int32
+        expected = [arrays_in(arrays, root / name / class_name) for class_name in ("cat", "dog")]
+        assert by_label(split) == dict(enumerate(expected))
+
+
+@pytest.mark.parametrize("test", [{}, {"test/cat": 3, "test/dog": 3}], ids=["alone", "with test"])
+def test_validation_is_a_fifth_of_train(root, write_images, test):
+    arrays = write_images(root, {"train/cat": 10, "train/dog": 20, **test})
+    dataset = load("folder", data_dir=root)
+    without_test = {"train": [8, 16], "validation": [2, 4]}
+    assert counts(dataset) == without_test | ({"test": [3, 3]} if test else {})
+    train, validation = (by_label(dataset.splits[name]) for name in ("train", "validation"))
+    for label, class_name in enumerate(dataset.class_names):
+        assert not train[label] & validation[label]
+        expected = arrays_in(arrays, root / "train" / class_name)
+        assert train[label] | validation[label] == expected
+
+
+def test_classes_without_split_folders(root, write_images):
+    arrays = write_images(root, {"dog": 5, "cat": 5})
+    dataset = load("folder", data_dir=str(root))
+    assert dataset.class_names == ("cat", "dog")
+    assert counts(dataset) == {"train": [4, 4], "validation": [1, 1]}
+    assert by_label(dataset.splits["train"])[0] < arrays_in(arrays, root / "cat")
+
+
+def test_split_seed_decides_the_split(root, write_images):
+    write_images(root, {"cat": 20, "dog": 20})
+    first, again, other = (
+        by_label(load("folder", data_dir=root, split_seed=seed).splits["validation"])
+        for seed in (0, 0, 1)
+    )
+    assert first == again != other
+
+
+def test_classes_are_selected_in_the_order_given(root, write_images):
+    arrays = write_images(root, {"train/cat": 5, "train/dog": 5, "train/eel": 5, "test/fly": 1})
+    write_images(root, {"test/dog": 2})
+    dataset = load("folder", data_dir=root, classes=("eel", "dog"))
+    assert dataset.class_names == ("eel", "dog")
+    assert by_label(dataset.splits["train"])[0] < arrays_in(arrays, root / "train" / "eel")
+    assert counts(dataset)["test"] == [0, 2]
+
+
+def test_train_per_class_leaves_the_rest_for_validation(root, write_images):
+    write_images(root, {"cat": 10, "dog": 13})
+    dataset = load("folder", data_dir=root, train_per_class=7)
+    assert counts(dataset) == {"train": [7, 7], "validation": [3, 6]}
+
+
+def test_train_per_class_beside_a_validation_folder(root, write_images):
+    write_images(root, SPLITS)
+    dataset = load("folder", data_dir=root, train_per_class=7)
+    assert counts(dataset) == {"train": [7, 7], "validation": [2, 2]}
+
+
+@pytest.mark.parametrize("extension", ["png", "PNG", "jpg", "JPEG", "webp"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
+def test_pixels_are_those_that_pillow_decodes(root, write_images, extension, mode):
+    if (extension.lower(), mode) in {("jpg", "P"), ("jpeg", "P")}:
+        mode = "CMYK"  # JPEG has no palettes
+    for path in write_images(root, {"train/cat": 2, "validation/cat": 1}, size=(6, 9)):
+        Image.open(path).convert(mode).save(path.with_suffix(f".{extension}"))
+        if extension != "png":
+            path.rename(path.with_suffix(".txt"))  # is passed over, as the extension decides
+    dataset = load("folder", data_dir=root)
+    for name, split in dataset.splits.items():
+        paths = sorted((root / name / "cat").glob(f"*.{extension}"))
+        expected = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+        np.testing.assert_array_equal(split.images, expected)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_dropped(root, write_images, mode):
+    arrays = write_images(root, {"train/cat": 2, "validation/cat": 1})
+    for path, array in arrays.items():
+        grey = Image.fromarray(array[..., 0])
+        if mode == "P":
+            image = grey.convert("P")
+            image.save(path, transparency=bytes(range(256)))
+        else:
+            image = grey.convert(mode)
+            image.putalpha(Image.fromarray(array[..., 1]))
+            image.save(path)
+    expected = [array[..., :1].repeat(3, axis=-1) for array in arrays.values()]
+    np.testing.assert_array_equal(
+        load("folder", data_dir=root).splits["train"].images, expected[:2]
+    )
+
+
+def test_hidden_and_other_files_are_passed_over(root, write_images):
+    write_images(root, SPLITS)
+    (root / "train" / "cat" / ".hidden.png").write_bytes(b"")
+    (root / "train" / "cat" / "notes.txt").write_text("no image")
+    (root / "train" / "cat" / "folder.png").mkdir()
+    (root / "train" / ".cache").mkdir()
+    (root / "train" / "readme.png").write_bytes(b"")
+    assert counts(load("folder", data_dir=root)) == {"train": [10, 10], "validation": [2, 2]}
+
+
+def test_image_size_scales_the_shorter_side_and_keeps_the_centre(root):
+    for i, (width, height) in enumerate([(48, 16), (16, 40), (32, 32), (8, 8), (4, 5)]):
+        red = Image.new("RGB", (width, height), (255, 0, 0))
+        side = min(width, height)
+        box = ((width - side) // 2, (height - side) // 2)
+        red.paste(Image.new("RGB", (side, side), (0, 0, 255)), box)
+        path = root / ("train" if i < 4 else "validation") / "cat" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        red.save(path)
+    images = load("folder", data_dir=root, image_size=8).splits["train"].images
+    assert images.shape == (4, 8, 8, 3)
+    assert (images[..., 2] > 200).all()  # at the sides some of the red is blended in
+    assert (images[..., 0] < 55).all()
+
+
+def test_image_size_smooths_what_it_shrinks(root):
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    for folder in ("train/cat", "validation/cat"):
+        (root / folder).mkdir(parents=True)
+        Image.fromarray(stripes).save(root / folder / "0.png")
+    image = load("folder", data_dir=root, image_size=8).splits["train"].images[0]
+    assert np.abs(image.astype(int) - 127).max() < 20
+
+
+def test_image_size_that_fits_changes_nothing(root, write_images):
+    write_images(root, SPLITS)
+    plain, sized = (load("folder", data_dir=root, image_size=size) for size in (None, 8))
+    np.testing.assert_array_equal(plain.splits["train"].images, sized.splits["train"].images)
+
+
+def prepared(cache_dir):
+    return {path.name for path in (cache_dir / "chansel_images").iterdir()}
+
+
+def test_is_prepared_once_and_outside_the_tree(root, write_images, cache_dir):
+    write_images(root, SPLITS)
+    before = sorted(root.rglob("*"))
+    load("folder", data_dir=root)
+    (folder,) = prepared(cache_dir)
+    (record_file,) = cache_dir.rglob("*train*")
+    written = record_file.stat().st_mtime_ns
+    load("folder", data_dir=root)
+    assert prepared(cache_dir) == {folder}
+    assert record_file.stat().st_mtime_ns == written
+    assert sorted(root.rglob("*")) == before
+
+
+def change_pixels(root):
+    path = root / "train" / "cat" / "00.png"
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
+
+
+def remove_image(root):
+    (root / "train" / "cat" / "00.png").unlink()
+
+
+def add_image(root):
+    shutil.copy(root / "train" / "cat" / "00.png", root / "train" / "cat" / "xx.png")
+
+
+def exchange_images(root):
+    """Sizes stay what they are, modification times are what tells."""
+    first, second = root / "train" / "cat" / "00.png", root / "train" / "dog" / "00.png"
+    first_content, second_content = first.read_bytes(), second.read_bytes()
+    first.write_bytes(second_content)
+    second.write_bytes(first_content)
+    for path in (first, second):
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+@pytest.mark.parametrize("change", [change_pixels, remove_image, add_image, exchange_images])
+def test_changed_tree_is_prepared_anew(root, write_images, change):
+    write_images(root, SPLITS)
+    load("folder", data_dir=root)
+    change(root)
+    train = load("folder", data_dir=root).splits["train"]
+    for label, class_name in enumerate(("cat", "dog")):
+        paths = (root / "train" / class_name).iterdir()
+        assert by_label(train)[label] == {np.asarray(Image.open(p)).tobytes() for p in paths}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image_size": 4},
+        {"classes": ("cat", "dog")},
+        {"classes": ("dog", "cat")},
+        {"train_per_class": 3},
+        {"split_seed": 1},
+    ],
+    ids=str,
+)
+def test_each_choice_is_prepared_by_itself(root, write_images, cache_dir, options):
+    write_images(root, {"cat": 10, "dog": 10})
+    load("folder", data_dir=root)
+    load("folder", data_dir=root, **options)
+    # Naming all classes in their own order asks for nothing else.
+    assert len(prepared(cache_dir)) == (1 if options == {"classes": ("cat", "dog")} else 2)
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "message"),
+    [
+        ({}, {}, "{root} has no folders, one is expected for each class"),
+        ({"test/cat": 1}, {}, "{root} has a folder test but no folder train"),
+        ({"train/cat": 5, "train/dog": 0}, {}, "the class dog has no images: {root}/train/dog"),
+        (
+            {"train/cat": 5, "test/cat": 0},
+            {},
+            "the class cat has no images: {root}/test/cat",
+        ),
+        (
+            {"train/cat": 5, "test/cat": 1, "test/dog": 1},
+            {},
+            "the class dog of {root}/test is not in {root}/train",
+        ),
+        (
+            {"train/cat": 5, "test/dog": 1},
+            {"classes": ("cat",)},
+            "there are no images in {root}/test",
+        ),
+        (
+            {"cat": 5, "dog": 5},
+            {"classes": ("cat", "eel")},
+            "there is no class eel in {root}, but cat, dog",
+        ),
+        (
+            {"cat": 5, "dog": 5},
+            {"classes": ("cat", "cat")},
+            "--classes=cat,cat names a class twice",
+        ),
+        (
+            {"cat": 10, "dog": 7},
+            {"train_per_class": 7},
+            "training and validation with --train-per-class=7 needs 8 images of dog, not 7",
+        ),
+        (
+            SPLITS,
+            {"train_per_class": 11},
+            "training with --train-per-class=11 needs 11 images of cat, not 10",
+        ),
+        ({"cat": 1}, {}, "training and validation needs 2 images of cat, not 1"),
+        ({"cat": 5}, {"train_per_class": 0}, "--train-per-class=0 must be at least 1"),
+        ({"cat": 5}, {"image_size": 0}, "--image-size=0 must be at least 1"),
+    ],
+)
+def test_bad_trees_and_choices(root, write_images, cache_dir, images, options, message):
+    root.mkdir()
+    write_images(root, images)
+    assert refusal(root, **options) == message.format(root=root)
+    assert not cache_dir.exists()
+
+
+def test_no_such_folder(root):
+    assert refusal(root) == f"there is no folder {root}"
+
+
+def test_file_instead_of_a_folder(root):
+    root.write_text("")
+    assert refusal(root) == f"there is no folder {root}"
+
+
+def test_data_dir_is_needed():
+    with pytest.raises(DataError, match="^the data set folder needs --data-dir=PATH"):
+        load("folder")
+
+
+def encoded(array, file_format):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, file_format)
+    return buffer.getvalue()
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+NO_IMAGES = {
+    "empty": b"",
+    "text": b"no image",
+    **{f"cut {kind}": encoded(NOISE, kind)[:-40] for kind in ("png", "jpeg", "webp")},
+    "16 bits": encoded(np.zeros((8, 8), np.uint16), "png"),
+}
+
+
+@pytest.mark.parametrize("position", [0, 7], ids=["first", "later"])
+@pytest.mark.parametrize("content", NO_IMAGES.values(), ids=NO_IMAGES.keys())
+def test_file_that_is_no_image(root, write_images, cache_dir, content, position):
+    write_images(root, SPLITS)
+    path = root / "train" / "cat" / f"{position:02}.png"
+    good = path.read_bytes()
+    path.write_bytes(content)
+    assert refusal(root).startswith(f"{path} cannot be read as an image: ")
+    assert not [path for path in cache_dir.rglob("*") if path.is_file()]
+    path.write_bytes(good)
+    load("folder", data_dir=root)
+
+
+def test_images_of_different_sizes(root, write_images):
+    write_images(root, SPLITS)
+    other = root / "validation" / "dog" / "01.png"
+    Image.new("RGB", (9, 7)).save(other)
+    assert refusal(root) == (
+        f"the images differ in size, {root}/train/cat/00.png is 8 x 8 and {other} is 9 x 7: "
+        "give --image-size=N to resize them"
+    )
+    assert load("folder", data_dir=root, image_size=8).splits["validation"].images.shape[1:3] == (
+        8,
+        8,
+    )

@@ -1,0 +1,207 @@
+"""The closed forms against the modules, against PyTorch, and against arithmetic by hand."""
+
+import functools
+import math
+
+import jax
+import pytest
+import torch
+from flax import nnx
+from torch_twins import torch_resnet14, torch_resnet18
+
+from chansel_jax import ChannelSelectionConv, SubKernelConv, resnet14, resnet18
+from chansel_jax.counting import (
+    LayerCount,
+    break_even,
+    chansel_cost,
+    count_layer,
+    count_network,
+    subkernel_cost,
+)
+from chansel_jax.resnet import CONVS
+
+PRESETS = {"resnet14": (resnet14, torch_resnet14), "resnet18": (resnet18, torch_resnet18)}
+
+
+def abstract(module, *arguments, **options):
+    """A layer or network without any array in it."""
+    return nnx.eval_shape(lambda: module(*arguments, **options, rngs=nnx.Rngs(0)))
+
+
+def parameter_count(module):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
+def torch_multiply_adds(network, image_size):
+    """Output shape and multiply-adds of every convolution and dense layer, as PyTorch runs them."""
+    counts = {}
+
+    def count(name, module, inputs, output):
+        each = math.prod(module.weight.shape[1:])
+        counts[name] = (tuple(output.shape[1:]), output.numel() * each)
+
+    for name, module in network.named_modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            module.register_forward_hook(functools.partial(count, name))
+    network(torch.zeros(1, 3, *image_size, device="meta"))
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("preset", "kind", "options", "parameters"),
+    [
+        ("resnet14", "subkernel", {}, 174_787),
+        ("resnet14", "chansel", {}, 27_363),
+        ("resnet14", "chansel", {"width": 32}, 97_731),
+        ("resnet14", "chansel", {"width": 44}, 178_731),
+        ("resnet14", "chansel", {"rank": 2}, 50_339),
+        ("resnet14", "chansel", {"rank": 3}, 73_315),
+        ("resnet14", "chansel", {"rank": 4}, 96_291),
+        ("resnet18", "subkernel", {}, 11_689_512),
+        ("resnet18", "chansel", {}, 1_954_024),
+        ("resnet18", "chansel", {"use_bias": True}, 1_958_824),
+    ],
+)
+def test_parameters_of_the_networks(preset, kind, options, parameters):
+    flax_preset, torch_preset = PRESETS[preset]
+    network = abstract(flax_preset, CONVS[kind], **options)
+    with torch.device("meta"):
+        twin = torch_preset(kind, **options)
+    assert sum(row.parameters for row in count_network(network.config, 64)) == parameters
+    assert parameter_count(network) == parameters
+    assert sum(p.numel() for p in twin.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("conv", "preset", "options"),
+    [
+        (SubKernelConv, resnet14, {}),
+        (ChannelSelectionConv, resnet18, {"rank": 2, "use_bias": True}),
+        (functools.partial(ChannelSelectionConv, norm=True), resnet18, {"width": 8, "rank": 3}),
+    ],
+)
+def test_rows_are_the_modules_of_the_network(conv, preset, options):
+    network = abstract(preset, conv, **options)
+    modules = {".".join(map(str, path)): m for path, m in nnx.iter_modules(network)}
+    rows = count_network(network.config, (64, 48))
+    assert len({row.name for row in rows}) == len(rows)
+    for row in rows:
+        assert row.parameters == parameter_count(modules[row.name]), row.name
+    assert sum(row.parameters for row in rows) == parameter_count(network)
+
+
+@pytest.mark.parametrize("kind", CONVS)
+@pytest.mark.parametrize(
+    ("preset", "image_size", "options"),
+    [
+        ("resnet14", (32, 32), {}),
+        ("resnet14", (33, 47), {"rank": 4, "width": 8}),
+        ("resnet18", (224, 224), {}),
+        ("resnet18", (65, 50), {"use_bias": True}),
+    ],
+)
+def test_outputs_and_multiply_adds_are_those_of_torch(preset, kind, image_size, options):
+    if kind == "subkernel":
+        options = {name: value for name, value in options.items() if name != "rank"}
+    flax_preset, torch_preset = PRESETS[preset]
+    with torch.device("meta"):
+        twin = torch_preset(kind, **options)
+    expected = {}
+    for name, (output, multiply_adds) in torch_multiply_adds(twin, image_size).items():
+        # The two parts of a channel selection count as one layer; the last layer is `fc` itself.
+        layer = name.removesuffix(".conv2d").removesuffix(".fc")
+        before = expected.get(layer, (None, 0))[1]
+        expected[layer] = (output, before + multiply_adds)
+    rows = count_network(abstract(flax_preset, CONVS[kind], **options).config, image_size)
+    actual = [(row.output, row.multiply_adds) for row in rows if row.kind != "batch_norm"]
+    assert actual == [((*o[1:], o[0]), count) for o, count in expected.values()]
+
+
+def test_multiply_adds_of_resnet18_are_the_well_known_ones():
+    rows = count_network(abstract(resnet18, SubKernelConv).config, 224)
+    assert sum(row.multiply_adds for row in rows) == 1_814_073_344
+
+
+def test_multiply_adds_of_resnet14_by_hand():
+    stem = 32 * 32 * 9 * 3 * 16
+    dense_layer = 64 * 3
+    # Two blocks of 16 channels on 32 × 32; then, on 16 × 16 and 8 × 8, a convolution that doubles
+    # the channels, three that keep them, and the shortcut.
+    stage1 = 4 * 32 * 32 * 9 * 16 * 16
+    stage2 = 16 * 16 * (9 * 16 * 32 + 3 * 9 * 32 * 32 + 16 * 32)
+    stage3 = 8 * 8 * (9 * 32 * 64 + 3 * 9 * 64 * 64 + 32 * 64)
+    rows = count_network(abstract(resnet14, SubKernelConv).config, 32)
+    total = stem + stage1 + stage2 + stage3 + dense_layer
+    assert sum(row.multiply_adds for row in rows) == total
+
+    # A channel selection sums the channels at the size of its input.
+    stage1 = 4 * 32 * 32 * (16 * 16 + 9 * 16)
+    stage2 = 2 * 32 * 32 * 16 * 32 + 16 * 16 * (4 * 9 * 32 + 3 * 32 * 32 + 32)
+    stage3 = 2 * 16 * 16 * 32 * 64 + 8 * 8 * (4 * 9 * 64 + 3 * 64 * 64 + 64)
+    rows = count_network(abstract(resnet14, ChannelSelectionConv).config, 32)
+    total = stem + stage1 + stage2 + stage3 + dense_layer
+    assert sum(row.multiply_adds for row in rows) == total
+
+
+def test_one_layer_of_each_kind_by_hand():
+    # 4 × 3 outputs from 8 × 6 inputs; kernels of 2 · 5 elements, 3 channels in, 7 out.
+    window = {"kernel_size": (2, 5), "strides": 2}
+    layer = abstract(SubKernelConv, 3, 7, **window)
+    assert count_layer(layer, (8, 6, 3), name="a") == LayerCount(
+        "a", "subkernel", (4, 3, 7), 3 * 7 * 10 + 7, 12 * 3 * 7 * 10
+    )
+    layer = abstract(ChannelSelectionConv, 3, 7, **window, rank=2, norm=True)
+    assert count_layer(layer, (8, 6, 3), name="b") == LayerCount(
+        "b", "chansel", (4, 3, 7), 3 * 14 + 14 * 10 + 7 + 28, 48 * 3 * 14 + 12 * 14 * 10
+    )
+    assert count_layer(abstract(nnx.BatchNorm, 7), [4, 3, 7]) == LayerCount(
+        "", "batch_norm", (4, 3, 7), 14, 0
+    )
+    layer = abstract(nnx.Linear, 7, 5)
+    assert count_layer(layer, (7,)) == LayerCount("", "dense", (5,), 40, 35)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_bias": False}])
+def test_costs_need_no_module(options):
+    bias = 0 if options else 6
+    assert subkernel_cost(4, 6, 3, output_size=5, **options) == (216 + bias, 25 * 216)
+    cost = chansel_cost(4, 6, 3, input_size=(10, 9), output_size=5, **options)
+    assert cost == (24 + 54 + bias, 90 * 24 + 25 * 54)
+
+
+@pytest.mark.parametrize(("kernel_size", "in_channels"), [(3, 9 / 8), ((1, 2), 2), (1, math.inf)])
+def test_break_even(kernel_size, in_channels):
+    assert break_even(kernel_size) == in_channels
+
+
+@pytest.mark.parametrize("kernel_size", [1, 2, 3, (1, 2), (1, 3)])
+def test_channel_selection_is_smaller_above_the_break_even(kernel_size):
+    for in_channels in range(1, 8):
+        dense, _ = subkernel_cost(in_channels, 5, kernel_size, output_size=1)
+        chansel, _ = chansel_cost(in_channels, 5, kernel_size, input_size=1, output_size=1)
+        assert (chansel < dense) == (in_channels > break_even(kernel_size))
+
+
+def test_other_convolutions_have_no_closed_form():
+    config = abstract(resnet14, nnx.Conv).config
+    with pytest.raises(ValueError, match="conv=.*Conv"):
+        count_network(config, 32)
+
+
+@pytest.mark.parametrize("image_size", [0, (32,), (32, 32, 3), 32.0])
+def test_wrong_image_size(image_size):
+    with pytest.raises(ValueError) as error:
+        count_network(abstract(resnet14).config, image_size)
+    assert f"image_size={image_size!r}" in str(error.value)
+
+
+def test_layers_that_cannot_be_counted():
+    with pytest.raises(ValueError, match="layer=Dropout"):
+        count_layer(nnx.Dropout(0.5), (3,))
+    conv = abstract(ChannelSelectionConv, 3, 7, 3)
+    with pytest.raises(ValueError, match=r"input_shape=\(8, 6, 4\)"):
+        count_layer(conv, (8, 6, 4))
+    with pytest.raises(ValueError, match=r"input_shape=\(3,\)"):
+        count_layer(conv, (3,))
+    with pytest.raises(ValueError, match=r"input_shape=\(6,\)"):
+        count_layer(abstract(nnx.Linear, 7, 5), (6,))
