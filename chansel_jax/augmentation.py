@@ -15,6 +15,7 @@ def normalise(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
         mean: `(C,)`, in units of the images (0 to 255).
         std: `(C,)`, likewise.
     """
+    mean, std = (jnp.reshape(statistic, (1, 1, 1, -1)) for statistic in (mean, std))
     return (images.astype(jnp.float32) - mean) / std
 
 

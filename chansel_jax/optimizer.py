@@ -1,6 +1,7 @@
 """Optimisers, learning-rate schedules and weight decay, all optax's."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -32,7 +33,10 @@ class OptimizerSettings:
     """Parameters without weight decay, any of: biases, norms, depthwise (kernels)."""
 
     def __post_init__(self):
-        if not self.learning_rate > 0:
+        for name in ("learning_rate", "warmup_epochs", "weight_decay"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} must be finite")
+        if self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive")
         for name in ("warmup_epochs", "weight_decay"):
             if getattr(self, name) < 0:
@@ -121,7 +125,8 @@ def decayed(params: Any, undecayed: tuple[Undecayed, ...]) -> Any:
 
 
 def _kind(names: list[str | int]) -> str:
-    owner, name = names[-2:]
-    if str(owner).startswith("norm") or str(owner).endswith("_norm"):
+    *owners, name = names
+    owner = str(owners[-1]) if owners else ""
+    if owner.startswith("norm") or owner.endswith("_norm"):
         return "norms"
     return {"bias": "biases", "depthwise": "depthwise"}.get(name, "others")

@@ -1,7 +1,8 @@
 """What a run leaves in its folder for people and programs to read, checkpoints apart.
 
-`config.json`, `metrics.jsonl`, TensorBoard events, `losses.png` and `summary.json`. The history of a
-run is a list of rows, one an epoch, each a flat dict of numbers (see `best_epoch` and `summarise`).
+`config.json`, `metrics.jsonl`, TensorBoard events, `losses.png` and `summary.json`. The history of
+a run is a list of rows, one an epoch, each a flat dict of numbers (see `best_epoch` and
+`summarise`).
 """
 
 import json

@@ -61,8 +61,8 @@ def from_torch(network: ResNet, state_dict: Mapping[str, Any]) -> None:
             makes meaningless, is ignored.
 
     Raises:
-        ValueError: listing all names that are missing, unexpected, or of a wrong shape. Nothing is
-            loaded then.
+        ValueError: listing all names that are missing, unexpected, or of a wrong shape; or naming
+            a layer of the network that has no PyTorch counterpart. Nothing is loaded then.
     """
     entries = {entry.name: entry for entry in _entries(network)}
     arrays = {
@@ -92,6 +92,9 @@ def to_torch(network: ResNet) -> dict[str, np.ndarray]:
         NumPy arrays that own their memory, by name, with the shapes `from_torch` takes and the
         dtypes of the network's variables. `num_batches_tracked` is not among them; PyTorch's strict
         loading does without.
+
+    Raises:
+        ValueError: naming a layer of the network that has no PyTorch counterpart.
     """
     return {
         entry.name: np.array(np.asarray(entry.variable[...]).transpose(entry.axes), order="C")

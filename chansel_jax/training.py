@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -242,9 +241,7 @@ def make_train_step(
         return state, totals
 
     return jax.jit(
-        chex.assert_max_traces(train_step, n=1),
-        donate_argnums=(0, 1),
-        out_shardings=NamedSharding(mesh, PartitionSpec()),
+        train_step, donate_argnums=(0, 1), out_shardings=NamedSharding(mesh, PartitionSpec())
     )
 
 

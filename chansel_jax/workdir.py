@@ -64,9 +64,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
     except ValueError as error:
         raise WorkdirError(f"{path} is damaged ({error}): take another --workdir") from error
+    return config
 
 
 def _rename_aside(workdir: Path) -> Path:

@@ -20,8 +20,8 @@ class CommandError(Exception):
 def run(main: Callable[[Settings], object], settings_type: type[Settings], name: str) -> None:
     """Calls `main` with settings read from the command line.
 
-    A `CommandError` ends the program with one line on standard error and exit code 1, a wrong flag
-    with 2, an interruption by the user with 130.
+    A `CommandError` or `OSError` ends the program with one line on standard error and exit code 1,
+    a wrong flag with 2, an interruption by the user with 130.
 
     Args:
         main: the command.
@@ -31,7 +31,7 @@ def run(main: Callable[[Settings], object], settings_type: type[Settings], name:
     try:
         main(parse(settings_type, name))
     except (CommandError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(EXIT_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -55,8 +55,8 @@ def epoch_line(history: Sequence[Row]) -> str:
     """The last epoch of `history` in the columns of `EPOCH_HEADER`."""
     row, best = history[-1], best_epoch(history)
     return (
-        f"{row['epoch']:5d}  {row['train_loss']:10.4f}  {row['train_accuracy']:6.2%}"
-        f"  {row['val_loss']:8.4f}  {row['val_accuracy']:6.2%}  {row['learning_rate']:13.2e}"
+        f"{row['epoch']:5d}  {row['train_loss']:10.4f} {row['train_accuracy']:7.2%}"
+        f"  {row['val_loss']:8.4f} {row['val_accuracy']:7.2%}  {row['learning_rate']:13.2e}"
         f"  {row['images_per_second']:8,.0f}  {row['seconds']:7.1f}"
         f"  {best['epoch']:4d} ({best['val_loss']:.4f})"
     )

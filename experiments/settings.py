@@ -80,8 +80,8 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing} must be in [0, 1)")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must not be negative")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be in [0, 2**32)")
 
 
 def run_name(settings: Settings) -> str:

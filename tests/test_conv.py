@@ -235,7 +235,13 @@ def test_full_rank_expresses_every_dense_kernel(in_channels, kernel_size):
     rank = min(in_channels, elements)
     dense = SubKernelConv(in_channels, 5, kernel_size, use_bias=False, rngs=nnx.Rngs(0))
     layer = ChannelSelectionConv(
-        in_channels, 5, kernel_size, rank=rank, use_bias=False, rngs=nnx.Rngs(1)
+        in_channels,
+        5,
+        kernel_size,
+        rank=rank,
+        use_bias=False,
+        kernel_init=nnx.initializers.zeros,
+        rngs=nnx.Rngs(1),
     )
     # Every filter, as a matrix of channels × window, is a sum of `rank` outer products.
     filters = np.asarray(dense.kernel[...]).reshape(elements, in_channels, 5).transpose(2, 1, 0)

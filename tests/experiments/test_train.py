@@ -1,0 +1,298 @@
+import dataclasses
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from chansel_jax import checkpoint
+from chansel_jax.optimizer import OptimizerSettings
+from experiments import train
+from experiments.command_line import CommandError
+from experiments.settings import DataSettings, NetworkSettings, Settings
+
+COLOURS = {"blue": (60, 90, 200), "green": (60, 200, 90), "red": (200, 60, 60)}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of noisy squares of three colours: 3 × 20 for training, 3 × 9 for validation."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 20), ("validation", 9)):
+        for name, colour in COLOURS.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.normal(colour, 40, (8, 8, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    """Prepared data sets stay out of the user's own folder, compiled functions are shared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def settings(images, tmp_path_factory):
+    return Settings(
+        network=NetworkSettings(width=4),
+        data=DataSettings(dataset="folder", data_dir=images),
+        optimization=OptimizerSettings(warmup_epochs=0.5),
+        epochs=3,
+        batch_size=16,
+        workdir=tmp_path_factory.mktemp("runs") / "whole",
+    )
+
+
+def run(settings):
+    """The summary, and what was printed."""
+    console = Console(file=io.StringIO(), width=120)
+    summary = train.train_and_evaluate(settings, console)
+    return summary, console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(settings):
+    """An uninterrupted run."""
+    return run(settings)
+
+
+def variant(settings, workdir, **changes):
+    return dataclasses.replace(settings, workdir=workdir, **changes)
+
+
+def snapshot(folder):
+    """Every file's bytes and time of change."""
+    return {
+        path: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def copy_run(source, target):
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    return target
+
+
+def test_run_leaves_all_its_files(settings, whole):
+    workdir = settings.workdir
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert json.loads((workdir / "config.json").read_text())["settings"]["network"]["width"] == 4
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir())[-2:] == ["2", "3"]
+    assert list(workdir.glob("events.out.tfevents.*"))
+    with Image.open(workdir / "losses.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_summary_holds_the_runs_figures(settings, whole):
+    summary, _ = whole
+    assert summary == json.loads((settings.workdir / "summary.json").read_text())
+    rows = [json.loads(line) for line in (settings.workdir / "metrics.jsonl").open()]
+    best = min(rows, key=lambda row: row["val_loss"])
+    expected = {
+        "model": "resnet14",
+        "conv": "chansel",
+        "dataset": "folder",
+        "epochs": 3,
+        "best_epoch": best["epoch"],
+        "best_val_loss": best["val_loss"],
+        "train_loss_at_best": best["train_loss"],
+        "best_val_accuracy": max(row["val_accuracy"] for row in rows),
+        "final_val_accuracy": rows[-1]["val_accuracy"],
+        "seconds_per_epoch": sorted(row["seconds"] for row in rows)[1],
+    }
+    assert summary.items() >= expected.items()
+    # Width 4: counted by hand in the tests of counting; here that both figures arrive.
+    assert summary["parameters"] > 0 and summary["multiply_adds"] > summary["parameters"]
+    assert re.fullmatch("[0-9a-f]{64}", summary["params_sha256"])
+
+
+def test_network_learns_what_colours_tell(whole):
+    assert whole[0]["best_val_accuracy"] > 0.9
+
+
+def test_output_names_devices_sizes_layers_and_epochs(whole):
+    _, output = whole
+    for part in ("8 × cpu", "jax ", "60 train, 27 validation", "blocks.5.conv2", "total"):
+        assert part in output
+    assert len(re.findall(r"^ +[123]  +\d\.\d{4}  ", output, re.MULTILINE)) == 3
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_interrupted_run_ends_bit_for_bit_like_the_whole(
+    settings, whole, tmp_path, monkeypatch, epoch
+):
+    train_epoch = train.train_epoch
+
+    def interrupted(experiment, number, *arguments):
+        if number > epoch:
+            raise KeyboardInterrupt
+        return train_epoch(experiment, number, *arguments)
+
+    monkeypatch.setattr(train, "train_epoch", interrupted)
+    part = variant(settings, tmp_path / "part")
+    with pytest.raises(KeyboardInterrupt):
+        run(part)
+    monkeypatch.undo()
+    summary, output = run(part)
+    assert f"resumed after epoch {epoch} of 3" in output
+    for name in ("params_sha256", "best_val_loss", "train_loss_at_best", "best_epoch"):
+        assert summary[name] == whole[0][name]
+    assert len((tmp_path / "part" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_killed_process_resumes_bit_for_bit(settings, whole, tmp_path):
+    workdir = tmp_path / "killed"
+    command = [
+        *(sys.executable, "-m", "experiments.train", "--dataset=folder", "--width=4"),
+        *(f"--data-dir={settings.data.data_dir}", "--warmup-epochs=0.5", "--batch-size=16"),
+        *("--epochs=3", f"--workdir={workdir}"),
+    ]
+    # As many devices as in this process, so that sums are added in the same order.
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not (workdir / "checkpoints" / "1").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert (workdir / "checkpoints" / "1").exists() and not (workdir / "summary.json").exists()
+    summary, output = run(variant(settings, workdir, resume="must"))
+    assert "resumed after epoch" in output
+    assert summary["params_sha256"] == whole[0]["params_sha256"]
+
+
+def test_finished_run_is_reported_again(settings, whole):
+    summary, output = run(settings)
+    assert summary == whole[0]
+    assert "resumed after epoch 3 of 3" in output and "compiled" not in output
+
+
+def test_damaged_newest_checkpoint_is_trained_again(settings, whole, tmp_path):
+    workdir = copy_run(settings.workdir, tmp_path / "damaged")
+    for path in (workdir / "checkpoints" / "3" / "state" / "d").iterdir():
+        os.truncate(path, path.stat().st_size // 2)
+    summary, output = run(variant(settings, workdir))
+    assert "checkpoint of epoch 3 is damaged" in output and "resumed after epoch 2" in output
+    assert summary["params_sha256"] == whole[0]["params_sha256"]
+
+
+def test_other_settings_are_named_and_nothing_is_touched(settings, whole):
+    before = snapshot(settings.workdir)
+    other = variant(
+        settings,
+        settings.workdir,
+        batch_size=8,
+        optimization=OptimizerSettings(warmup_epochs=0.5, weight_decay=0.0),
+    )
+    with pytest.raises(CommandError, match=r"batch_size: 16 → 8; .*weight_decay: 0\.05 → 0\.0"):
+        run(other)
+    assert snapshot(settings.workdir) == before
+
+
+def test_other_images_are_named(settings, whole, images, tmp_path):
+    tree = copy_run(images, tmp_path / "images")
+    next((tree / "train" / "red").iterdir()).unlink()
+    workdir = copy_run(settings.workdir, tmp_path / "run")
+    other = variant(settings, workdir, data=DataSettings(dataset="folder", data_dir=tree))
+    with pytest.raises(CommandError, match="train: 60 → 59"):
+        run(other)
+
+
+def test_never_resuming_keeps_the_older_run(settings, whole, tmp_path):
+    workdir = copy_run(settings.workdir, tmp_path / "run")
+    before = snapshot(workdir).values()
+    short = variant(settings, workdir, epochs=1, resume="never")
+    summary, output = run(short)
+    assert summary["epochs"] == 1 and "run.1" in output
+    assert list(snapshot(tmp_path / "run.1").values()) == list(before)
+
+
+def test_must_resume_needs_a_run(settings, tmp_path):
+    with pytest.raises(CommandError, match="resume=must"):
+        run(variant(settings, tmp_path / "none", resume="must"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(settings, tmp_path):
+    explosive = OptimizerSettings(
+        optimizer="sgd", schedule="constant", learning_rate=1e30, warmup_epochs=0
+    )
+    workdir = tmp_path / "explosive"
+    with pytest.raises(CommandError, match=r"not finite at step 1 \(epoch 1\); nothing was saved"):
+        run(variant(settings, workdir, optimization=explosive))
+    train_epoch = train.train_epoch
+
+    def exploding(experiment, epoch, step, evaluate, state, console):
+        if epoch == 2:
+            state = dataclasses.replace(state, params=_infinite(state.params))
+        return train_epoch(experiment, epoch, step, evaluate, state, console)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_epoch", exploding)
+        with pytest.raises(CommandError, match=r"step 3 \(epoch 2\); the checkpoint of epoch 1"):
+            run(variant(settings, tmp_path / "later"))
+    with checkpoint.open_checkpoints(tmp_path / "later" / "checkpoints", print) as manager:
+        assert manager.all_steps() == [1]
+    assert (tmp_path / "later" / "losses.png").exists()
+
+
+def _infinite(params):
+    import jax
+
+    return jax.tree.map(lambda leaf: leaf * np.float32(np.inf), params)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 64}, "batch_size=64 must be at most the 60 training images"),
+        ({"batch_size": 12}, "batch_size=12 must divide by the 8 devices: take 8 or 16"),
+        ({"network": NetworkSettings(rank=10)}, "rank=10"),
+        ({"network": NetworkSettings(conv="subkernel", rank=2)}, "rank=2"),
+        ({"network": NetworkSettings(width=0)}, "width=0"),
+        ({"network": NetworkSettings(dropout_rate=1.0)}, "dropout_rate=1.0"),
+        ({"optimization": OptimizerSettings(warmup_epochs=3)}, "warmup_epochs=3"),
+        ({"data": DataSettings(dataset="folder", data_dir=Path("missing"))}, "missing"),
+        ({"data": DataSettings(dataset="silhouettes", image_size=9)}, "image_size=9|image-size=9"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_written(
+    settings, tmp_path, changes, message
+):
+    with pytest.raises(CommandError, match=message) as error:
+        run(variant(settings, tmp_path / "run", **changes))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_command_fails_with_one_line(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "experiments.train", "--dataset=folder", "--data-dir=missing"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_subkernel_trains_in_bfloat16(settings, tmp_path):
+    network = NetworkSettings(conv="subkernel", width=4, dtype="bfloat16")
+    summary, _ = run(variant(settings, tmp_path / "run", network=network))
+    assert summary["conv"] == "subkernel" and summary["best_val_accuracy"] > 0.9

@@ -1,0 +1,146 @@
+import os
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from chansel_jax import checkpoint, training
+
+VAL_LOSSES = (5.0, 1.0, 3.0, 4.0, 5.0)
+
+
+def make_state(seed):
+    """A small state that has the structure of a real one: nested dicts with integer keys."""
+    values = iter(np.random.default_rng(seed).normal(size=(6, 64)).astype(np.float32))
+    params = {"blocks": {0: {"kernel": next(values)}, 1: {"kernel": next(values)}}}
+    state = training.TrainState(
+        params=params,
+        batch_stats={"mean": next(values)},
+        opt_state=({"mu": next(values)}, (), {"count": np.int32(seed)}),
+        step=np.int32(seed),
+        key=jax.random.key_data(jax.random.key(seed)),
+    )
+    return jax.device_put(state, NamedSharding(training.data_mesh(), PartitionSpec()))
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """Checkpoints of epochs 1 to 5, of which 2 was the best."""
+    with checkpoint.open_checkpoints(tmp_path / "checkpoints", print) as manager:
+        for epoch, val_loss in enumerate(VAL_LOSSES, 1):
+            checkpoint.save(manager, epoch, make_state(epoch), {"history": [epoch]}, val_loss)
+    return tmp_path / "checkpoints"
+
+
+def restore(directory):
+    """What is restored, and the lines reported."""
+    lines = []
+    with checkpoint.open_checkpoints(directory, lines.append) as manager:
+        return checkpoint.restore_latest(manager, make_state(0), lines.append), lines
+
+
+def data_file(directory, epoch):
+    """The largest file of those that hold the arrays of a checkpoint."""
+    return max((directory / str(epoch) / "state" / "d").iterdir(), key=lambda p: p.stat().st_size)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_state_record_and_placement_come_back(directory):
+    (state, record), lines = restore(directory)
+    chex.assert_trees_all_equal(state, make_state(5))
+    chex.assert_trees_all_equal_dtypes(state, make_state(5))
+    assert state.step.sharding.is_fully_replicated and len(state.step.devices()) == 8
+    assert record == {"history": [5]}
+    assert lines == []
+
+
+def test_last_two_and_best_are_kept(directory):
+    assert sorted(path.name for path in directory.iterdir()) == ["2", "4", "5"]
+    with checkpoint.open_checkpoints(directory, print) as manager:
+        assert manager.best_step() == 2
+        state, _ = checkpoint.restore(manager, 2, make_state(0))
+    chex.assert_trees_all_equal(state, make_state(2))
+
+
+def test_nothing_to_restore(tmp_path):
+    assert restore(tmp_path / "new") == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("data", truncate),
+        ("data", flip_a_bit),
+        ("data", Path.unlink),
+        ("state/manifest.ocdbt", flip_a_bit),
+        ("state/manifest.ocdbt", Path.unlink),
+        ("record/metadata", truncate),
+        ("record/metadata", Path.unlink),
+        ("metrics/metrics", truncate),
+    ],
+)
+def test_damaged_newest_is_reported_and_the_one_before_used(directory, file, damage):
+    damage(data_file(directory, 5) if file == "data" else directory / "5" / file)
+    (state, record), lines = restore(directory)
+    chex.assert_trees_all_equal(state, make_state(4))
+    assert record == {"history": [4]}
+    assert len(lines) == 1 and "checkpoint of epoch 5 is damaged" in lines[0]
+    assert (directory / "damaged-5").is_dir() and not (directory / "5").exists()
+
+
+def test_state_that_is_not_the_one_saved_is_damage(directory, monkeypatch):
+    # Arrays that read well but differ from those saved: only the digest can tell.
+    digest, seen = training.digest, []
+
+    def digest_that_differs_once(tree):
+        seen.append(tree)
+        return digest(tree) if len(seen) > 1 else "another"
+
+    monkeypatch.setattr(checkpoint, "digest", digest_that_differs_once)
+    (state, _), lines = restore(directory)
+    chex.assert_trees_all_equal(state, make_state(4))
+    assert "digest" in lines[0]
+
+
+def test_training_goes_on_after_damage(directory):
+    truncate(data_file(directory, 5))
+    lines = []
+    for _ in range(2):  # the second time a damaged-5 is already there
+        with checkpoint.open_checkpoints(directory, lines.append) as manager:
+            checkpoint.restore_latest(manager, make_state(0), lines.append)
+            checkpoint.save(manager, 5, make_state(55), {"history": []}, 0.5)
+        (state, _), _ = restore(directory)
+        chex.assert_trees_all_equal(state, make_state(55))
+        truncate(data_file(directory, 5))
+    restore(directory)
+    assert {"damaged-5", "damaged-5-2"} <= {path.name for path in directory.iterdir()}
+
+
+def test_all_damaged_is_an_error(directory):
+    for epoch in (2, 4, 5):
+        truncate(data_file(directory, epoch))
+    with pytest.raises(checkpoint.CheckpointError, match=r"every checkpoint under .* is damaged"):
+        restore(directory)
+
+
+def test_save_does_not_wait_for_the_disk_nor_see_later_changes(tmp_path):
+    # The state is consumed by the next step, so what is being saved must be a copy.
+    with checkpoint.open_checkpoints(tmp_path, print) as manager:
+        state = make_state(1)
+        checkpoint.save(manager, 1, state, {}, 1.0)
+        jax.jit(lambda s: jax.tree.map(jnp.zeros_like, s), donate_argnums=0)(state)
+    (restored, _), _ = restore(tmp_path)
+    chex.assert_trees_all_equal(restored, make_state(1))

@@ -1,0 +1,142 @@
+"""Whose folder it is: new, the same run's, another's, renamed, damaged."""
+
+import json
+
+import pytest
+
+from chansel_jax.workdir import WorkdirError, claim
+
+CONFIG = {
+    "settings": {"seed": 0, "network": {"conv": "chansel", "width": None}},
+    "data": {"class_names": ("cat", "dog"), "mean": [1.5, 2.25]},
+}
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """The folder of a run with `CONFIG`."""
+    path = tmp_path / "runs" / "mine"
+    claim(path, CONFIG, "auto")
+    (path / "checkpoints").mkdir()
+    (path / "checkpoints" / "1").write_bytes(b"\x00parameters")
+    return path
+
+
+def snapshot(root):
+    """Bytes and time of change of everything under `root`, by path."""
+    return {
+        str(path.relative_to(root)): (
+            path.stat().st_mtime_ns,
+            path.read_bytes() if path.is_file() else None,
+        )
+        for path in (root, *root.rglob("*"))
+    }
+
+
+def contents(root):
+    return {name: content for name, (_, content) in snapshot(root).items()}
+
+
+def changed(config, **settings):
+    return {**config, "settings": {**config["settings"], **settings}}
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_new_folder_gets_its_config(tmp_path, resume, exists):
+    path = tmp_path / "runs" / "mine"
+    if exists:
+        path.mkdir(parents=True)
+    assert claim(path, CONFIG, resume) is None
+    assert [entry.name for entry in path.iterdir()] == ["config.json"]
+    assert json.loads((path / "config.json").read_text()) == json.loads(json.dumps(CONFIG))
+
+
+@pytest.mark.parametrize("resume", ["auto", "must"])
+def test_same_config_touches_nothing(tmp_path, workdir, resume):
+    before = snapshot(tmp_path)
+    assert claim(workdir, CONFIG, resume) is None
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("resume", ["auto", "must"])
+def test_other_config_is_refused_with_all_that_differs_and_touches_nothing(
+    tmp_path, workdir, resume
+):
+    other = {
+        "settings": {"seed": 1, "network": {"conv": "subkernel", "width": None}, "epochs": 20},
+        "data": {"class_names": ("cat", "dog"), "mean": [1.5, 2.5]},
+    }
+    before = snapshot(tmp_path)
+    with pytest.raises(WorkdirError) as raised:
+        claim(workdir, other, resume)
+    assert str(raised.value) == (
+        f"the run in {workdir} has other settings (mean: [1.5, 2.25] → [1.5, 2.5]; "
+        "epochs: None → 20; conv: chansel → subkernel; seed: 0 → 1): "
+        "take another --workdir, or --resume=never to start anew"
+    )
+    assert snapshot(tmp_path) == before
+
+
+def test_setting_that_is_gone_is_named(workdir):
+    other = changed(CONFIG)
+    del other["settings"]["seed"]
+    with pytest.raises(WorkdirError, match=r"\(seed: 0 → None\)"):
+        claim(workdir, other, "auto")
+
+
+@pytest.mark.parametrize("config", [CONFIG, changed(CONFIG, seed=1)], ids=["same", "other"])
+def test_never_renames_the_run_and_keeps_its_content(tmp_path, workdir, config):
+    before = snapshot(workdir)
+    aside = claim(workdir, config, "never")
+    assert aside == tmp_path / "runs" / "mine.1"
+    assert snapshot(aside) == before
+    assert contents(workdir).keys() == {".", "config.json"}
+    assert claim(workdir, config, "must") is None
+
+
+def test_never_counts_on_past_folders_and_files(tmp_path, workdir):
+    (tmp_path / "runs" / "mine.2").write_text("a file of someone else's")
+    contents_of = {}
+    for seed, name in ((1, "mine.1"), (2, "mine.3"), (3, "mine.4")):
+        contents_of[name] = contents(workdir)
+        assert claim(workdir, changed(CONFIG, seed=seed), "never").name == name
+    for name, before in contents_of.items():
+        assert contents(tmp_path / "runs" / name) == before
+    assert (tmp_path / "runs" / "mine.2").read_text() == "a file of someone else's"
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_must_without_a_run_fails_and_makes_nothing(tmp_path, exists):
+    path = tmp_path / "mine"
+    if exists:
+        path.mkdir()
+    before = snapshot(tmp_path)
+    with pytest.raises(WorkdirError, match=f"--resume=must: there is no run in {path}"):
+        claim(path, CONFIG, "must")
+    assert snapshot(tmp_path) == before
+
+
+DAMAGED = [b"", b'{"settings": {', b"[]", b"null", b"\xff\xfe"]
+
+
+@pytest.mark.parametrize("resume", ["auto", "must"])
+@pytest.mark.parametrize("content", DAMAGED, ids=repr)
+def test_damaged_config_is_named_in_one_line_and_touches_nothing(
+    tmp_path, workdir, content, resume
+):
+    (workdir / "config.json").write_bytes(content)
+    before = snapshot(tmp_path)
+    with pytest.raises(WorkdirError) as raised:
+        claim(workdir, CONFIG, resume)
+    [line] = str(raised.value).splitlines()
+    assert line.startswith(f"{workdir / 'config.json'} is damaged (")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=repr)
+def test_never_puts_a_damaged_run_aside(workdir, content):
+    (workdir / "config.json").write_bytes(content)
+    aside = claim(workdir, CONFIG, "never")
+    assert (aside / "config.json").read_bytes() == content
+    assert claim(workdir, CONFIG, "must") is None
