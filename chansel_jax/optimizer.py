@@ -21,8 +21,8 @@ class OptimizerSettings:
     """The highest learning rate."""
     schedule: Literal["cosine", "constant", "step"] = "cosine"
     """After the warm-up: fall to zero along a cosine, stay, or fall at --step-epochs."""
-    warmup_epochs: float = 2.0
-    """Epochs over which the learning rate rises from zero; may be a fraction."""
+    warmup_fraction: float = 0.05
+    """Share of all steps over which the learning rate rises from zero."""
     step_epochs: tuple[int, ...] = (100, 150, 180)
     """With --schedule=step: the epochs after which the learning rate is divided by ten."""
     momentum: float = 0.9
@@ -33,14 +33,15 @@ class OptimizerSettings:
     """Parameters without weight decay, any of: biases, norms, depthwise (kernels)."""
 
     def __post_init__(self):
-        for name in ("learning_rate", "warmup_epochs", "weight_decay"):
+        for name in ("learning_rate", "weight_decay"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} must be finite")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive")
-        for name in ("warmup_epochs", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay={self.weight_decay} must not be negative")
+        if not 0 <= self.warmup_fraction < 1:
+            raise ValueError(f"warmup_fraction={self.warmup_fraction} must be in [0, 1)")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum={self.momentum} must be in [0, 1)")
         if (
@@ -61,14 +62,10 @@ def make_schedule(
     """The learning rate as a function of the step, counted from 0.
 
     Raises:
-        ValueError: if the warm-up is not shorter than the training.
+        ValueError: if `settings.schedule` is unknown.
     """
-    warmup = round(settings.warmup_epochs * steps_per_epoch)
     total = epochs * steps_per_epoch
-    if warmup >= total:
-        raise ValueError(
-            f"warmup_epochs={settings.warmup_epochs} must be fewer than epochs={epochs}"
-        )
+    warmup = min(round(settings.warmup_fraction * total), total - 1)
     peak = settings.learning_rate
     match settings.schedule:
         case "cosine":

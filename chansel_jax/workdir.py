@@ -21,7 +21,7 @@ def claim(
         workdir: the run's folder.
         config: all that decides the run's result, as nested JSON.
         resume: `"auto"` goes on with a run that is there, `"must"` fails where there is none, and
-            `"never"` renames a folder that is there, to begin anew.
+            `"never"` renames the folder of a run that is there, to begin anew.
 
     Returns:
         What a folder that was there has been renamed to, or None.
@@ -33,9 +33,10 @@ def claim(
     config = json.loads(json.dumps(config))
     path = workdir / "config.json"
     aside = None
-    if path.exists() and resume == "never":
+    holds_run = path.exists() or (workdir / "checkpoints").exists()
+    if holds_run and resume == "never":
         aside = _rename_aside(workdir)
-    elif path.exists():
+    elif holds_run:
         found = differences(_read(path), config)
         if found:
             raise WorkdirError(
@@ -67,14 +68,14 @@ def _read(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
         if not isinstance(config, dict):
             raise ValueError("not an object")
-    except ValueError as error:
-        raise WorkdirError(f"{path} is damaged ({error}): take another --workdir") from error
+    except (OSError, ValueError) as error:
+        raise WorkdirError(f"{path} cannot be read ({error}): take another --workdir") from error
     return config
 
 
 def _rename_aside(workdir: Path) -> Path:
     """Renames `workdir` to the first free of `WORKDIR.1`, `WORKDIR.2`, …"""
-    number = 1
+    workdir, number = workdir.absolute(), 1
     while (aside := workdir.with_name(f"{workdir.name}.{number}")).exists():
         number += 1
     return workdir.rename(aside)

@@ -40,6 +40,8 @@ class Experiment:
     mesh: jax.sharding.Mesh
     splits: dict[str, training.DeviceSplit]
     steps_per_epoch: int
+    step: Callable
+    evaluate: Callable
 
     def init_state(self) -> training.TrainState:
         """The state before the first step."""
@@ -126,19 +128,32 @@ def build(settings: Settings) -> Experiment:
         settings.optimization, epochs=settings.epochs, steps_per_epoch=steps_per_epoch
     )
     mesh = training.data_mesh()
+    network = build_network(settings, len(dataset.class_names))
+    optimizer = make_optimizer(settings.optimization, schedule)
+    step = training.make_train_step(
+        network,
+        optimizer,
+        mesh=mesh,
+        batch_size=settings.batch_size,
+        steps_per_epoch=steps_per_epoch,
+        augmentation=settings.augmentation,
+        label_smoothing=settings.label_smoothing,
+    )
     statistics = training.channel_statistics(train_split.images)
     return Experiment(
         settings=settings,
         dataset=dataset,
-        network=build_network(settings, len(dataset.class_names)),
+        network=network,
         schedule=schedule,
-        optimizer=make_optimizer(settings.optimization, schedule),
+        optimizer=optimizer,
         mesh=mesh,
         splits={
             name: training.put_split(dataset.splits[name], *statistics, mesh)
             for name in ("train", "validation")
         },
         steps_per_epoch=steps_per_epoch,
+        step=step,
+        evaluate=training.make_evaluate(network, mesh=mesh, batch_size=settings.batch_size),
     )
 
 
@@ -181,25 +196,13 @@ def compile_functions(
     experiment: Experiment, state: training.TrainState, console: Console
 ) -> tuple[Callable, Callable]:
     """The training step and the evaluation, compiled."""
-    settings, splits = experiment.settings, experiment.splits
-    step = training.make_train_step(
-        experiment.network,
-        experiment.optimizer,
-        mesh=experiment.mesh,
-        batch_size=settings.batch_size,
-        steps_per_epoch=experiment.steps_per_epoch,
-        augmentation=settings.augmentation,
-        label_smoothing=settings.label_smoothing,
-    )
-    evaluate = training.make_evaluate(
-        experiment.network, mesh=experiment.mesh, batch_size=settings.batch_size
-    )
+    splits = experiment.splits
     order = training.epoch_order(state, len(splits["train"].labels), experiment.steps_per_epoch)
     start = time.perf_counter()
-    step = step.lower(
+    step = experiment.step.lower(
         state, training.init_totals(experiment.mesh), splits["train"], order
     ).compile()
-    evaluate = evaluate.lower(state, splits["validation"]).compile()
+    evaluate = experiment.evaluate.lower(state, splits["validation"]).compile()
     console.print(f"compiled in {time.perf_counter() - start:.1f} s")
     return step, evaluate
 

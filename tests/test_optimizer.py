@@ -33,23 +33,23 @@ def rates(settings, steps, *, epochs=10, steps_per_epoch=4):
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "step"])
 def test_warm_up_rises_evenly_to_the_peak(schedule):
-    settings = OptimizerSettings(schedule=schedule, learning_rate=2.0, warmup_epochs=1)
+    settings = OptimizerSettings(schedule=schedule, learning_rate=2.0, warmup_fraction=0.1)
     np.testing.assert_allclose(rates(settings, range(5)), [0.4, 0.8, 1.2, 1.6, 2.0], rtol=1e-6)
 
 
 def test_warm_up_of_half_an_epoch_takes_half_its_steps():
-    settings = OptimizerSettings(schedule="constant", learning_rate=3.0, warmup_epochs=0.5)
+    settings = OptimizerSettings(schedule="constant", learning_rate=3.0, warmup_fraction=0.05)
     np.testing.assert_allclose(rates(settings, range(4)), [1, 2, 3, 3], rtol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "step"])
 def test_without_warm_up_the_first_step_has_the_peak(schedule):
-    settings = OptimizerSettings(schedule=schedule, learning_rate=0.5, warmup_epochs=0)
+    settings = OptimizerSettings(schedule=schedule, learning_rate=0.5, warmup_fraction=0)
     assert rates(settings, [0]) == [0.5]
 
 
 def test_cosine_falls_from_the_end_of_warm_up_to_zero_at_the_end_of_training():
-    settings = OptimizerSettings(schedule="cosine", learning_rate=1.0, warmup_epochs=1)
+    settings = OptimizerSettings(schedule="cosine", learning_rate=1.0, warmup_fraction=0.1)
     # 36 steps after the warm-up: a third, half and two thirds of them, the last, and the end.
     last = (1 + np.cos(np.pi * 35 / 36)) / 2
     np.testing.assert_allclose(
@@ -58,14 +58,14 @@ def test_cosine_falls_from_the_end_of_warm_up_to_zero_at_the_end_of_training():
 
 
 def test_constant_stays_at_the_peak():
-    settings = OptimizerSettings(schedule="constant", learning_rate=0.3, warmup_epochs=1)
+    settings = OptimizerSettings(schedule="constant", learning_rate=0.3, warmup_fraction=0.1)
     np.testing.assert_allclose(rates(settings, range(4, 41)), 0.3, rtol=1e-6)
 
 
-@pytest.mark.parametrize("warmup_epochs", [0, 1, 2.5])
-def test_step_divides_by_ten_after_epochs_counted_from_the_start_of_training(warmup_epochs):
+@pytest.mark.parametrize("warmup_fraction", [0, 0.1, 0.25])
+def test_step_divides_by_ten_after_epochs_counted_from_the_start_of_training(warmup_fraction):
     settings = OptimizerSettings(
-        schedule="step", learning_rate=2.0, warmup_epochs=warmup_epochs, step_epochs=(3, 5)
+        schedule="step", learning_rate=2.0, warmup_fraction=warmup_fraction, step_epochs=(3, 5)
     )
     np.testing.assert_allclose(
         rates(settings, [11, 12, 19, 20, 39]), [2, 0.2, 0.2, 0.02, 0.02], rtol=1e-6
@@ -77,15 +77,9 @@ def test_step_without_epochs_stays():
     assert rates(settings, [8, 39]) == [2.0, 2.0]
 
 
-@pytest.mark.parametrize("warmup_epochs", [10, 12.5, 9.9])
-def test_warm_up_as_long_as_the_training_is_refused(warmup_epochs):
-    settings = OptimizerSettings(warmup_epochs=warmup_epochs)
-    with pytest.raises(ValueError, match=rf"warmup_epochs={warmup_epochs} .*epochs=10"):
-        make_schedule(settings, epochs=10, steps_per_epoch=4)
-
-
-def test_warm_up_of_all_steps_but_one_is_allowed():
-    settings = OptimizerSettings(learning_rate=4.0, warmup_epochs=9.75)
+@pytest.mark.parametrize("warmup_fraction", [0.975, 0.999])
+def test_warm_up_leaves_at_least_one_step(warmup_fraction):
+    settings = OptimizerSettings(learning_rate=4.0, warmup_fraction=warmup_fraction)
     np.testing.assert_allclose(rates(settings, [38, 39]), [4 * 39 / 40, 4], rtol=1e-6)
 
 
@@ -99,9 +93,9 @@ def test_warm_up_of_all_steps_but_one_is_allowed():
         ("learning_rate", -0.1),
         ("learning_rate", float("nan")),
         ("learning_rate", float("inf")),
-        ("warmup_epochs", -1.0),
-        ("warmup_epochs", float("nan")),
-        ("warmup_epochs", float("inf")),
+        ("warmup_fraction", -1.0),
+        ("warmup_fraction", float("nan")),
+        ("warmup_fraction", 1.0),
         ("weight_decay", -0.1),
         ("weight_decay", float("nan")),
         ("weight_decay", float("inf")),
@@ -178,7 +172,7 @@ def nested(values):
 )
 def test_steps_equal_those_of_pytorch(settings, undecayed, x64):
     settings = OptimizerSettings(
-        **settings, learning_rate=0.1, warmup_epochs=1, weight_decay=0.3, undecayed=undecayed
+        **settings, learning_rate=0.1, warmup_fraction=1 / 3, weight_decay=0.3, undecayed=undecayed
     )
     rng = np.random.default_rng(0)
     initial = {path: rng.normal(size=shape) for path, (shape, _) in LEAVES.items()}

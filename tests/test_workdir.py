@@ -1,6 +1,7 @@
 """Whose folder it is: new, the same run's, another's, renamed, damaged."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -130,7 +131,7 @@ def test_damaged_config_is_named_in_one_line_and_touches_nothing(
     with pytest.raises(WorkdirError) as raised:
         claim(workdir, CONFIG, resume)
     [line] = str(raised.value).splitlines()
-    assert line.startswith(f"{workdir / 'config.json'} is damaged (")
+    assert line.startswith(f"{workdir / 'config.json'} cannot be read (")
     assert snapshot(tmp_path) == before
 
 
@@ -140,3 +141,17 @@ def test_never_puts_a_damaged_run_aside(workdir, content):
     aside = claim(workdir, CONFIG, "never")
     assert (aside / "config.json").read_bytes() == content
     assert claim(workdir, CONFIG, "must") is None
+
+
+@pytest.mark.parametrize("resume", ["auto", "must"])
+def test_checkpoints_without_their_settings_are_refused(tmp_path, resume):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(WorkdirError, match=r"config\.json cannot be read"):
+        claim(tmp_path / "run", {"epochs": 1}, resume)
+
+
+def test_run_in_the_current_folder_can_be_renamed(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    claim(Path(), {"epochs": 1}, "auto")
+    assert claim(Path(), {"epochs": 1}, "never") == tmp_path / "run.1"
