@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 import tensorstore
+from flax import nnx
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from chansel_jax.training import TrainState, digest
@@ -38,12 +39,12 @@ def open_checkpoints(directory: str | Path, report: Callable[[str], None]) -> oc
     # Orbax reports every phase of every save; what went wrong reaches the caller as an exception.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     directory = Path(directory).absolute()
-    for metrics in directory.glob("[0-9]*/metrics/metrics"):
+    for epoch in _saved_epochs(directory):
         # The manager reads all metrics when it opens, and fails as a whole if it cannot.
         try:
-            json.loads(metrics.read_bytes())["val_loss"]
-        except (ValueError, TypeError, KeyError) as error:
-            _set_aside(directory, int(metrics.parts[-3]), error, report)
+            _saved_val_loss(directory, epoch)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            _set_aside(directory, epoch, error, report)
     keep = policies.AnyPreservationPolicy(
         [
             policies.LatestN(LAST_KEPT),
@@ -61,7 +62,11 @@ def open_checkpoints(directory: str | Path, report: Callable[[str], None]) -> oc
 def save(
     manager: ocp.CheckpointManager, epoch: int, state: TrainState, record: dict, val_loss: float
 ) -> None:
-    """Begins to save `state` and `record` (JSON) as the checkpoint of `epoch`."""
+    """Begins to save `state` and `record` (JSON) as the checkpoint of `epoch`.
+
+    Both may change as soon as this returns.
+    """
+    record = json.loads(json.dumps(record))  # it is written in the background
     manager.save(
         epoch,
         args=ocp.args.Composite(
@@ -77,7 +82,7 @@ def restore_latest(
 ) -> tuple[TrainState, dict] | None:
     """The newest checkpoint that is whole: its state and record; None where there is none at all.
 
-    A damaged checkpoint is told to `report` and moved out of the way, to `damaged-EPOCH` beside it.
+    Damaged ones that are newer are told to `report` and moved to `damaged-EPOCH` beside it.
 
     Args:
         manager: from `open_checkpoints`.
@@ -85,19 +90,25 @@ def restore_latest(
         report: takes one line for each damaged checkpoint.
 
     Raises:
-        CheckpointError: if there are checkpoints, and all are damaged.
+        CheckpointError: if there are checkpoints, and none can be restored; all stay then.
     """
-    epochs = sorted(manager.all_steps(), reverse=True)
-    for epoch in epochs:
+    failures: dict[int, Exception] = {}
+    for epoch in sorted(manager.all_steps(), reverse=True):
         try:
             restored = restore(manager, epoch, like)
         except Exception as error:  # orbax has no exception of its own for a damaged file
-            _set_aside(Path(manager.directory), epoch, error, report)
-        else:
-            manager.reload()
-            return restored
-    if epochs:
-        raise CheckpointError(f"every checkpoint under {manager.directory} is damaged")
+            failures[epoch] = error
+            continue
+        for damaged, error in failures.items():
+            _set_aside(Path(manager.directory), damaged, error, report)
+        manager.reload()
+        return restored
+    if failures:
+        newest, error = next(iter(failures.items()))
+        raise CheckpointError(
+            f"no checkpoint under {manager.directory} can be restored "
+            f"(epoch {newest}: {_first_line(error)})"
+        )
     return None
 
 
@@ -124,12 +135,67 @@ def restore(
     return state, restored["record"]["run"]
 
 
+def restore_network(directory: str | Path, network: nnx.Module, epoch: int | None = None) -> int:
+    """Gives `network` the parameters and batch statistics of a checkpoint.
+
+    Args:
+        directory: the `checkpoints` folder of a run.
+        network: of the run's structure; it is changed in place.
+        epoch: of the checkpoint; by default that of lowest validation loss.
+
+    Returns:
+        The checkpoint's epoch.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint, or it does not fit the network.
+    """
+    directory = Path(directory).absolute()
+    epochs = _saved_epochs(directory)
+    if not epochs or epoch not in (None, *epochs):
+        raise CheckpointError(
+            f"{directory} holds no checkpoint{f' of epoch {epoch}' if epoch else ''}"
+        )
+    if epoch is None:
+        epoch = min(epochs, key=lambda e: _saved_val_loss(directory, e))
+    _, params, batch_stats, _ = nnx.split(network, nnx.Param, nnx.BatchStat, ...)
+    like = {"params": nnx.to_pure_dict(params), "batch_stats": nnx.to_pure_dict(batch_stats)}
+    path = directory / str(epoch) / "state"
+    try:
+        _read_through(path)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            restored = checkpointer.restore(
+                path,
+                args=ocp.args.PyTreeRestore(
+                    item=jax.tree.map(ocp.utils.to_shape_dtype_struct, like),
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+                    partial_restore=True,
+                ),
+            )
+    except Exception as error:  # orbax has no exception of its own for a damaged file
+        raise CheckpointError(f"cannot restore {path} ({_first_line(error)})") from error
+    nnx.update(network, restored["params"], restored["batch_stats"])
+    return epoch
+
+
 def _tree(state: TrainState) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
 def _val_loss(metrics: dict[str, float]) -> float:
     return metrics["val_loss"]
+
+
+def _saved_epochs(directory: Path) -> list[int]:
+    """The epochs of the finished checkpoints; one that is being written has another name."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+
+
+def _saved_val_loss(directory: Path, epoch: int) -> float:
+    return json.loads((directory / str(epoch) / "metrics" / "metrics").read_bytes())["val_loss"]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{(str(error).splitlines() or [type(error).__name__])[0]:.200}"
 
 
 def _read_through(directory: Path) -> None:
@@ -153,5 +219,4 @@ def _set_aside(
     while target.exists():
         target, attempt = directory / f"damaged-{epoch}-{attempt}", attempt + 1
     (directory / str(epoch)).rename(target)
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    report(f"checkpoint of epoch {epoch} is damaged ({reason:.200}); moved to {target}")
+    report(f"checkpoint of epoch {epoch} is damaged ({_first_line(error)}); moved to {target}")

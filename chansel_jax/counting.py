@@ -6,7 +6,6 @@ Channel selection counts as the two parts it is defined by, whichever lowering c
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 
@@ -14,7 +13,7 @@ from flax import nnx
 
 from chansel_jax import window
 from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
-from chansel_jax.resnet import MAX_POOL, PooledStem, ResNet, ResNetConfig
+from chansel_jax.resnet import MAX_POOL, PooledStem, ResNet, ResNetConfig, unwrapped
 from chansel_jax.window import Pair, pair
 
 
@@ -230,9 +229,7 @@ def _check_channels(shape: tuple[int, ...], channels: int) -> None:
 
 
 def _check_conv(conv: object) -> None:
-    while isinstance(conv, functools.partial):
-        conv = conv.func
-    if conv not in (SubKernelConv, ChannelSelectionConv):
+    if unwrapped(conv) not in (SubKernelConv, ChannelSelectionConv):
         raise ValueError(
             f"conv={conv!r} must be SubKernelConv, ChannelSelectionConv or a functools.partial of "
             "one: of another layer no closed form is known"

@@ -22,6 +22,13 @@ CONVS = {"chansel": ChannelSelectionConv, "subkernel": SubKernelConv}
 MAX_POOL = {"window_shape": (3, 3), "strides": (2, 2), "padding": ((1, 1), (1, 1))}
 
 
+def unwrapped(conv: Callable[..., nnx.Module]) -> Callable[..., nnx.Module]:
+    """What a `functools.partial`, or one of one, in the end calls."""
+    while isinstance(conv, functools.partial):
+        conv = conv.func
+    return conv
+
+
 @dataclasses.dataclass(frozen=True)
 class ResNetConfig:
     """What a `ResNet` is built from.
@@ -33,7 +40,8 @@ class ResNetConfig:
         width: channels of the first stage; every further stage doubles them.
         stem: `"plain"`, an ordinary 3 × 3 convolution with bias, whatever `conv` is; or `"pooled"`,
             a 7 × 7 `conv` of stride 2, BatchNorm and a max pooling of stride 2.
-        rank: the rank of every `conv` whose kernel allows it (a 1 × 1 kernel allows 1).
+        rank: the rank of every `conv`; but 1 × 1 shortcuts keep rank 1, and a pooled stem has at
+            most the rank `in_channels`.
         use_bias: whether every `conv` has a bias before its BatchNorm.
         dropout_rate: the share of pooled features dropped before the last layer while training.
         dtype: of the computation; the parameters and the logits stay float32.
@@ -62,7 +70,7 @@ class ResNetConfig:
             raise ValueError(f"stem={self.stem!r} must be one of {', '.join(map(repr, _STEMS))}")
         if self.rank > 9:
             raise ValueError(f"rank={self.rank} must be at most 9, the elements of a 3 × 3 kernel")
-        if self.rank > 1 and self.conv is SubKernelConv:
+        if self.rank > 1 and unwrapped(self.conv) is SubKernelConv:
             raise ValueError(f"rank={self.rank}: the dense convolution has no rank")
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate={self.dropout_rate} must be in [0, 1)")
@@ -160,6 +168,8 @@ class PooledStem(nnx.Module):
     """A 7 × 7 convolution of stride 2, BatchNorm, ReLU and max pooling: ImageNet's."""
 
     def __init__(self, config: ResNetConfig, rngs: nnx.Rngs):
+        # No more than the images have channels: a higher rank would express nothing more.
+        config = dataclasses.replace(config, rank=min(config.rank, config.in_channels))
         self.conv = _conv(
             config, config.in_channels, config.width, 7, strides=2, padding=3, rngs=rngs
         )
@@ -254,7 +264,7 @@ def _conv(
     padding: int,
     rngs: nnx.Rngs,
 ) -> nnx.Module:
-    rank = min(config.rank, in_channels, kernel_size**2)
+    rank = 1 if kernel_size == 1 else config.rank
     return config.conv(
         in_channels,
         out_channels,

@@ -167,9 +167,9 @@ def init_totals(mesh: Mesh) -> Totals:
 
 def epoch_order(state: TrainState, count: int, steps_per_epoch: int) -> jax.Array:
     """The order `(count,)` int32 in which the epoch of `state.step` visits `count` images."""
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step // steps_per_epoch)
-    # One more fold keeps the epochs' keys apart from the steps'.
-    return jax.random.permutation(jax.random.fold_in(key, 1), count).astype(jnp.int32)
+    order_key, _ = jax.random.split(jax.random.wrap_key_data(state.key))
+    key = jax.random.fold_in(order_key, state.step // steps_per_epoch)
+    return jax.random.permutation(key, count).astype(jnp.int32)
 
 
 def make_train_step(
@@ -206,8 +206,8 @@ def make_train_step(
     )
 
     def train_step(state, totals, split, order):
-        step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        augment_key, dropout_key = jax.random.split(step_key)
+        _, steps_key = jax.random.split(jax.random.wrap_key_data(state.key))
+        augment_key, dropout_key = jax.random.split(jax.random.fold_in(steps_key, state.step))
         first = state.step % steps_per_epoch * batch_size
         index = shard(lax.dynamic_slice_in_dim(order, first, batch_size))
         images = random_crop_flip(

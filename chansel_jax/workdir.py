@@ -33,7 +33,8 @@ def claim(
     config = json.loads(json.dumps(config))
     path = workdir / "config.json"
     aside = None
-    holds_run = path.exists() or (workdir / "checkpoints").exists()
+    # Without a checkpoint there is nothing to resume, and nothing to lose.
+    holds_run = any(entry.name.isdigit() for entry in (workdir / "checkpoints").glob("*"))
     if holds_run and resume == "never":
         aside = _rename_aside(workdir)
     elif holds_run:

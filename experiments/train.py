@@ -61,6 +61,10 @@ class Experiment:
                 "class_names": self.dataset.class_names,
                 "image_shape": train_split.images.shape[1:],
                 "images": sizes,
+                "digests": {
+                    name: training.digest((split.images, split.labels))
+                    for name, split in self.dataset.splits.items()
+                },
                 "mean": train_split.mean.tolist(),
                 "std": train_split.std.tolist(),
             },

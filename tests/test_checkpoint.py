@@ -1,3 +1,4 @@
+import dataclasses
 import os
 from pathlib import Path
 
@@ -5,10 +6,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from chansel_jax import checkpoint, training
+from chansel_jax import checkpoint, resnet14, training
 
 VAL_LOSSES = (5.0, 1.0, 3.0, 4.0, 5.0)
 
@@ -90,6 +93,7 @@ def test_nothing_to_restore(tmp_path):
         ("record/metadata", truncate),
         ("record/metadata", Path.unlink),
         ("metrics/metrics", truncate),
+        ("metrics/metrics", Path.unlink),
     ],
 )
 def test_damaged_newest_is_reported_and_the_one_before_used(directory, file, damage):
@@ -132,15 +136,68 @@ def test_training_goes_on_after_damage(directory):
 def test_all_damaged_is_an_error(directory):
     for epoch in (2, 4, 5):
         truncate(data_file(directory, epoch))
-    with pytest.raises(checkpoint.CheckpointError, match=r"every checkpoint under .* is damaged"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint under .*epoch 5: "):
         restore(directory)
+    assert sorted(path.name for path in directory.iterdir()) == ["2", "4", "5"]
 
 
-def test_save_does_not_wait_for_the_disk_nor_see_later_changes(tmp_path):
-    # The state is consumed by the next step, so what is being saved must be a copy.
+def test_state_of_another_structure_sets_nothing_aside(directory):
+    state = make_state(0)
+    other = dataclasses.replace(state, params={"kernel": jnp.zeros(3)})
+    with (
+        checkpoint.open_checkpoints(directory, print) as manager,
+        pytest.raises(checkpoint.CheckpointError, match="no checkpoint"),
+    ):
+        checkpoint.restore_latest(manager, other, print)
+    assert sorted(path.name for path in directory.iterdir()) == ["2", "4", "5"]
+
+
+def test_checkpoint_that_was_never_finished_is_ignored(directory):
+    partial = directory / "6.orbax-checkpoint-tmp" / "metrics"
+    partial.mkdir(parents=True)
+    (partial / "metrics").touch()
+    assert restore(directory)[0][1] == {"history": [5]}
+
+
+def test_save_does_not_see_later_changes(tmp_path):
+    # The next step consumes the state, and the history grows, while a checkpoint is written.
     with checkpoint.open_checkpoints(tmp_path, print) as manager:
-        state = make_state(1)
+        for epoch in (1, 2, 3):
+            state, history = make_state(epoch), [epoch]
+            checkpoint.save(manager, epoch, state, {"history": history}, 1.0)
+            history.append("later")
+            jax.jit(lambda s: jax.tree.map(jnp.zeros_like, s), donate_argnums=0)(state)
+    (restored, record), _ = restore(tmp_path)
+    chex.assert_trees_all_equal(restored, make_state(3))
+    assert record == {"history": [3]}
+
+
+@pytest.fixture
+def network_run(tmp_path):
+    """A network's state, saved as epoch 1 (best) and, with parameters of zero, as epoch 2."""
+    network = resnet14(width=4, rngs=nnx.Rngs(0))
+    state = training.init_state(network, optax.adam(1.0), 0, training.data_mesh())
+    zero = dataclasses.replace(state, params=jax.tree.map(jnp.zeros_like, state.params))
+    with checkpoint.open_checkpoints(tmp_path / "run", print) as manager:
         checkpoint.save(manager, 1, state, {}, 1.0)
-        jax.jit(lambda s: jax.tree.map(jnp.zeros_like, s), donate_argnums=0)(state)
-    (restored, _), _ = restore(tmp_path)
-    chex.assert_trees_all_equal(restored, make_state(1))
+        checkpoint.save(manager, 2, zero, {}, 2.0)
+    return tmp_path / "run", state, zero
+
+
+def test_network_gets_the_best_parameters_without_the_optimiser(network_run):
+    directory, state, zero = network_run
+    network = resnet14(width=4, rngs=nnx.Rngs(1))
+    assert checkpoint.restore_network(directory, network) == 1
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(network, nnx.Param)), state.params)
+    assert checkpoint.restore_network(directory, network, 2) == 2
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(network, nnx.Param)), zero.params)
+
+
+def test_network_that_does_not_fit_is_refused(network_run):
+    directory, _, _ = network_run
+    with pytest.raises(checkpoint.CheckpointError, match="cannot restore"):
+        checkpoint.restore_network(directory, resnet14(width=8, rngs=nnx.Rngs(0)))
+    network = resnet14(width=4, rngs=nnx.Rngs(0))
+    for wrong, epoch in ((directory, 3), (directory / "none", None)):
+        with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoint"):
+            checkpoint.restore_network(wrong, network, epoch)

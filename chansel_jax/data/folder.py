@@ -39,6 +39,8 @@ def folder(
     for option, value in (("--image-size", image_size), ("--train-per-class", train_per_class)):
         if value is not None and value < 1:
             raise DataError(f"{option}={value} must be at least 1")
+    if split_seed < 0:
+        raise DataError(f"--split-seed={split_seed} must not be negative")
     try:
         class_names, found = _find(root, classes)
         digest = _digest(root, found, class_names, image_size, train_per_class, split_seed)
@@ -178,6 +180,7 @@ def _decode(path: Path, image_size: int | None) -> np.ndarray:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits
                 raise ValueError("it has more than 8 bits a channel")
+            image = ImageOps.exif_transpose(image)  # as a viewer shows it
             # Pillow asks for this detour where a palette has transparent entries.
             rgb = image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
     except Exception as error:  # a broken file can raise almost anything

@@ -148,6 +148,22 @@ def test_hidden_and_other_files_are_passed_over(root, write_images):
     assert counts(load("folder", data_dir=root)) == {"train": [10, 10], "validation": [2, 2]}
 
 
+def test_photograph_taken_sideways_is_turned(root, write_images):
+    write_images(root, {"train/cat": 5, "train/dog": 5})
+    path = root / "train" / "cat" / "00.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the orientation: its right side is up
+    pixels = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    Image.fromarray(pixels).save(path, exif=exif)
+    splits = load("folder", data_dir=root).splits.values()
+    assert any((np.rot90(pixels, -1) == image).all() for s in splits for image in s.images)
+
+
+def test_negative_split_seed(root, write_images):
+    write_images(root, {"cat": 5, "dog": 5})
+    assert "--split-seed=-1" in refusal(root, split_seed=-1)
+
+
 def test_image_size_scales_the_shorter_side_and_keeps_the_centre(root):
     for i, (width, height) in enumerate([(48, 16), (16, 40), (32, 32), (8, 8), (4, 5)]):
         red = Image.new("RGB", (width, height), (255, 0, 0))
