@@ -18,9 +18,14 @@ def workdir(tmp_path):
     """The folder of a run with `CONFIG`."""
     path = tmp_path / "runs" / "mine"
     claim(path, CONFIG, "auto")
-    (path / "checkpoints").mkdir()
-    (path / "checkpoints" / "1").write_bytes(b"\x00parameters")
+    save(path)
     return path
+
+
+def save(workdir):
+    """Something in the place of a checkpoint."""
+    (workdir / "checkpoints" / "1").mkdir(parents=True)
+    (workdir / "checkpoints" / "1" / "arrays").write_bytes(b"\x00parameters")
 
 
 def snapshot(root):
@@ -93,7 +98,8 @@ def test_never_renames_the_run_and_keeps_its_content(tmp_path, workdir, config):
     assert aside == tmp_path / "runs" / "mine.1"
     assert snapshot(aside) == before
     assert contents(workdir).keys() == {".", "config.json"}
-    assert claim(workdir, config, "must") is None
+    with pytest.raises(WorkdirError, match="there is no run"):
+        claim(workdir, config, "must")
 
 
 def test_never_counts_on_past_folders_and_files(tmp_path, workdir):
@@ -102,6 +108,7 @@ def test_never_counts_on_past_folders_and_files(tmp_path, workdir):
     for seed, name in ((1, "mine.1"), (2, "mine.3"), (3, "mine.4")):
         contents_of[name] = contents(workdir)
         assert claim(workdir, changed(CONFIG, seed=seed), "never").name == name
+        save(workdir)
     for name, before in contents_of.items():
         assert contents(tmp_path / "runs" / name) == before
     assert (tmp_path / "runs" / "mine.2").read_text() == "a file of someone else's"
@@ -140,12 +147,18 @@ def test_never_puts_a_damaged_run_aside(workdir, content):
     (workdir / "config.json").write_bytes(content)
     aside = claim(workdir, CONFIG, "never")
     assert (aside / "config.json").read_bytes() == content
-    assert claim(workdir, CONFIG, "must") is None
+    assert json.loads((workdir / "config.json").read_text()) == json.loads(json.dumps(CONFIG))
+
+
+def test_run_that_never_saved_may_begin_with_other_settings(tmp_path):
+    claim(tmp_path / "run", CONFIG, "auto")
+    assert claim(tmp_path / "run", changed(CONFIG, seed=1), "auto") is None
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["seed"] == 1
 
 
 @pytest.mark.parametrize("resume", ["auto", "must"])
 def test_checkpoints_without_their_settings_are_refused(tmp_path, resume):
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    save(tmp_path / "run")
     with pytest.raises(WorkdirError, match=r"config\.json cannot be read"):
         claim(tmp_path / "run", {"epochs": 1}, resume)
 
@@ -153,5 +166,5 @@ def test_checkpoints_without_their_settings_are_refused(tmp_path, resume):
 def test_run_in_the_current_folder_can_be_renamed(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path / "run")
-    claim(Path(), {"epochs": 1}, "auto")
+    save(Path())
     assert claim(Path(), {"epochs": 1}, "never") == tmp_path / "run.1"
