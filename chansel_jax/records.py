@@ -103,13 +103,11 @@ def plot_losses(history: Sequence[Row], path: Path, title: str) -> None:
     ):
         axes.plot(epochs, [row[name] for row in history], ".-", label=label, color=colour)
     best = best_epoch(history)
-    axes.plot(best["epoch"], best["val_loss"], "o", mfc="none", color="tab:orange")
-    axes.annotate(
-        f"{best['val_loss']:.4f}, epoch {best['epoch']}",
-        (best["epoch"], best["val_loss"]),
-        xytext=(0, -14),
-        textcoords="offset points",
-        ha="right" if best["epoch"] > len(epochs) / 2 else "left",
+    axes.plot(
+        *(best["epoch"], best["val_loss"], "o"),
+        mfc="none",
+        color="tab:orange",
+        label=f"{best['val_loss']:.4f} after epoch {best['epoch']}",
     )
     axes.set(title=title, xlabel="epoch", ylabel="cross-entropy")
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -28,7 +28,7 @@ def claim(
 
     Raises:
         WorkdirError: if the folder holds a run of another `config` (the message names all that
-            differs), or, with `"must"`, none; nothing is touched then.
+            differs), or, with `"must"`, none; nothing is touched then. Or if it cannot be written.
     """
     config = json.loads(json.dumps(config))
     path = workdir / "config.json"
@@ -47,8 +47,11 @@ def claim(
         return None
     elif resume == "must":
         raise WorkdirError(f"--resume=must: there is no run in {workdir}")
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, config)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, config)
+    except OSError as error:
+        raise WorkdirError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
     return aside
 
 

@@ -15,6 +15,8 @@ from chansel_jax.counting import LayerCount
 from chansel_jax.data import Dataset
 from chansel_jax.records import Row, best_epoch
 
+# As much as fits into 80 columns.
+LAYOUT = {"box": SIMPLE, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
 EPOCH_HEADER = (
     "epoch  train loss     acc  val loss     acc  learning rate  images/s  seconds  best epoch"
 )
@@ -36,7 +38,7 @@ def print_header(dataset: Dataset, devices: Sequence[jax.Device], console: Conso
 
 def print_layers(rows: Sequence[LayerCount], title: str, console: Console) -> None:
     """Prints a network's layers with their parameters and multiply-adds."""
-    table = Table(title=title, box=SIMPLE, pad_edge=False)
+    table = Table(title=title, **LAYOUT)
     table.add_column("layer")
     table.add_column("kind")
     for heading in ("output", "parameters", "multiply-adds"):
@@ -72,7 +74,7 @@ def print_summary(summary: Mapping[str, Any], workdir: Path, console: Console) -
     cells = {
         "parameters": f"{summary['parameters']:,}",
         "best validation loss": (
-            f"{summary['best_val_loss']:.4f} (train: {summary['train_loss_at_best']:.4f}, "
+            f"{summary['best_val_loss']:.4f} (train {summary['train_loss_at_best']:.4f}, "
             f"epoch {summary['best_epoch']})"
         ),
         "best accuracy": (

@@ -84,6 +84,7 @@ def train_and_evaluate(settings: Settings, console: Console) -> dict[str, Any]:
             checkpoint can be restored, or a loss is not finite.
     """
     workdir = settings.workdir or Path("runs", run_name(settings))
+    refuse_workdir_among_images(workdir, settings)
     try:
         experiment = build(settings)
         aside = claim(workdir, experiment.describe(), settings.resume)
@@ -111,6 +112,15 @@ def train_and_evaluate(settings: Settings, console: Console) -> dict[str, Any]:
     records.write_json(workdir / "summary.json", summary)
     printing.print_summary(summary, workdir, console)
     return summary
+
+
+def refuse_workdir_among_images(workdir: Path, settings: Settings) -> None:
+    """Raises `CommandError` if a run's files would become part of its own folder of images."""
+    images = settings.data.data_dir
+    if settings.data.dataset != "folder" or images is None:
+        return
+    if workdir.resolve().is_relative_to(images.resolve()):
+        raise CommandError(f"--workdir={workdir} lies within the images of {images}")
 
 
 def build(settings: Settings) -> Experiment:

@@ -6,6 +6,7 @@ Nothing here imports TensorFlow, and nothing is printed but progress bars.
 import contextlib
 import dataclasses
 import logging
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def load_source(source: Source, data_dir: str | Path | None = None) -> Dataset:
     """
     data_dir = Path(data_dir or constants.get_default_data_dir()).expanduser()
     folder = data_dir / ChanselImages.name / source.name
-    with _without_log_messages():
+    with _quiet():
         with _unreadable(folder):
             builder = _builder(source, data_dir)
         try:
@@ -117,7 +118,7 @@ def _read_split(builder: ChanselImages, name: str) -> Split:
     images = np.empty((len(records), *records[0]["image"].shape), np.uint8)
     labels = np.empty(len(records), np.int32)
     chunks = range(0, len(records), CHUNK)
-    for start in tqdm(chunks, desc=f"Reading {name}", delay=1, leave=False):
+    for start in tqdm(chunks, desc=f"Reading {name}", delay=1, leave=False, disable=None):
         indices = range(start, min(start + CHUNK, len(records)))
         for i, record in zip(indices, records.__getitems__(list(indices)), strict=True):
             images[i], labels[i] = record["image"], record["label"]
@@ -136,12 +137,18 @@ def _unreadable(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_log_messages() -> Iterator[None]:
-    """Holds back the warnings of tensorflow-datasets, which concern none of its users here."""
+def _quiet() -> Iterator[None]:
+    """Holds back tensorflow-datasets' warnings, and its progress bars where no terminal is.
+
+    The warnings concern none of its users here; bars in a file are no help.
+    """
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
+        tfds.enable_progress_bar()

@@ -224,5 +224,5 @@ def test_summary_shows_the_row_of_the_table_and_the_folder(console):
     printing.print_summary(summary, Path("runs/mine"), console)
     text = " ".join(printed(console).split())
     assert "silhouettes, resnet14, chansel" in text
-    assert "27,363 0.1235 (train: 0.2500, epoch 7) 98.70% (epoch 9) 1.50" in text
+    assert "27,363 0.1235 (train 0.2500, epoch 7) 98.70% (epoch 9) 1.50" in text
     assert text.endswith("written to runs/mine")

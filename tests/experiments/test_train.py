@@ -277,6 +277,12 @@ def test_wrong_settings_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_workdir_among_the_images_is_refused(settings, images):
+    with pytest.raises(CommandError, match="lies within the images"):
+        run(variant(settings, images / "train" / "run"))
+    assert not (images / "train" / "run").exists()
+
+
 def test_command_fails_with_one_line(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "experiments.train", "--dataset=folder", "--data-dir=missing"],
