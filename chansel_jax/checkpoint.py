@@ -16,6 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore
 from flax import nnx
+from jax.tree_util import DictKey
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from chansel_jax.training import TrainState, digest
@@ -36,8 +37,7 @@ def open_checkpoints(directory: str | Path, report: Callable[[str], None]) -> oc
         directory: where the checkpoints lie.
         report: takes one line for each checkpoint that had to be set aside as damaged.
     """
-    # Orbax reports every phase of every save; what went wrong reaches the caller as an exception.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    _quieten_orbax()
     directory = Path(directory).absolute()
     for epoch in _saved_epochs(directory):
         # The manager reads all metrics when it opens, and fails as a whole if it cannot.
@@ -160,9 +160,11 @@ def restore_network(directory: str | Path, network: nnx.Module, epoch: int | Non
     _, params, batch_stats, _ = nnx.split(network, nnx.Param, nnx.BatchStat, ...)
     like = {"params": nnx.to_pure_dict(params), "batch_stats": nnx.to_pure_dict(batch_stats)}
     path = directory / str(epoch) / "state"
+    _quieten_orbax()
     try:
         _read_through(path)
         with ocp.PyTreeCheckpointer() as checkpointer:
+            _check_shapes(checkpointer.metadata(path).item_metadata.tree, like)
             restored = checkpointer.restore(
                 path,
                 args=ocp.args.PyTreeRestore(
@@ -192,6 +194,27 @@ def _saved_epochs(directory: Path) -> list[int]:
 
 def _saved_val_loss(directory: Path, epoch: int) -> float:
     return json.loads((directory / str(epoch) / "metrics" / "metrics").read_bytes())["val_loss"]
+
+
+def _check_shapes(stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises `ValueError` naming the first array of `wanted` that is not stored in its shape."""
+    found = _shapes(stored)
+    for name, shape in _shapes(wanted).items():
+        if found.get(name) != shape:
+            raise ValueError(f"{name} has shape {shape} here and {found.get(name)} there")
+
+
+def _shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {
+        ".".join(str(entry.key) for entry in path if isinstance(entry, DictKey)): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if hasattr(leaf, "shape")
+    }
+
+
+def _quieten_orbax() -> None:
+    # Orbax reports every phase of every save; what went wrong reaches the caller as an exception.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def _first_line(error: Exception) -> str:
