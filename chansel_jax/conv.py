@@ -5,15 +5,17 @@ NHWC, kernels HWIO.
 """
 
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
-from jax import lax
 
-from chansel_jax.depthwise import DIMENSIONS, depthwise_conv
+from chansel_jax import depthwise
+from chansel_jax.dense import dense_conv
+from chansel_jax.lowerings import checked_lowering
+from chansel_jax.selection import LOWERINGS, channel_selection, composed_kernel, weighted_sums
 from chansel_jax.window import Padding, output_size, padding_spec, pair, positive
 
 he_normal = nnx.initializers.he_normal()
@@ -78,16 +80,13 @@ class _Conv(nnx.Module):
             y = y + self.bias[...].astype(dtype).reshape(1, 1, 1, -1)
         return y.reshape(*batch, rows, columns, self.out_channels)
 
-    def _dense_conv(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(
-            x,
-            kernel.astype(x.dtype),
-            window_strides=self.strides,
-            padding=self.padding,
-            rhs_dilation=self.kernel_dilation,
-            dimension_numbers=DIMENSIONS,
-            precision=self.precision,
-        )
+    def _window(self) -> dict[str, Any]:
+        return {
+            "strides": self.strides,
+            "padding": self.padding,
+            "dilation": self.kernel_dilation,
+            "precision": self.precision,
+        }
 
 
 class SubKernelConv(_Conv):
@@ -150,7 +149,7 @@ class SubKernelConv(_Conv):
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
 
     def _convolve(self, x: jax.Array) -> jax.Array:
-        return self._dense_conv(x, self.kernel[...])
+        return dense_conv(x, self.kernel[...].astype(x.dtype), **self._window())
 
 
 class ChannelSelectionConv(_Conv):
@@ -191,19 +190,16 @@ class ChannelSelectionConv(_Conv):
         depthwise_init: initialiser of `depthwise`; He's normal one by default.
         norm: whether to normalise the weighted sums (BatchNorm) before the depthwise part. Default
             False.
-        lowering: how it is computed, one of `ChannelSelectionConv.LOWERINGS`. `"composed"` (the
-            default) is one dense convolution with `composed_kernel()`: the cost of the dense layer
-            on every device. `"grouped"` is a product over channels, then a feature-grouped
-            convolution: fewest operations, but slow where the backend has no fast grouped
-            convolution (XLA on CPUs). With `norm` there is no composed kernel: the default is
-            `"grouped"` then.
+        lowering: how it is computed, one of `ChannelSelectionConv.LOWERINGS`; see
+            `chansel_jax.selection.channel_selection`. `"auto"` (the default) is the fastest; with
+            `norm` there are only `"auto"`, `"grouped"` and `"shifted"`.
         rngs: the stream `params` initialises the parameters.
 
     Raises:
         ValueError: naming the argument that is wrong, and its value.
     """
 
-    LOWERINGS: ClassVar[tuple[str, ...]] = ("composed", "grouped")
+    LOWERINGS: ClassVar[tuple[str, ...]] = LOWERINGS
 
     def __init__(
         self,
@@ -224,7 +220,7 @@ class ChannelSelectionConv(_Conv):
         pointwise_init: Initializer | None = None,
         depthwise_init: Initializer | None = None,
         norm: bool = False,
-        lowering: str | None = None,
+        lowering: str = "auto",
         rngs: nnx.Rngs,
     ):
         super().__init__(
@@ -242,7 +238,7 @@ class ChannelSelectionConv(_Conv):
             rngs=rngs,
         )
         self.rank = _checked_rank(rank, self.in_channels, self.kernel_size)
-        self.lowering = _checked_lowering(lowering, norm)
+        self.lowering = checked_lowering(lowering, depthwise.LOWERINGS if norm else LOWERINGS)
         selected = self.out_channels * self.rank
         self.pointwise = nnx.Param(
             (pointwise_init or kernel_init or lecun_normal)(
@@ -259,18 +255,12 @@ class ChannelSelectionConv(_Conv):
         )
 
     def _convolve(self, x: jax.Array) -> jax.Array:
-        if self.lowering == "composed":
-            return self._dense_conv(x, self.composed_kernel())
-        selected = jnp.dot(x, self.pointwise[...].astype(x.dtype), precision=self.precision)
-        if self.norm is not None:
-            selected = self.norm(selected)
-        return depthwise_conv(
-            selected,
-            self.depthwise[...].astype(x.dtype),
-            strides=self.strides,
-            padding=self.padding,
-            dilation=self.kernel_dilation,
-            precision=self.precision,
+        pointwise, kernel = self.pointwise[...], self.depthwise[...]
+        if self.norm is None:
+            return channel_selection(x, pointwise, kernel, **self._window(), lowering=self.lowering)
+        sums = self.norm(weighted_sums(x, pointwise.astype(x.dtype), self.precision))
+        return depthwise.depthwise_conv(
+            sums, kernel.astype(x.dtype), **self._window(), lowering=self.lowering
         )
 
     def composed_kernel(self) -> jax.Array:
@@ -281,10 +271,7 @@ class ChannelSelectionConv(_Conv):
         """
         if self.norm is not None:
             raise ValueError("norm=True: a layer normalised between its parts has no dense kernel")
-        pointwise = self.pointwise[...].reshape(self.in_channels, self.out_channels, self.rank)
-        return jnp.einsum(
-            "ior,hwro->hwio", pointwise, self.depthwise[...], precision=lax.Precision.HIGHEST
-        )
+        return composed_kernel(self.pointwise[...], self.depthwise[...])
 
 
 def _checked_rank(rank: int, in_channels: int, kernel_size: tuple[int, int]) -> int:
@@ -296,14 +283,3 @@ def _checked_rank(rank: int, in_channels: int, kernel_size: tuple[int, int]) -> 
             "selections can express nothing that the dense convolution cannot"
         )
     return rank
-
-
-def _checked_lowering(lowering: str | None, norm: bool) -> str:
-    if lowering is None:
-        return "grouped" if norm else "composed"
-    if lowering not in ChannelSelectionConv.LOWERINGS:
-        names = ", ".join(map(repr, ChannelSelectionConv.LOWERINGS))
-        raise ValueError(f"lowering={lowering!r} must be one of {names}")
-    if lowering == "composed" and norm:
-        raise ValueError("lowering='composed' cannot normalise between the parts (norm=True)")
-    return lowering

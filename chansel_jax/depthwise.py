@@ -1,12 +1,15 @@
-"""The depthwise part of channel selection."""
+"""The depthwise part of channel selection, in several lowerings of one function."""
 
 import jax
 from flax.typing import PrecisionLike
 from jax import lax
 
-from chansel_jax.window import Padding, padding_spec, pair
+from chansel_jax.dense import DIMENSIONS
+from chansel_jax.lowerings import Case, checked_lowering, fastest_depthwise
+from chansel_jax.shifted import depthwise_shifted
+from chansel_jax.window import Padding, Pair, output_size, padding_pairs, pair
 
-DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+LOWERINGS = ("auto", "grouped", "shifted")
 
 
 def depthwise_conv(
@@ -16,9 +19,20 @@ def depthwise_conv(
     strides: int | tuple[int, int] = 1,
     padding: Padding = "SAME",
     dilation: int | tuple[int, int] = 1,
+    lowering: str = "auto",
     precision: PrecisionLike = None,
 ) -> jax.Array:
     """Convolves each group of R channels with its own kernel and adds within the group.
+
+    The lowerings compute the same function and differ in speed and in what they support:
+
+    - `"grouped"`: a feature-grouped `lax.conv_general_dilated`. Anything JAX can do with a
+      convolution works. Slow on CPUs, its gradients very slow in the body of a loop there.
+    - `"shifted"`: a sum of shifted multiply-adds without any convolution, forward and backward.
+      It adds in float32 where `x` is of 16 bits. Reverse-mode gradients of any order work, first
+      ones at full speed; forward mode does not: `jax.jvp`, `jax.linearize`, `jax.jacfwd` and
+      `jax.hessian` raise a `TypeError`. Take `lowering="grouped"` for them.
+    - `"auto"` (the default): the fastest, by the rules of `chansel_jax.lowerings`.
 
     Args:
         x: `(N, H, W, C_out·R)`; channels `o·R … o·R + R - 1` belong to output channel `o`.
@@ -26,26 +40,54 @@ def depthwise_conv(
         strides: steps between outputs in rows and columns. Default 1.
         padding: `"SAME"` (the default), `"VALID"`, an integer, or `((top, bottom), (left, right))`.
         dilation: distance between a kernel's elements in rows and columns. Default 1.
-        precision: `jax.lax.Precision` of the products.
+        lowering: one of `LOWERINGS`. Default `"auto"`.
+        precision: `jax.lax.Precision` of the products of `"grouped"`. It has no meaning for the
+            elementwise products of `"shifted"`, which are always exact to the dtype.
 
     Returns:
         `(N, H_out, W_out, C_out)`, of the dtype of `x`.
 
     Raises:
-        ValueError: if an argument is wrong or the shapes do not fit each other.
+        ValueError: if an argument is wrong or the shapes do not fit each other, or if the padded
+            input is smaller than the dilated kernel.
+        TypeError: if the dtypes of `x` and `kernel` differ.
     """
     if x.ndim != 4 or kernel.ndim != 4 or x.shape[-1] != kernel.shape[2] * kernel.shape[3]:
         raise ValueError(
             f"x of shape {x.shape} and kernel of shape {kernel.shape} must be (N, H, W, C_out·R) "
             "and (K_h, K_w, R, C_out)"
         )
+    if x.dtype != kernel.dtype:
+        raise TypeError(f"x of dtype {x.dtype} and kernel of dtype {kernel.dtype} must be alike")
+    size, kernel_size = x.shape[1:3], kernel.shape[:2]
+    strides, dilation = pair("strides", strides), pair("dilation", dilation)
+    output_size(size, kernel_size, strides, padding, dilation)  # raises where there is no output
+    pads = padding_pairs(padding, size, kernel_size, strides, dilation)
+    if _resolve(lowering, x, kernel, strides) == "shifted":
+        return depthwise_shifted(x, kernel, strides, pads, dilation)
     return lax.conv_general_dilated(
         x,
         kernel,
-        window_strides=pair("strides", strides),
-        padding=padding_spec(padding),
-        rhs_dilation=pair("dilation", dilation),
+        window_strides=strides,
+        padding=pads,
+        rhs_dilation=dilation,
         dimension_numbers=DIMENSIONS,
         feature_group_count=kernel.shape[3],
         precision=precision,
+    )
+
+
+def _resolve(lowering: str, x: jax.Array, kernel: jax.Array, strides: Pair) -> str:
+    """The lowering to take: `lowering` itself, or what `"auto"` stands for."""
+    if checked_lowering(lowering, LOWERINGS) != "auto":
+        return lowering
+    return fastest_depthwise(
+        Case(
+            dtype=str(x.dtype),
+            in_channels=x.shape[3],
+            out_channels=kernel.shape[3],
+            kernel_size=kernel.shape[:2],
+            strides=strides,
+            rank=kernel.shape[2],
+        )
     )

@@ -1,0 +1,103 @@
+"""Which lowering is the fastest, where: what `lowering="auto"` chooses.
+
+Two short tables of rules; the first rule that applies decides. Every rule names the measurement
+that it follows from; `python -m experiments.tune` measures again on the machine at hand.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from chansel_jax import native
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What a choice may depend on, besides the backend.
+
+    Attributes:
+        dtype: of the computation.
+        in_channels: C_in.
+        out_channels: C_out.
+        kernel_size: K_h and K_w.
+        strides: in rows and columns.
+        rank: R.
+    """
+
+    dtype: str
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    strides: tuple[int, int]
+    rank: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A lowering, when it is chosen, and the measurement behind it."""
+
+    lowering: str
+    applies: Callable[[Case], bool]
+    measured: str
+
+
+def on_one_cpu(case: Case) -> bool:
+    """Whether the native lowering can run here, and does not get in the way of sharding."""
+    return (
+        jax.default_backend() == "cpu"
+        and jax.device_count() == 1
+        and case.dtype in native.DTYPES
+        and native.available()
+    )
+
+
+def on_cpu(case: Case) -> bool:
+    """Whether JAX computes on CPUs."""
+    return jax.default_backend() == "cpu"
+
+
+def everywhere(case: Case) -> bool:
+    """Always."""
+    return True
+
+
+LAYER_RULES = (
+    Rule("native", on_one_cpu, ""),
+    Rule("shifted", on_cpu, ""),
+    Rule("composed", everywhere, ""),
+)
+
+DEPTHWISE_RULES = (
+    Rule("shifted", on_cpu, ""),
+    Rule("grouped", everywhere, ""),
+)
+
+
+def checked_lowering(lowering: str, choices: tuple[str, ...]) -> str:
+    """`lowering` if it is one of `choices` and can run here.
+
+    Raises:
+        ValueError: if not, naming the choices or what is missing.
+    """
+    if lowering not in choices:
+        names = ", ".join(map(repr, choices))
+        raise ValueError(f"lowering={lowering!r} must be one of {names}")
+    if lowering == "native" and not native.available():
+        raise ValueError(f"lowering='native': {native.MISSING}")
+    return lowering
+
+
+def fastest_layer(case: Case) -> str:
+    """The lowering that `channel_selection` takes for `"auto"`."""
+    return first_that_applies(LAYER_RULES, case)
+
+
+def fastest_depthwise(case: Case) -> str:
+    """The lowering that `depthwise_conv` takes for `"auto"`."""
+    return first_that_applies(DEPTHWISE_RULES, case)
+
+
+def first_that_applies(rules: tuple[Rule, ...], case: Case) -> str:
+    """The lowering of the first rule that applies to `case`."""
+    return next(rule.lowering for rule in rules if rule.applies(case))

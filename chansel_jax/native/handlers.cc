@@ -1,0 +1,292 @@
+// XLA custom calls on CPUs: channel selection forward and backward. See kernels.h.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <type_traits>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+#define CHANSEL_INLINE inline __attribute__((always_inline))
+#define CHANSEL_UNROLL _Pragma("GCC unroll 8")
+
+namespace chansel {
+
+constexpr int64_t kTileBytes = 256 << 10;  // well within a core's second-level cache
+constexpr int64_t kGroups = 64;            // of images, each with gradients of its own
+
+// All sizes of a layer; see channel_selection in native/__init__.py.
+struct Geometry {
+  int64_t n, h, w, in, rank, out;
+  int64_t kernel_h, kernel_w, out_h, out_w;
+  int64_t stride_h, stride_w, top, left, dilation_h, dilation_w;
+};
+
+inline int64_t RoundUp(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// For any sign of the dividend.
+inline int64_t CeilDiv(int64_t dividend, int64_t divisor) {
+  return dividend > 0 ? (dividend + divisor - 1) / divisor : -(-dividend / divisor);
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+CHANSEL_INLINE float ToCompute(float value) { return value; }
+CHANSEL_INLINE double ToCompute(double value) { return value; }
+CHANSEL_INLINE float ToCompute(BFloat16 value) {
+  uint32_t bits = uint32_t{value.bits} << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+template <typename S, typename C>
+CHANSEL_INLINE S ToStorage(C value) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    if (value != value) return {uint16_t((bits >> 16) | 0x40)};
+    return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};  // round to nearest even
+  } else {
+    return value;
+  }
+}
+
+template <typename C>
+C* Grow(std::vector<C>& buffer, int64_t count) {
+  if (int64_t(buffer.size()) < count) buffer.resize(count);
+  return buffer.data();
+}
+
+// What a thread keeps from one unit of work to the next, so that no memory is asked for in between.
+template <typename C>
+struct Scratch {
+  std::vector<C> image, sums, line, output_gradient, sums_gradient, image_gradient;
+};
+
+template <typename C>
+Scratch<C>& ThreadScratch() {
+  static thread_local Scratch<C> scratch;
+  return scratch;
+}
+
+// Runs task(0) ... task(count - 1) on XLA's threads and on the calling one. The caller takes part,
+// and waits for nothing but tasks that another thread has already begun: it cannot starve, even if
+// every other thread of the pool waits for something else.
+class Parallel {
+ public:
+  explicit Parallel(ffi::ThreadPool pool) : pool_(pool) {}
+
+  void operator()(int64_t count, const std::function<void(int64_t)>& task) const {
+    struct Shared {
+      std::function<void(int64_t)> task;
+      int64_t count;
+      std::atomic<int64_t> next{0}, done{0};
+      std::mutex mutex;
+      std::condition_variable all_done;
+
+      void Work() {
+        int64_t mine = 0;
+        for (int64_t i; (i = next.fetch_add(1)) < count; ++mine) task(i);
+        if (mine && done.fetch_add(mine) + mine == count) {
+          std::lock_guard<std::mutex> lock(mutex);
+          all_done.notify_one();
+        }
+      }
+    };
+    auto shared = std::make_shared<Shared>();
+    shared->task = task;
+    shared->count = count;
+    int64_t helpers = std::min(pool_.num_threads(), count) - 1;
+    for (int64_t i = 0; i < helpers; ++i) pool_.Schedule([shared] { shared->Work(); });
+    shared->Work();
+    std::unique_lock<std::mutex> lock(shared->mutex);
+    shared->all_done.wait(lock, [&] { return shared->done.load() == count; });
+  }
+
+ private:
+  mutable ffi::ThreadPool pool_;
+};
+
+}  // namespace chansel
+
+// The same kernels for each instruction set that a machine may have.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CHANSEL_X86 1
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,prefer-vector-width=512")
+#define CHANSEL_TARGET avx512
+#define CHANSEL_VECTOR_BYTES 64
+namespace chansel {
+#include "kernels.h"
+}
+#undef CHANSEL_TARGET
+#undef CHANSEL_VECTOR_BYTES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define CHANSEL_TARGET avx2
+#define CHANSEL_VECTOR_BYTES 32
+namespace chansel {
+#include "kernels.h"
+}
+#undef CHANSEL_TARGET
+#undef CHANSEL_VECTOR_BYTES
+#pragma GCC pop_options
+#endif
+
+#define CHANSEL_TARGET baseline
+#define CHANSEL_VECTOR_BYTES 16
+namespace chansel {
+#include "kernels.h"
+}
+
+namespace chansel {
+
+enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
+
+InstructionSet BestInstructionSet() {
+#ifdef CHANSEL_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")) {
+    return InstructionSet::kAvx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return InstructionSet::kAvx2;
+  }
+#endif
+  return InstructionSet::kBaseline;
+}
+
+const InstructionSet kInstructionSet = BestInstructionSet();
+
+template <typename Function512, typename Function2, typename FunctionBase>
+void Dispatch(Function512 with_avx512, Function2 with_avx2, FunctionBase with_baseline) {
+  switch (kInstructionSet) {
+    case InstructionSet::kAvx512:
+      return with_avx512();
+    case InstructionSet::kAvx2:
+      return with_avx2();
+    case InstructionSet::kBaseline:
+      return with_baseline();
+  }
+}
+
+#ifdef CHANSEL_X86
+#define CHANSEL_CALL(...)                                              \
+  Dispatch([&] { avx512::__VA_ARGS__; }, [&] { avx2::__VA_ARGS__; },   \
+           [&] { baseline::__VA_ARGS__; })
+#else
+#define CHANSEL_CALL(...) baseline::__VA_ARGS__
+#endif
+
+using Numbers = ffi::Span<const int64_t>;
+
+Geometry MakeGeometry(const ffi::AnyBuffer& x, const ffi::AnyBuffer& depthwise,
+                      const ffi::AnyBuffer& y, Numbers strides, Numbers padding,
+                      Numbers dilation) {
+  auto xs = x.dimensions(), ks = depthwise.dimensions(), ys = y.dimensions();
+  return {xs[0], xs[1],      xs[2],      xs[3],      ks[2],      ks[3],       ks[0],      ks[1],
+          ys[1], ys[2], strides[0], strides[1], padding[0], padding[1], dilation[0], dilation[1]};
+}
+
+template <typename S, typename C>
+void RunForward(const Geometry& g, ffi::AnyBuffer x, ffi::AnyBuffer pointwise,
+                ffi::AnyBuffer depthwise, ffi::Result<ffi::AnyBuffer> y, ffi::ThreadPool pool) {
+  auto data = [](ffi::AnyBuffer& buffer) { return static_cast<S*>(buffer.untyped_data()); };
+  CHANSEL_CALL(Forward<S, C>(g, data(x), data(pointwise), data(depthwise), data(*y),
+                             Parallel(pool)));
+}
+
+ffi::Error ForwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer pointwise,
+                          ffi::AnyBuffer depthwise, ffi::Result<ffi::AnyBuffer> y, Numbers strides,
+                          Numbers padding, Numbers dilation) {
+  Geometry g = MakeGeometry(x, depthwise, *y, strides, padding, dilation);
+  switch (x.element_type()) {
+    case ffi::F32:
+      RunForward<float, float>(g, x, pointwise, depthwise, y, pool);
+      return ffi::Error::Success();
+    case ffi::F64:
+      RunForward<double, double>(g, x, pointwise, depthwise, y, pool);
+      return ffi::Error::Success();
+    case ffi::BF16:
+      RunForward<BFloat16, float>(g, x, pointwise, depthwise, y, pool);
+      return ffi::Error::Success();
+    default:
+      return ffi::Error::InvalidArgument("dtype must be float32, float64 or bfloat16");
+  }
+}
+
+template <typename S, typename C>
+void RunBackward(const Geometry& g, ffi::AnyBuffer x, ffi::AnyBuffer pointwise,
+                 ffi::AnyBuffer depthwise, ffi::AnyBuffer dy, ffi::Result<ffi::AnyBuffer> dx,
+                 ffi::Result<ffi::AnyBuffer> dpointwise, ffi::Result<ffi::AnyBuffer> ddepthwise,
+                 ffi::ThreadPool pool) {
+  auto data = [](ffi::AnyBuffer& buffer) { return static_cast<S*>(buffer.untyped_data()); };
+  CHANSEL_CALL(Backward<S, C>(g, data(x), data(pointwise), data(depthwise), data(dy), data(*dx),
+                              data(*dpointwise), data(*ddepthwise), Parallel(pool)));
+}
+
+ffi::Error BackwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer pointwise,
+                           ffi::AnyBuffer depthwise, ffi::AnyBuffer dy,
+                           ffi::Result<ffi::AnyBuffer> dx, ffi::Result<ffi::AnyBuffer> dpointwise,
+                           ffi::Result<ffi::AnyBuffer> ddepthwise, Numbers strides,
+                           Numbers padding, Numbers dilation) {
+  Geometry g = MakeGeometry(x, depthwise, dy, strides, padding, dilation);
+  switch (x.element_type()) {
+    case ffi::F32:
+      RunBackward<float, float>(g, x, pointwise, depthwise, dy, dx, dpointwise, ddepthwise, pool);
+      return ffi::Error::Success();
+    case ffi::F64:
+      RunBackward<double, double>(g, x, pointwise, depthwise, dy, dx, dpointwise, ddepthwise,
+                                  pool);
+      return ffi::Error::Success();
+    case ffi::BF16:
+      RunBackward<BFloat16, float>(g, x, pointwise, depthwise, dy, dx, dpointwise, ddepthwise,
+                                   pool);
+      return ffi::Error::Success();
+    default:
+      return ffi::Error::InvalidArgument("dtype must be float32, float64 or bfloat16");
+  }
+}
+
+}  // namespace chansel
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselForward, chansel::ForwardHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()  // x
+                                  .Arg<ffi::AnyBuffer>()  // pointwise
+                                  .Arg<ffi::AnyBuffer>()  // depthwise
+                                  .Ret<ffi::AnyBuffer>()  // y
+                                  .Attr<chansel::Numbers>("strides")
+                                  .Attr<chansel::Numbers>("padding")
+                                  .Attr<chansel::Numbers>("dilation"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselBackward, chansel::BackwardHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()  // x
+                                  .Arg<ffi::AnyBuffer>()  // pointwise
+                                  .Arg<ffi::AnyBuffer>()  // depthwise
+                                  .Arg<ffi::AnyBuffer>()  // dy
+                                  .Ret<ffi::AnyBuffer>()  // dx
+                                  .Ret<ffi::AnyBuffer>()  // dpointwise
+                                  .Ret<ffi::AnyBuffer>()  // ddepthwise
+                                  .Attr<chansel::Numbers>("strides")
+                                  .Attr<chansel::Numbers>("padding")
+                                  .Attr<chansel::Numbers>("dilation"));
