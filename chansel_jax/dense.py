@@ -4,7 +4,7 @@ import jax
 from flax.typing import PrecisionLike
 from jax import lax
 
-from chansel_jax.window import Padding, padding_spec, pair
+from chansel_jax.window import Padding, output_size, padding_pairs, pair
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
@@ -32,14 +32,17 @@ def dense_conv(
         `(N, H_out, W_out, C_out)`, of the dtype of `x`.
 
     Raises:
-        ValueError: if a window's argument is wrong.
+        ValueError: if a window's argument is wrong, or the padded input smaller than the kernel.
     """
+    strides, dilation = pair("strides", strides), pair("dilation", dilation)
+    size, kernel_size = x.shape[1:3], kernel.shape[:2]
+    output_size(size, kernel_size, strides, padding, dilation)  # raises where there is no output
     return lax.conv_general_dilated(
         x,
         kernel,
-        window_strides=pair("strides", strides),
-        padding=padding_spec(padding),
-        rhs_dilation=pair("dilation", dilation),
+        window_strides=strides,
+        padding=padding_pairs(padding, size, kernel_size, strides, dilation),
+        rhs_dilation=dilation,
         dimension_numbers=DIMENSIONS,
         precision=precision,
     )

@@ -88,6 +88,11 @@ def checked_lowering(lowering: str, choices: tuple[str, ...]) -> str:
     return lowering
 
 
+def runnable(choices: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `choices` that can run here: all but `"native"`, if that was not compiled."""
+    return tuple(choice for choice in choices if choice != "native" or native.available())
+
+
 def fastest_layer(case: Case) -> str:
     """The lowering that `channel_selection` takes for `"auto"`."""
     return first_that_applies(LAYER_RULES, case)

@@ -193,19 +193,19 @@ def _kernel_gradient(
         return box.reshape(box.shape[0], -1, window.block, box.shape[2])
 
     dy = blocks(dy, window.reach)  # zeros where whole blocks are more than the output
-    sums = []
+    totals = []
     for first in range(0, len(window.taps), _BLOCK_TAPS):
         products = [
             blocks(phases[phase], shift) * dy
             for phase, shift in window.taps[first : first + _BLOCK_TAPS]
         ]
         zeros = [_zero(dy)] * len(products)
-        sums += lax.reduce(products, zeros, lambda a, b: list(map(lax.add, a, b)), (2,))
-    # Fused with the sums that follow it would be one scalar loop again.
-    sums = lax.optimization_barrier(sums)
-    n, count, _ = sums[0].shape
-    sums = [s.reshape(n, count, window.out[1], channels).sum((1, 2)) for s in sums]
-    return jnp.stack(sums).sum(1)
+        sums = lax.reduce(products, zeros, lambda a, b: list(map(lax.add, a, b)), (2,))
+        # Fused with the sums that follow it would be one scalar loop again.
+        for s in lax.optimization_barrier(sums):
+            n, count, _ = s.shape
+            totals.append(s.reshape(n, count, window.out[1], channels).sum((1, 2)))
+    return jnp.stack(totals).sum(1)
 
 
 def _box(array: jax.Array, start: Shift, size: Pair, channels: int) -> jax.Array:

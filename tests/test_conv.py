@@ -10,9 +10,11 @@ from jax import lax
 from torch_twins import WeightedSumConv2d
 
 from chansel_jax import ChannelSelectionConv, SubKernelConv
+from chansel_jax.lowerings import runnable
 from chansel_jax.window import padding_pairs
 
 LAYERS = [SubKernelConv, ChannelSelectionConv]
+RUNNABLE = [name for name in runnable(ChannelSelectionConv.LOWERINGS) if name != "auto"]
 
 # Kernel size, strides, padding, dilation, bias and rank: every value of one meets most values of
 # the others, in images of 13 × 10 with 4 channels.
@@ -83,7 +85,7 @@ def torch_forward(twin, layer, x):
     return twin(padded).permute(0, 2, 3, 1)
 
 
-@pytest.mark.parametrize("lowering", ["dense", "composed", "grouped"])
+@pytest.mark.parametrize("lowering", ["dense", *RUNNABLE])
 @pytest.mark.parametrize(
     ("kernel_size", "strides", "padding", "dilation", "use_bias", "rank"), GRID
 )
@@ -207,7 +209,7 @@ def test_sub_kernel_convolution_is_that_of_flax(padding):
     np.testing.assert_allclose(layer(x), flax_layer(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("lowering", ChannelSelectionConv.LOWERINGS)
+@pytest.mark.parametrize("lowering", RUNNABLE)
 @pytest.mark.parametrize("rank", [1, 3])
 def test_composed_kernel_computes_the_same_function(rank, lowering):
     layer = ChannelSelectionConv(
@@ -224,7 +226,6 @@ def test_composed_kernel_computes_the_same_function(rank, lowering):
 
 def test_a_normalised_layer_has_no_composed_kernel():
     layer = ChannelSelectionConv(4, 6, 3, norm=True, rngs=nnx.Rngs(0))
-    assert layer.lowering == "grouped"
     with pytest.raises(ValueError, match="norm=True"):
         layer.composed_kernel()
 
@@ -354,6 +355,7 @@ def test_wrong_argument(layer_type, name, value):
         ("rank", 3, {"kernel_size": (1, 2)}),
         ("lowering", "fused", {}),
         ("lowering", "composed", {"norm": True}),
+        ("lowering", "native", {"norm": True}),
     ],
 )
 def test_wrong_argument_of_channel_selection(name, value, options):

@@ -17,12 +17,28 @@ import numpy as np
 from chansel_jax.window import Padding, output_size, padding_pairs, pair
 
 DTYPES = ("float32", "float64", "bfloat16")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 MISSING = "it was not compiled; install a C++ compiler, then install the package again"
 
 
 def available() -> bool:
     """Whether the library was compiled when the package was installed."""
     return _library() is not None
+
+
+def limit_instruction_set(most: str = INSTRUCTION_SETS[-1]) -> str:
+    """Computes with no instruction set beyond `most`; returns the one that is used from now on.
+
+    The best that the processor has is taken by itself; this is for comparing them.
+
+    Raises:
+        ValueError: if `most` is none of `INSTRUCTION_SETS`.
+        RuntimeError: if the library was not compiled.
+    """
+    if most not in INSTRUCTION_SETS:
+        raise ValueError(f"most={most!r} must be one of {INSTRUCTION_SETS}")
+    number = INSTRUCTION_SETS.index(most)
+    return INSTRUCTION_SETS[_compiled().ChanselLimitInstructionSet(number)]
 
 
 def channel_selection(
@@ -56,8 +72,7 @@ def channel_selection(
         RuntimeError: if the library was not compiled.
         TypeError: from JAX, under `jax.jvp`.
     """
-    if not available():
-        raise RuntimeError(MISSING)
+    _compiled()
     dtypes = {str(array.dtype) for array in (x, pointwise, depthwise)}
     if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
         raise ValueError(
@@ -107,6 +122,13 @@ def _attributes(window) -> dict[str, np.ndarray]:
         "padding": np.array((top, left), np.int64),
         "dilation": np.array(dilation, np.int64),
     }
+
+
+def _compiled() -> ctypes.CDLL:
+    library = _library()
+    if library is None:
+        raise RuntimeError(f"lowering='native': {MISSING}")
+    return library
 
 
 @functools.cache

@@ -74,6 +74,7 @@ C* Grow(std::vector<C>& buffer, int64_t count) {
 template <typename C>
 struct Scratch {
   std::vector<C> image, sums, line, output_gradient, sums_gradient, image_gradient;
+  std::vector<const C*> gradient_rows;
 };
 
 template <typename C>
@@ -172,11 +173,11 @@ InstructionSet BestInstructionSet() {
   return InstructionSet::kBaseline;
 }
 
-const InstructionSet kInstructionSet = BestInstructionSet();
+std::atomic<InstructionSet> instruction_set{BestInstructionSet()};
 
 template <typename Function512, typename Function2, typename FunctionBase>
 void Dispatch(Function512 with_avx512, Function2 with_avx2, FunctionBase with_baseline) {
-  switch (kInstructionSet) {
+  switch (instruction_set.load(std::memory_order_relaxed)) {
     case InstructionSet::kAvx512:
       return with_avx512();
     case InstructionSet::kAvx2:
@@ -265,6 +266,13 @@ ffi::Error BackwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
 }
 
 }  // namespace chansel
+
+// Takes no instruction set beyond `most` (0 baseline, 1 AVX2, 2 AVX-512); returns the one in use.
+extern "C" int ChanselLimitInstructionSet(int most) {
+  auto limit = static_cast<chansel::InstructionSet>(most);
+  chansel::instruction_set = std::min(chansel::BestInstructionSet(), limit);
+  return static_cast<int>(chansel::instruction_set.load());
+}
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselForward, chansel::ForwardHandler,
                               ffi::Ffi::Bind()

@@ -53,12 +53,35 @@ const C* AsCompute(const S* from, int64_t count, std::vector<C>& scratch) {
   }
 }
 
-template <typename S, typename C>
-void CopyRows(const C* from, int64_t from_pitch, int64_t rows, int64_t columns, S* to) {
+// Has write(rows) compute rows of padded_columns, and stores the first `columns` of each: directly
+// where nothing is padded and no type differs.
+template <typename S, typename C, typename Write>
+void WriteRows(int64_t rows, int64_t columns, int64_t padded_columns, std::vector<C>& scratch,
+               S* to, const Write& write) {
+  if constexpr (std::is_same_v<S, C>) {
+    if (columns == padded_columns) return write(to);
+  }
+  C* from = Grow(scratch, rows * padded_columns);
+  write(from);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t i = 0; i < columns; ++i) {
-      to[row * columns + i] = ToStorage<S>(from[row * from_pitch + i]);
+      to[row * columns + i] = ToStorage<S>(from[row * padded_columns + i]);
     }
+  }
+}
+
+// Rows of `columns` as rows of padded_columns, zero beyond.
+template <typename S, typename C>
+void PadRows(const S* from, int64_t rows, int64_t columns, int64_t padded_columns, C* to) {
+  if constexpr (std::is_same_v<S, C>) {
+    if (columns == padded_columns) {
+      std::copy(from, from + rows * columns, to);
+      return;
+    }
+  }
+  for (int64_t row = 0; row < rows; ++row, from += columns, to += padded_columns) {
+    for (int64_t i = 0; i < columns; ++i) to[i] = ToCompute(from[i]);
+    std::fill(to + columns, to + padded_columns, C(0));
   }
 }
 
@@ -205,11 +228,14 @@ class Layer {
     int64_t top = first * g.stride_h - g.top;
     int64_t rows = (last - 1 - first) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1;
     FillSums(x, top, rows, scratch);
-    C* line = Grow(scratch.line, g.out_w * padded_out);
     for (int64_t i = first; i < last; ++i) {
       const C* tile = scratch.sums.data() + (i - first) * g.stride_h * tile_width * sums;
-      for (int64_t o = 0; o < padded_out; o += kLanes<C>) DepthwiseRow(tile, o, line + o);
-      CopyRows(line, padded_out, g.out_w, g.out, y + i * g.out_w * g.out);
+      WriteRows<S, C>(g.out_w, g.out, padded_out, scratch.line, y + i * g.out_w * g.out,
+                      [&](C* line) {
+                        for (int64_t o = 0; o < padded_out; o += kLanes<C>) {
+                          DepthwiseRow(tile, o, line + o);
+                        }
+                      });
     }
   }
 
@@ -227,25 +253,21 @@ class Layer {
     for (int64_t row = first; row < last; ++row) {
       const C* z = scratch.sums.data() + (row - first) * tile_width * sums;
       C* dz_row = dz + (row - first) * g.w * sums;
+      const C* const* dy_rows = GradientRows(row, first_out, scratch);
       if (g.stride_w > 1) std::fill(dz_row, dz_row + g.w * sums, C(0));
       for (int64_t column = 0; column < sums; column += kLanes<C>) {
-        SumsGradientRow(row, first_out, scratch, column, dz_row + column);
-        AddDepthwiseGradient(row, first_out, scratch, column, z + column, depthwise_sum);
+        SumsGradientRow(dy_rows, column, dz_row + column);
+        AddDepthwiseGradient(dy_rows, column, z + column, depthwise_sum);
       }
     }
     int64_t pixels = (last - first) * g.w;
     const C* image = AsCompute(x + first * g.w * g.in, pixels * g.in, scratch.image);
     AddOuterProduct(image, g.in, dz, sums, sums, pixels, pointwise_sum);
-    S* dx_rows = dx + first * g.w * g.in;
-    if constexpr (std::is_same_v<S, C>) {
-      if (g.in == padded_in) {
-        Product(dz, sums, pixels, transposed_pointwise.data(), sums, padded_in, dx_rows, g.in);
-        return;
-      }
-    }
-    C* padded = Grow(scratch.image_gradient, pixels * padded_in);
-    Product(dz, sums, pixels, transposed_pointwise.data(), sums, padded_in, padded, padded_in);
-    CopyRows(padded, padded_in, pixels, g.in, dx_rows);
+    WriteRows<S, C>(pixels, g.in, padded_in, scratch.image_gradient, dx + first * g.w * g.in,
+                    [&](C* rows) {
+                      Product(dz, sums, pixels, transposed_pointwise.data(), sums, padded_in, rows,
+                              padded_in);
+                    });
   }
 
   int64_t PointwiseSize() const { return g.in * sums; }
@@ -327,12 +349,11 @@ class Layer {
     int64_t width = GradientWidth() * padded_out;
     C* tile = Grow(scratch.output_gradient, std::max<int64_t>(0, last - first) * width);
     for (int64_t i = first; i < last; ++i, tile += width) {
-      std::fill(tile, tile + width, C(0));
-      for (int64_t q = 0; q < g.out_w; ++q) {
-        const S* from = dy + (i * g.out_w + q) * g.out;
-        C* to = tile + (GradientLeft() + q) * padded_out;
-        for (int64_t o = 0; o < g.out; ++o) to[o] = ToCompute(from[o]);
-      }
+      const S* from = dy + i * g.out_w * g.out;
+      C* to = tile + GradientLeft() * padded_out;
+      std::fill(tile, to, C(0));
+      std::fill(to + g.out_w * padded_out, tile + width, C(0));
+      PadRows(from, g.out_w, g.out, padded_out, to);
     }
   }
 
@@ -368,39 +389,38 @@ class Layer {
     for (int p = 0; p < PIXELS; ++p) Store(sum[p], line + (q + p) * padded_out);
   }
 
-  // The row of the output's gradient that tap row a multiplies with input row `row`, or null.
-  const C* GradientRow(int64_t row, int64_t a, int64_t first_out, const Scratch<C>& s) const {
-    int64_t offset = row + g.top - a * g.dilation_h;
-    if (offset < 0 || offset % g.stride_h || offset / g.stride_h >= g.out_h) return nullptr;
-    return s.output_gradient.data() +
-           (offset / g.stride_h - first_out) * GradientWidth() * padded_out;
+  // For each row of taps, the row of the output's gradient that it multiplies with input row `row`,
+  // or null.
+  const C* const* GradientRows(int64_t row, int64_t first_out, Scratch<C>& scratch) const {
+    const C** rows = Grow(scratch.gradient_rows, g.kernel_h);
+    for (int64_t a = 0; a < g.kernel_h; ++a) {
+      int64_t offset = row + g.top - a * g.dilation_h;
+      bool meets = offset >= 0 && offset % g.stride_h == 0 && offset / g.stride_h < g.out_h;
+      int64_t line = (offset / g.stride_h - first_out) * GradientWidth() + GradientLeft();
+      rows[a] = meets ? scratch.output_gradient.data() + line * padded_out : nullptr;
+    }
+    return rows;
   }
 
   // The gradient of one row of sums, one vector of columns.
-  void SumsGradientRow(int64_t row, int64_t first_out, const Scratch<C>& scratch, int64_t column,
-                       C* dz) const {
-    if (g.stride_w > 1) {
-      return ScatterSumsGradientRow(row, first_out, scratch, column, dz);
-    }
+  void SumsGradientRow(const C* const* dy_rows, int64_t column, C* dz) const {
+    if (g.stride_w > 1) return ScatterSumsGradientRow(dy_rows, column, dz);
     int64_t c = 0;
-    for (; c + kBlock <= g.w; c += kBlock) {
-      GatherSumsGradient<kBlock>(row, first_out, scratch, column, c, dz);
-    }
-    for (; c < g.w; ++c) GatherSumsGradient<1>(row, first_out, scratch, column, c, dz);
+    for (; c + kBlock <= g.w; c += kBlock) GatherSumsGradient<kBlock>(dy_rows, column, c, dz);
+    for (; c < g.w; ++c) GatherSumsGradient<1>(dy_rows, column, c, dz);
   }
 
   template <int PIXELS>
-  CHANSEL_INLINE void GatherSumsGradient(int64_t row, int64_t first_out, const Scratch<C>& scratch,
-                                         int64_t column, int64_t c, C* dz) const {
+  CHANSEL_INLINE void GatherSumsGradient(const C* const* dy_rows, int64_t column, int64_t c,
+                                         C* dz) const {
     Vec<C> sum[PIXELS] = {};
     for (int64_t a = 0; a < g.kernel_h; ++a) {
-      const C* dy = GradientRow(row, a, first_out, scratch);
-      if (!dy) continue;
+      if (!dy_rows[a]) continue;
       for (int64_t b = 0; b < g.kernel_w; ++b) {
         Vec<C> tap, gradient;
         Load(taps.data() + (a * g.kernel_w + b) * sums + column, tap);
-        const C* from = dy + (GradientLeft() + c + g.left - b * g.dilation_w) * padded_out +
-                        column % padded_out;
+        const C* from =
+            dy_rows[a] + (c + g.left - b * g.dilation_w) * padded_out + column % padded_out;
         CHANSEL_UNROLL
         for (int p = 0; p < PIXELS; ++p) {
           Load(from + p * padded_out, gradient);
@@ -412,12 +432,10 @@ class Layer {
     for (int p = 0; p < PIXELS; ++p) Store(sum[p], dz + (c + p) * sums);
   }
 
-  void ScatterSumsGradientRow(int64_t row, int64_t first_out, const Scratch<C>& scratch,
-                              int64_t column, C* dz) const {
+  void ScatterSumsGradientRow(const C* const* dy_rows, int64_t column, C* dz) const {
     for (int64_t a = 0; a < g.kernel_h; ++a) {
-      const C* dy = GradientRow(row, a, first_out, scratch);
-      if (!dy) continue;
-      dy += GradientLeft() * padded_out + column % padded_out;
+      if (!dy_rows[a]) continue;
+      const C* dy = dy_rows[a] + column % padded_out;
       for (int64_t b = 0; b < g.kernel_w; ++b) {
         int64_t offset = b * g.dilation_w - g.left;
         Vec<C> tap, gradient, sum;
@@ -433,15 +451,13 @@ class Layer {
     }
   }
 
-  void AddDepthwiseGradient(int64_t row, int64_t first_out, const Scratch<C>& scratch,
-                            int64_t column, const C* z, C* depthwise_sum) const {
+  void AddDepthwiseGradient(const C* const* dy_rows, int64_t column, const C* z,
+                            C* depthwise_sum) const {
     for (int64_t a = 0; a < g.kernel_h; ++a) {
-      const C* dy = GradientRow(row, a, first_out, scratch);
-      if (!dy) continue;
-      dy += GradientLeft() * padded_out + column % padded_out;
+      if (!dy_rows[a]) continue;
       for (int64_t b = 0; b < g.kernel_w; ++b) {
         C* to = depthwise_sum + (a * g.kernel_w + b) * sums + column;
-        AddProductOfRows(z + b * g.dilation_w * sums, dy, to);
+        AddProductOfRows(z + b * g.dilation_w * sums, dy_rows[a] + column % padded_out, to);
       }
     }
   }
