@@ -42,12 +42,16 @@ class Rule:
     measured: str
 
 
-def on_one_cpu(case: Case) -> bool:
-    """Whether the native lowering can run here, and does not get in the way of sharding."""
+WIDE = 256 * 256  # weights of the pointwise part from which on the matrix products decide
+
+
+def narrow_on_one_cpu(case: Case) -> bool:
+    """Whether the native lowering can run here, nothing is sharded, and the layer is not wide."""
     return (
-        jax.default_backend() == "cpu"
+        on_cpu(case)
         and jax.device_count() == 1
         and case.dtype in native.DTYPES
+        and case.in_channels * case.out_channels * case.rank < WIDE
         and native.available()
     )
 
@@ -62,15 +66,36 @@ def everywhere(case: Case) -> bool:
     return True
 
 
+# The milliseconds are those of forward and backward at batch 128 in float32, on two cores of an
+# AMD EPYC with AVX-512, jax 0.10.2: `taskset -c 0,1 python -m experiments.tune`.
 LAYER_RULES = (
-    Rule("native", on_one_cpu, ""),
-    Rule("shifted", on_cpu, ""),
-    Rule("composed", everywhere, ""),
+    Rule(
+        "native",
+        narrow_on_one_cpu,
+        "32² 16→16: 2.6 against 4.1 shifted, 12 composed, 83 grouped; 8² 64→64: 1.5 against 2.5, "
+        "11, 17; 28² 128→128: 42 against 60, 509, 687. From 256→256 on it gains nothing (38, 38; "
+        "7² 512→512: 45, 30). Over several devices XLA cannot split it.",
+    ),
+    Rule(
+        "shifted",
+        on_cpu,
+        "Without the native one it is the fastest for every shape but the stem of ResNet-18 (224² "
+        "3→64, 7×7: 99, composed 75).",
+    ),
+    Rule(
+        "composed",
+        everywhere,
+        "By construction as fast as the dense convolution; not measured on other devices yet.",
+    ),
 )
 
 DEPTHWISE_RULES = (
-    Rule("shifted", on_cpu, ""),
-    Rule("grouped", everywhere, ""),
+    Rule(
+        "shifted",
+        on_cpu,
+        "32² 16→16: 2.8 against 89 grouped; 8² 64→64: 1.1 against 25; 7² 512→512: 7.6 against 260.",
+    ),
+    Rule("grouped", everywhere, "What other backends have kernels for; not measured there yet."),
 )
 
 

@@ -7,6 +7,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from experiments.memory import keep_freed_memory
+
 Settings = TypeVar("Settings")
 
 EXIT_ERROR = 1
@@ -28,6 +30,7 @@ def run(main: Callable[[Settings], object], settings_type: type[Settings], name:
         settings_type: a dataclass; nested ones become groups of flags.
         name: the command's name in `python -m experiments.NAME`.
     """
+    keep_freed_memory()
     try:
         main(parse(settings_type, name))
     except (CommandError, OSError) as error:

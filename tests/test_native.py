@@ -1,5 +1,6 @@
 """The native lowering's own promises: instruction sets, threads, and how it is built."""
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -104,6 +105,8 @@ def test_what_auto_chooses_on_a_cpu(monkeypatch, devices):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     compiled = devices == 1 and native.available()
     assert fastest_layer(CASE) == ("native" if compiled else "shifted")
+    assert fastest_layer(dataclasses.replace(CASE, in_channels=512, out_channels=512)) == "shifted"
+    assert fastest_layer(dataclasses.replace(CASE, dtype="float16")) == "shifted"
     assert fastest_depthwise(CASE) == "shifted"
     monkeypatch.setattr(native, "_library", lambda: None)
     assert fastest_layer(CASE) == "shifted"
@@ -114,6 +117,10 @@ def test_what_auto_chooses_on_other_devices(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert fastest_layer(CASE) == "composed"
     assert fastest_depthwise(CASE) == "grouped"
+
+
+def test_compiled_wherever_there_is_a_compiler():
+    assert native.available() or not shutil.which("c++")
 
 
 def test_without_a_compiler_the_package_is_built_without_the_library(tmp_path):

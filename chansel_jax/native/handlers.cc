@@ -21,7 +21,9 @@ namespace ffi = xla::ffi;
 namespace chansel {
 
 constexpr int64_t kTileBytes = 256 << 10;  // well within a core's second-level cache
-constexpr int64_t kGroups = 64;            // of images, each with gradients of its own
+// Groups of images, each with sums of its own for the kernels' gradients: enough to keep many
+// threads busy, but not so many that adding them up takes longer than computing them.
+constexpr int64_t kFewestGroups = 8, kMostGroups = 64, kPartialBytes = 8 << 20;
 
 // All sizes of a layer; see channel_selection in native/__init__.py.
 struct Geometry {

@@ -109,16 +109,18 @@ CHANSEL_INLINE void ProductBlock(const C* a, int64_t a_pitch, const C* b, int64_
   }
 }
 
-template <int VECTORS, typename C>
-void ProductPanel(const C* a, int64_t a_pitch, int64_t pixels, const C* b, int64_t depth, C* out,
-                  int64_t out_pitch) {
+// In blocks of PIXELS as long as they last, then of half as many, and so on.
+template <int PIXELS, int VECTORS, typename C>
+CHANSEL_INLINE void ProductPanel(const C* a, int64_t a_pitch, int64_t pixels, const C* b,
+                                 int64_t depth, C* out, int64_t out_pitch) {
   int64_t p = 0;
-  for (; p + kBlock <= pixels; p += kBlock) {
-    ProductBlock<kBlock, VECTORS>(a + p * a_pitch, a_pitch, b, depth, out + p * out_pitch,
+  for (; p + PIXELS <= pixels; p += PIXELS) {
+    ProductBlock<PIXELS, VECTORS>(a + p * a_pitch, a_pitch, b, depth, out + p * out_pitch,
                                   out_pitch);
   }
-  for (; p < pixels; ++p) {
-    ProductBlock<1, VECTORS>(a + p * a_pitch, a_pitch, b, depth, out + p * out_pitch, out_pitch);
+  if constexpr (PIXELS > 1) {
+    ProductPanel<PIXELS / 2, VECTORS>(a + p * a_pitch, a_pitch, pixels - p, b, depth,
+                                      out + p * out_pitch, out_pitch);
   }
 }
 
@@ -130,10 +132,10 @@ void Product(const C* a, int64_t a_pitch, int64_t pixels, const C* panels, int64
   constexpr int64_t kPanel = 2 * kLanes<C>;
   int64_t c = 0;
   for (; c + kPanel <= columns; c += kPanel) {
-    ProductPanel<2>(a, a_pitch, pixels, panels + c * depth, depth, out + c, out_pitch);
+    ProductPanel<kBlock, 2>(a, a_pitch, pixels, panels + c * depth, depth, out + c, out_pitch);
   }
   if (c < columns) {
-    ProductPanel<1>(a, a_pitch, pixels, panels + c * depth, depth, out + c, out_pitch);
+    ProductPanel<kBlock, 1>(a, a_pitch, pixels, panels + c * depth, depth, out + c, out_pitch);
   }
 }
 
@@ -512,8 +514,9 @@ void Backward(const Geometry& g, const S* x, const S* pointwise, const S* depthw
   int64_t units = CeilDiv(g.h, rows);
   // Sums over images are taken in groups that do not depend on the number of threads, and the
   // groups added in order, so that the gradients are the same bit for bit however many there are.
-  int64_t groups = std::min<int64_t>(g.n * units, kGroups);
   int64_t size = layer.PointwiseSize() + layer.DepthwiseSize();
+  int64_t fitting = kPartialBytes / (size * int64_t(sizeof(C)));
+  int64_t groups = std::min(g.n * units, std::clamp(fitting, kFewestGroups, kMostGroups));
   std::vector<C> partial(groups * size);
   parallel(groups, [&](int64_t group) {
     C* pointwise_sum = partial.data() + group * size;

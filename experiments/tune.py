@@ -1,0 +1,228 @@
+"""Measures every lowering on this machine, and holds the rules of "auto" against it.
+
+    python -m experiments.tune
+
+times one layer, forward and backward, for a list of shapes, and the depthwise part alone. Run it
+when nothing else runs; the lowerings take turns, so that a machine that drifts hits all alike.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from chansel_jax import depthwise, lowerings, native, selection
+from experiments.command_line import CommandError, run
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Measures every lowering on this machine, and holds the rules of "auto" against it."""
+
+    batch_size: int = 128
+    """Images of 32 × 32 and smaller; a sixteenth of it of larger ones."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
+    """Of the computation."""
+    rounds: int = 15
+    """Times that each lowering is timed; the median counts."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.dtypes:
+            raise ValueError("dtypes must name at least one")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A layer: images of `size` × `size`, padded as PyTorch's `kernel // 2`."""
+
+    size: int
+    in_channels: int
+    out_channels: int
+    kernel: int = 3
+    strides: int = 1
+    rank: int = 1
+
+    def __str__(self):
+        text = f"{self.size}² {self.in_channels}→{self.out_channels}, {self.kernel}×{self.kernel}"
+        text += f" /{self.strides}" if self.strides > 1 else ""
+        return text + (f" rank {self.rank}" if self.rank > 1 else "")
+
+
+# The layers of ResNet-14, a few of ResNet-18, and one of a higher rank.
+LAYERS = (
+    Shape(32, 16, 16),
+    Shape(32, 16, 32, strides=2),
+    Shape(32, 16, 32, kernel=1, strides=2),
+    Shape(16, 32, 32),
+    Shape(16, 32, 64, strides=2),
+    Shape(8, 64, 64),
+    Shape(32, 16, 16, rank=3),
+    Shape(224, 3, 64, kernel=7, strides=2),
+    Shape(56, 64, 64),
+    Shape(28, 128, 128),
+    Shape(14, 256, 256),
+    Shape(7, 512, 512),
+)
+
+
+HOPELESS = 10  # a lowering that takes so many times as long as the fastest is timed once
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The median milliseconds of each lowering for one shape, and what "auto" chooses there."""
+
+    shape: Shape
+    milliseconds: dict[str, float]
+    chosen: str
+
+    @property
+    def fastest(self) -> str:
+        """The lowering that took the least time."""
+        return min(self.milliseconds, key=self.milliseconds.get)
+
+
+def main(settings: Settings) -> None:
+    """Measures as `settings` say, and prints a table for the layer and one for its second part."""
+    console = Console(highlight=False)
+    device = jax.devices()[0]
+    console.print(f"{len(jax.devices())} × {device.device_kind}, jax {jax.__version__}")
+    if not native.available():
+        console.print(f"native: {native.MISSING}")
+    for dtype in settings.dtypes:
+        for title, function, choices in (
+            ("layer", time_layer, selection.LOWERINGS),
+            ("depthwise part", time_depthwise, depthwise.LOWERINGS),
+        ):
+            candidates = [c for c in lowerings.runnable(choices) if c != "auto"]
+            try:
+                results = [
+                    function(shape, candidates, dtype, settings)
+                    for shape in track(LAYERS, title, console=console, transient=True)
+                ]
+            except jax.errors.JaxRuntimeError as error:
+                raise CommandError(f"batch_size={settings.batch_size}: {error}") from error
+            print_results(f"{title}, {dtype}, forward + backward, ms", results, console)
+
+
+def time_layer(shape: Shape, candidates: list[str], dtype: str, settings: Settings) -> Result:
+    """One channel selection in every lowering."""
+    x, pointwise, kernel = operands(shape, dtype, settings.batch_size)
+    calls = {
+        name: functools.partial(selection.channel_selection, **window(shape), lowering=name)
+        for name in candidates
+    }
+    return Result(
+        shape,
+        time_calls(calls, (x, pointwise, kernel), settings.rounds),
+        lowerings.fastest_layer(case(shape, dtype)),
+    )
+
+
+def time_depthwise(shape: Shape, candidates: list[str], dtype: str, settings: Settings) -> Result:
+    """The depthwise part alone in every lowering."""
+    x, pointwise, kernel = operands(shape, dtype, settings.batch_size)
+    calls = {
+        name: functools.partial(depthwise.depthwise_conv, **window(shape), lowering=name)
+        for name in candidates
+    }
+    sums = selection.weighted_sums(x, pointwise)
+    return Result(
+        shape,
+        time_calls(calls, (sums, kernel), settings.rounds),
+        lowerings.fastest_depthwise(case(shape, dtype)),
+    )
+
+
+def case(shape: Shape, dtype: str) -> lowerings.Case:
+    """What the rules know of a layer."""
+    return lowerings.Case(
+        dtype=dtype,
+        in_channels=shape.in_channels,
+        out_channels=shape.out_channels,
+        kernel_size=(shape.kernel, shape.kernel),
+        strides=(shape.strides, shape.strides),
+        rank=shape.rank,
+    )
+
+
+def window(shape: Shape) -> dict[str, int]:
+    """The layer's strides and padding."""
+    return {"strides": shape.strides, "padding": shape.kernel // 2}
+
+
+def operands(shape: Shape, dtype: str, batch_size: int) -> list[jax.Array]:
+    """Random images, pointwise and depthwise kernels."""
+    rng = np.random.default_rng(0)
+    images = batch_size if shape.size <= 32 else max(1, batch_size // 16)
+    shapes = (
+        (images, shape.size, shape.size, shape.in_channels),
+        (shape.in_channels, shape.out_channels * shape.rank),
+        (shape.kernel, shape.kernel, shape.rank, shape.out_channels),
+    )
+    return [jnp.asarray(rng.standard_normal(s, np.float32), dtype) for s in shapes]
+
+
+def time_calls(
+    calls: dict[str, Callable[..., jax.Array]], arguments: tuple[jax.Array, ...], rounds: int
+) -> dict[str, float]:
+    """Median milliseconds of each call with all its gradients; the calls take turns."""
+
+    def compiled(call):
+        def output_and_gradients(gradient, *arguments):
+            y, pull_back = jax.vjp(call, *arguments)
+            return y, pull_back(gradient)
+
+        output = jax.eval_shape(call, *arguments)
+        gradient = jnp.ones(output.shape, output.dtype)
+        return jax.jit(output_and_gradients).lower(gradient, *arguments).compile(), gradient
+
+    functions = {name: compiled(call) for name, call in calls.items()}
+    seconds = {name: [] for name in functions}
+    for round_number in range(rounds + 1):
+        for name, (function, gradient) in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function(gradient, *arguments))
+            seconds[name].append(time.perf_counter() - start)
+        if round_number == 0:
+            # Only a warm-up, but enough to know which will not be chosen.
+            limit = HOPELESS * min(values[0] for values in seconds.values())
+            functions = {name: f for name, f in functions.items() if seconds[name][0] < limit}
+    return {name: statistics.median(values[1:] or values) * 1e3 for name, values in seconds.items()}
+
+
+def print_results(title: str, results: list[Result], console: Console) -> None:
+    """A row a shape, and how much longer all shapes take than in the fastest lowering of each."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("layer")
+    for name in results[0].milliseconds:
+        table.add_column(name, justify="right")
+    table.add_column("fastest")
+    table.add_column("auto")
+    for result in results:
+        numbers = [f"{value:.2f}" for value in result.milliseconds.values()]
+        table.add_row(str(result.shape), *numbers, result.fastest, result.chosen)
+    console.print(table)
+    fastest = sum(result.milliseconds[result.fastest] for result in results)
+    chosen = sum(result.milliseconds[result.chosen] for result in results)
+    agree = sum(result.chosen == result.fastest for result in results)
+    console.print(
+        f"auto is the fastest for {agree} of {len(results)} shapes; all shapes take "
+        f"{chosen / fastest:.2f} times as long as in the fastest lowering of each"
+    )
+
+
+if __name__ == "__main__":
+    run(main, Settings, "tune")
