@@ -7,11 +7,11 @@ import pytest
 import torch
 from flax import nnx
 from jax import lax
-from torch_twins import WeightedSumConv2d
 
 from chansel_jax import ChannelSelectionConv, SubKernelConv
 from chansel_jax.lowerings import runnable
 from chansel_jax.window import padding_pairs
+from experiments.benchmarking.torch_networks import WeightedSumConv2d
 
 LAYERS = [SubKernelConv, ChannelSelectionConv]
 RUNNABLE = [name for name in runnable(ChannelSelectionConv.LOWERINGS) if name != "auto"]

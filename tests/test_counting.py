@@ -7,7 +7,6 @@ import jax
 import pytest
 import torch
 from flax import nnx
-from torch_twins import torch_resnet14, torch_resnet18
 
 from chansel_jax import ChannelSelectionConv, SubKernelConv, resnet14, resnet18
 from chansel_jax.counting import (
@@ -19,6 +18,7 @@ from chansel_jax.counting import (
     subkernel_cost,
 )
 from chansel_jax.resnet import CONVS
+from experiments.benchmarking.torch_networks import torch_resnet14, torch_resnet18
 
 PRESETS = {"resnet14": (resnet14, torch_resnet14), "resnet18": (resnet18, torch_resnet18)}
 

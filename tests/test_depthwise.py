@@ -7,6 +7,8 @@ import pytest
 from chansel_jax.depthwise import depthwise_conv
 from chansel_jax.window import padding_pairs
 
+LOWERINGS = ("grouped", "shifted")
+
 
 def convolved_by_loops(x, kernel, strides, pads, dilation):
     """What `depthwise_conv` defines, one output element after the other, in float64."""
@@ -25,15 +27,17 @@ def convolved_by_loops(x, kernel, strides, pads, dilation):
     return y
 
 
-def test_by_hand():
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_by_hand(lowering):
     # Two output channels of rank 2: channels 0 and 1 of x make the first, 2 and 3 the second.
     x = jnp.array([[[1.0, 10.0, 2.0, 0.0], [3.0, 20.0, 5.0, 1.0]]])[None]
     kernel = jnp.array([[[1.0, -1.0], [0.1, 4.0]], [[2.0, 0.0], [0.5, 3.0]]])[None]
-    y = depthwise_conv(x, kernel, padding="VALID")
+    y = depthwise_conv(x, kernel, padding="VALID", lowering=lowering)
     # 1·1 + 0.1·10 + 2·3 + 0.5·20 = 18 and -1·2 + 4·0 + 0·5 + 3·1 = 1
     np.testing.assert_allclose(y, [[[[18.0, 1.0]]]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize(
     ("kernel_size", "strides", "padding", "dilation", "rank"),
     [
@@ -45,19 +49,22 @@ def test_by_hand():
         ((2, 3), (1, 1), ((4, 0), (0, 5)), (1, 3), 1),
     ],
 )
-def test_against_loops(kernel_size, strides, padding, dilation, rank):
+def test_against_loops(kernel_size, strides, padding, dilation, rank, lowering):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 9, 8, 3 * rank), np.float32)
     kernel = rng.standard_normal((*kernel_size, rank, 3), np.float32)
-    y = depthwise_conv(x, kernel, strides=strides, padding=padding, dilation=dilation)
+    y = depthwise_conv(
+        x, kernel, strides=strides, padding=padding, dilation=dilation, lowering=lowering
+    )
     pads = padding_pairs(padding, (9, 8), kernel_size, strides, dilation)
     expected = convolved_by_loops(x, kernel, strides, pads, dilation)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_keeps_bfloat16():
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_keeps_bfloat16(lowering):
     x, kernel = jnp.ones((1, 4, 4, 2), jnp.bfloat16), jnp.ones((3, 3, 1, 2), jnp.bfloat16)
-    y = depthwise_conv(x, kernel, padding="VALID")
+    y = depthwise_conv(x, kernel, padding="VALID", lowering=lowering)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y, 9)
 
@@ -81,3 +88,36 @@ def test_wrong_window(name, value):
     with pytest.raises(ValueError) as error:
         depthwise_conv(jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 1, 2)), **{name: value})
     assert f"{name}={value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_input_smaller_than_the_kernel(lowering):
+    with pytest.raises(ValueError, match="smaller than a kernel"):
+        depthwise_conv(
+            jnp.zeros((1, 2, 4, 2)), jnp.zeros((3, 3, 1, 2)), padding="VALID", lowering=lowering
+        )
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_dtypes_that_differ(lowering):
+    with pytest.raises(TypeError, match="float32 .* bfloat16"):
+        depthwise_conv(
+            jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 1, 2), jnp.bfloat16), lowering=lowering
+        )
+
+
+def test_unknown_lowering():
+    with pytest.raises(ValueError) as error:
+        depthwise_conv(jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 1, 2)), lowering="fast")
+    assert "lowering='fast'" in str(error.value)
+    for choice in ("auto", *LOWERINGS):
+        assert repr(choice) in str(error.value)
+
+
+def test_auto_is_one_of_them():
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((2, 5, 5, 4), np.float32)
+    kernel = rng.standard_normal((3, 3, 2, 2), np.float32)
+    np.testing.assert_allclose(
+        depthwise_conv(x, kernel), depthwise_conv(x, kernel, lowering="grouped"), rtol=1e-4
+    )

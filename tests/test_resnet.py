@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from torch_twins import TorchResNet, torch_resnet14, torch_resnet18
 
 from chansel_jax import (
     ChannelSelectionConv,
@@ -22,6 +21,7 @@ from chansel_jax import (
 )
 from chansel_jax.resnet import CONVS, PRESETS
 from chansel_jax.torch_weights import from_torch, to_torch
+from experiments.benchmarking.torch_networks import TorchResNet, torch_resnet14, torch_resnet18
 
 BATCH = 4
 

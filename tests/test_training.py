@@ -9,13 +9,13 @@ import pytest
 import torch
 from flax import nnx
 from jax.sharding import AxisType
-from torch_twins import torch_resnet14
 
 from chansel_jax import ChannelSelectionConv, SubKernelConv, resnet14, training
 from chansel_jax.augmentation import normalise
 from chansel_jax.data import Split
 from chansel_jax.optimizer import OptimizerSettings, make_optimizer
 from chansel_jax.torch_weights import from_torch, to_torch
+from experiments.benchmarking.torch_networks import torch_resnet14
 
 STILL = training.Augmentation(crop_padding=0, flip=False)
 

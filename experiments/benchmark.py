@@ -1,0 +1,131 @@
+"""Times JAX and PyTorch side by side.
+
+    python -m experiments.benchmark --what=step
+
+Every contestant runs in a process of its own; outputs are compared first, then all are timed in
+interleaved rounds. Tables are printed and written, with a chart, to --output.
+"""
+
+import dataclasses
+import datetime
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from chansel_jax.records import write_json
+from experiments.benchmarking import chart, figures, machine, plan, report
+from experiments.benchmarking.comparison import MismatchError
+from experiments.benchmarking.rounds import run_case
+from experiments.benchmarking.settings import Settings
+from experiments.benchmarking.survey import Survey, survey
+from experiments.benchmarking.work import work_of
+from experiments.benchmarking.workers import WorkerError
+from experiments.command_line import CommandError, run
+
+
+def main(settings: Settings) -> None:
+    """Runs the benchmark that `settings` describe, and prints how it goes."""
+    # The parent only counts and draws: the GPU is for the workers.
+    jax.config.update("jax_platforms", "cpu")
+    benchmark(settings, Console(highlight=False, soft_wrap=True))
+
+
+def benchmark(settings: Settings, console: Console) -> dict[str, Any]:
+    """Runs the benchmark and writes its results; returns them as they are in `results.json`.
+
+    Raises:
+        CommandError: if settings do not fit the machine, outputs differ, or nothing could run.
+    """
+    try:
+        surveyed = survey(settings, console)
+        output = settings.output or default_output(settings, surveyed)
+        output.mkdir(parents=True, exist_ok=True)
+        results = describe(settings, surveyed) | {"cases": run_cases(settings, surveyed, console)}
+    except (plan.PlanError, MismatchError, WorkerError) as error:
+        raise CommandError(error) from error
+    if not any(case["contestants"] for case in results["cases"]):
+        raise CommandError("no contestant could run: " + "; ".join(report.failures(results)))
+    report.print_report(results, console)
+    write(results, output)
+    console.print(f"written to {output}", markup=False)
+    return results
+
+
+def run_cases(settings: Settings, surveyed: Survey, console: Console) -> list[dict[str, Any]]:
+    """Times one case after the other.
+
+    Raises:
+        PlanError: if settings do not fit the machine.
+        MismatchError: if two contestants do not compute the same.
+    """
+    train_images = plan.load_train_images(settings)
+    contestants = plan.make_contestants(settings, surveyed.machine, surveyed.has_torch)
+    schedule = plan.make_schedule(settings)
+    found = []
+    for case in plan.make_cases(settings, surveyed.machine, train_images):
+        tasks = plan.make_tasks(case, contestants, surveyed.machine, train_images)
+        found.append(
+            figures.case_figures(
+                run_case(tasks, schedule, console),
+                {conv: work_of(case, conv) for conv in settings.convs},
+                surveyed.ceilings,
+                schedule,
+                plan.default_lowering(),
+                train_images and len(train_images.labels) // case.batch_size,
+            )
+        )
+    return found
+
+
+def describe(settings: Settings, surveyed: Survey) -> dict[str, Any]:
+    """All of the results but the cases: what was asked for, of which machine, when."""
+    asked = dataclasses.asdict(settings)
+    del asked["images"]["data_dir"], asked["output"]
+    return {
+        **asked,
+        "command": command(settings),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": surveyed.figures(),
+        "versions": machine.versions(),
+        "ceilings": dataclasses.asdict(surveyed.ceilings),
+    }
+
+
+def command(settings: Settings) -> str:
+    """What to type for the same benchmark: all that is not as by default."""
+    flags = []
+    for group, default in ((settings, Settings()), (settings.images, Settings().images)):
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            if value == getattr(default, field.name) or dataclasses.is_dataclass(value):
+                continue
+            text = ",".join(value) if isinstance(value, tuple) else str(value)
+            flags.append(shlex.quote(f"--{field.name.replace('_', '-')}={text}"))
+    return " ".join(["python -m experiments.benchmark", *flags])
+
+
+def default_output(settings: Settings, surveyed: Survey) -> Path:
+    """`benchmarks/WHAT-MODEL-DEVICE`."""
+    device = "cpu" if surveyed.machine.platform == "cpu" else surveyed.device
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return Path("benchmarks", f"{settings.what}-{settings.model}-{slug}")
+
+
+def write(results: dict[str, Any], output: Path) -> None:
+    """Replaces the files in `output`, each at once; `results.json` last."""
+    for name, fill in (
+        ("chart.png", lambda path: chart.draw(results, path)),
+        ("results.md", lambda path: path.write_text(report.markdown(results))),
+    ):
+        partial = output / f"{name}.partial"
+        fill(partial)
+        partial.replace(output / name)
+    write_json(output / "results.json", results)
+
+
+if __name__ == "__main__":
+    run(main, Settings, "benchmark")

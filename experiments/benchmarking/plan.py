@@ -1,0 +1,210 @@
+"""What settings come to on a machine: cases, and the contestants of each."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import get_args
+
+from flax import nnx
+
+from chansel_jax import data, training
+from chansel_jax.conv import ChannelSelectionConv
+from chansel_jax.optimizer import OptimizerSettings
+from chansel_jax.resnet import CONVS, PRESETS, PooledStem, ResNet
+from experiments.benchmarking.cases import (
+    Case,
+    Contestant,
+    Dtype,
+    LayerShape,
+    Machine,
+    Recipe,
+    Task,
+    TorchVariant,
+    TrainImages,
+)
+from experiments.benchmarking.rounds import Schedule
+from experiments.benchmarking.settings import Settings, parse_shape
+from experiments.benchmarking.weights import make_weights
+
+IMAGE_SIZES = {"resnet14": 32, "resnet18": 224}
+BATCH_SIZES = {"resnet14": {"cpu": 128, "gpu": 128}, "resnet18": {"cpu": 16, "gpu": 64}}
+CUDA_ONLY: tuple[TorchVariant, ...] = ("max_autotune",)
+MOST_LOADER_WORKERS = 8
+
+
+class PlanError(Exception):
+    """Settings that come to nothing on this machine; one line."""
+
+
+def make_machine(settings: Settings, platform: str, cores: int) -> Machine:
+    """What contestants run on: every core this process may use."""
+    workers = settings.loader_workers
+    return Machine(
+        platform=platform,
+        threads=cores,
+        cpu_devices=settings.cpu_devices,
+        loader_workers=min(cores, MOST_LOADER_WORKERS) if workers is None else workers,
+    )
+
+
+def make_cases(
+    settings: Settings, machine: Machine, train_images: TrainImages | None
+) -> list[Case]:
+    """What is timed, one case after the other.
+
+    Raises:
+        PlanError: if a dtype or the batch size does not fit the machine or the data.
+    """
+    batch_size = settings.batch_size or BATCH_SIZES[settings.model][machine.platform]
+    _check_batch_size(batch_size, machine, train_images)
+    image_size, num_classes = settings.image_size or IMAGE_SIZES[settings.model], None
+    if train_images is not None:
+        image_size, num_classes = train_images.images.shape[1], int(train_images.labels.max()) + 1
+    base = Case(
+        what=settings.what,
+        model=settings.model,
+        batch_size=batch_size,
+        image_size=image_size,
+        num_classes=num_classes or _abstract(settings.model).config.num_classes,
+        dtype="float32",
+        seed=settings.seed,
+    )
+    cases = [dataclasses.replace(base, dtype=dtype) for dtype in make_dtypes(settings, machine)]
+    if settings.what != "layer":
+        return cases
+    layers = [parse_shape(shape) for shape in settings.shapes] or model_shapes(base)
+    return [
+        dataclasses.replace(case, layer=layer, backward=backward)
+        for case in cases
+        for backward in (False, True)
+        for layer in layers
+    ]
+
+
+def make_dtypes(settings: Settings, machine: Machine) -> tuple[Dtype, ...]:
+    """Those asked for, or those of the machine.
+
+    Raises:
+        PlanError: if the machine has none of one.
+    """
+    gpu = machine.platform == "gpu"
+    if "tf32" in settings.dtypes and not gpu:
+        raise PlanError("dtypes=tf32: TF32 exists on GPUs only, and JAX sees none")
+    return settings.dtypes or (get_args(Dtype) if gpu else ("float32",))
+
+
+def make_contestants(settings: Settings, machine: Machine, has_torch: bool) -> list[Contestant]:
+    """Those of each convolution, PyTorch's eager one first: the others are compared with it.
+
+    Raises:
+        PlanError: if there are none.
+    """
+    lowerings = settings.lowerings
+    if lowerings is None:
+        epoch = settings.what == "epoch"
+        lowerings = (default_lowering(),) if epoch else ChannelSelectionConv.LOWERINGS
+    variants = settings.torch
+    if variants is None:
+        every = get_args(TorchVariant)
+        variants = [v for v in every if machine.platform == "gpu" or v not in CUDA_ONLY]
+    contestants = []
+    for conv in settings.convs:
+        if has_torch:
+            contestants += [Contestant("PyTorch", conv, variant) for variant in variants]
+        own = lowerings if conv == "chansel" else ("",)
+        contestants += [Contestant("JAX", conv, variant) for variant in own]
+    if not contestants:
+        raise PlanError("there is nothing to time: no lowering, no variant of PyTorch")
+    return contestants
+
+
+def make_tasks(
+    case: Case,
+    contestants: Sequence[Contestant],
+    machine: Machine,
+    train_images: TrainImages | None,
+) -> list[Task]:
+    """The contestants of `case` with what they need; those of a convolution share weights."""
+    defaults = OptimizerSettings()
+    recipe = Recipe(defaults.learning_rate, defaults.weight_decay)
+    weights = {conv: make_weights(case, conv) for conv in {c.conv for c in contestants}}
+    return [
+        Task(case, contestant, machine, recipe, weights[contestant.conv], train_images)
+        for contestant in contestants
+    ]
+
+
+def make_schedule(settings: Settings) -> Schedule:
+    """An epoch is a round of one step; other steps are repeated to fill a round."""
+    if settings.what == "epoch":
+        return Schedule(settings.epochs, runs=settings.runs, untimed=0)
+    return Schedule(settings.rounds, round_seconds=settings.round_seconds)
+
+
+def load_train_images(settings: Settings) -> TrainImages | None:
+    """The training images of an epoch; None for everything else.
+
+    Raises:
+        PlanError: if they cannot be loaded.
+    """
+    if settings.what != "epoch":
+        return None
+    images = settings.images
+    folder = images.dataset == "folder"
+    try:
+        split = data.load(
+            images.dataset,
+            data_dir=images.data_dir,
+            image_size=settings.image_size if folder else None,
+            classes=images.classes,
+            train_per_class=images.train_per_class,
+            split_seed=0,
+        ).splits["train"]
+    except ValueError as error:
+        raise PlanError(error) from error
+    return TrainImages(split.images, split.labels, *training.channel_statistics(split.images))
+
+
+def default_lowering() -> str:
+    """The lowering of a `ChannelSelectionConv` that is given none."""
+    return nnx.eval_shape(lambda: ChannelSelectionConv(1, 1, 1, rngs=nnx.Rngs(0))).lowering
+
+
+def model_shapes(case: Case) -> list[LayerShape]:
+    """The different convolutions of the model that are an argument of it, in its own order."""
+    network, size = _abstract(case.model), case.image_size
+    shapes = []
+    if isinstance(network.stem, PooledStem):
+        shapes.append(_shape(network.stem.conv, size))
+        # The max pooling behind it halves the image as its stride of 2 does.
+        size = (shapes[-1].output_size + 1) // 2
+    for block in network.blocks:
+        for layer in _block_shapes(block, size):
+            shapes.append(layer)
+        size = _shape(block.conv1, size).output_size
+    return list(dict.fromkeys(shapes))
+
+
+def _block_shapes(block: nnx.Module, size: int) -> Iterator[LayerShape]:
+    yield _shape(block.conv1, size)
+    yield _shape(block.conv2, _shape(block.conv1, size).output_size)
+    if block.shortcut is not None:
+        yield _shape(block.shortcut, size)
+
+
+def _shape(layer: ChannelSelectionConv, size: int) -> LayerShape:
+    kernel_size, stride = layer.kernel_size[0], layer.strides[0]
+    return LayerShape(size, layer.in_channels, layer.out_channels, kernel_size, stride)
+
+
+def _abstract(model: str) -> ResNet:
+    return nnx.eval_shape(lambda: PRESETS[model](CONVS["chansel"], rngs=nnx.Rngs(0)))
+
+
+def _check_batch_size(batch_size: int, machine: Machine, train_images: TrainImages | None) -> None:
+    if machine.platform == "cpu" and batch_size % machine.cpu_devices:
+        raise PlanError(f"batch_size={batch_size} must divide by cpu_devices={machine.cpu_devices}")
+    if train_images is not None and batch_size > len(train_images.labels):
+        raise PlanError(
+            f"batch_size={batch_size} must be at most the {len(train_images.labels)} "
+            "training images"
+        )

@@ -1,0 +1,246 @@
+"""The results as tables: on the terminal, and in Markdown to be pasted."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from experiments.benchmarking.cases import LayerShape
+from experiments.printing import LAYOUT
+
+Figures = Mapping[str, Any]
+
+UNITS = {
+    "step": "a training step",
+    "forward": "a forward pass",
+    "layer": "a layer",
+    "epoch": "an epoch",
+}
+DTYPES = {
+    "float32": "float32 (TF32 off)",
+    "tf32": "float32 (TF32 on)",
+    "bfloat16": "bfloat16 (float32 parameters)",
+}
+
+
+# A terminal narrower than this is shown no `Table.optional` columns.
+WIDE_COLUMNS = 110
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Cells of text; the first column is of names, the others of numbers."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    optional: Sequence[str] = ()
+
+
+def print_report(results: Figures, console: Console) -> None:
+    """Prints every table."""
+    for line in [headline(results), *context(results)]:
+        console.print(line, markup=False)
+    for table in tables(results):
+        console.print()
+        console.print(_rich(table, console.width))
+    for line in failures(results):
+        console.print(line, markup=False)
+
+
+def markdown(results: Figures) -> str:
+    """All of the report: what, tables, machine, command."""
+    parts = [f"**{headline(results)}**"]
+    for table in tables(results):
+        parts.append(f"{table.title}:\n\n{_markdown(table)}")
+    if found := failures(results):
+        parts.append("\n".join(f"- {line}" for line in found))
+    parts.append("\n".join(f"- {line}" for line in context(results)))
+    parts.append(f"```bash\n{results['command']}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def headline(results: Figures) -> str:
+    """What was timed."""
+    case = results["cases"][0]
+    layer = " of its own" if results["what"] == "layer" else ""
+    images = f"batches of {case['batch_size']}"
+    if results["what"] != "layer":
+        images += f" images of {case['image_size']} × {case['image_size']}"
+    return f"{results['model']}, {UNITS[results['what']]}{layer}, {images}"
+
+
+def context(results: Figures) -> list[str]:
+    """Machine, versions and what the columns mean, a line each."""
+    machine, versions = results["machine"], results["versions"]
+    threads = f"{machine['threads']} cores"
+    if machine["platform"] == "cpu" and machine["cpu_devices"] > 1:
+        threads += f", JAX on {machine['cpu_devices']} virtual devices"
+    names = ("python", "jax", "flax", "torch")
+    ceilings = results["ceilings"]
+    layer = results["what"] == "layer"
+    shown = "Median" if layer else "Median (5th–95th percentile)"
+    products = ", ".join(
+        f"{rate / 1e9:,.0f} GMAC/s of matrix products in {dtype}"
+        for dtype, rate in ceilings["multiply_adds_per_second"].items()
+    )
+    lines = [
+        f"{machine['device']}, {threads}; "
+        + ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
+        + f"; {results['date'][:10]}",
+        f"{shown} of {_rounds(results)} in which all contestants take turns; "
+        "ratios are taken round by round",
+    ]
+    if not layer:
+        lines += [
+            f"Ceilings measured here: {products}, {ceilings['bytes_per_second'] / 1e9:,.0f} GB/s "
+            "copied; of ceiling: of the one that is used more",
+            "GMAC/s (10⁹ multiply-adds) and GB/s are counted from shapes: channel selection as its "
+            "two parts however computed, each layer's input and output once a product",
+        ]
+    busy = machine["busy_before"]
+    if busy is not None and busy > 0.1:
+        lines.append(f"Something else kept the cores {100 * busy:.0f} % busy beforehand")
+    return lines
+
+
+def failures(results: Figures) -> list[str]:
+    """A line for each contestant that could not run, whatever the number of cases."""
+    found = {}
+    for case in results["cases"]:
+        for failure in case["could_not_run"]:
+            line = f"{failure['name']} could not run: {failure['reason']}"
+            found.setdefault(line, []).append(case["title"])
+    every = len(results["cases"])
+    return [
+        line + (f" ({'; '.join(titles)})" if len(titles) < every else "")
+        for line, titles in found.items()
+    ]
+
+
+def tables(results: Figures) -> list[Table]:
+    """Every table of the results."""
+    if results["what"] == "layer":
+        return _layer_tables(results)
+    found = []
+    for case in results["cases"]:
+        found.append(_case_table(case))
+        if results["what"] == "epoch":
+            found.append(_run_table(case, results["epochs"]))
+        if case["ratios"]:
+            found.append(_ratio_table(case))
+    return found
+
+
+def _case_table(case: Figures) -> Table:
+    unit, scale = _unit(case["contestants"])
+    headings = ["", unit, "images/s", "GMAC/s", "GB/s", "of ceiling", "compile", "MB"]
+    rows = []
+    for each in case["contestants"]:
+        compiled = each["compile_seconds"]
+        share = max(each["of_product_ceiling"], each["of_copy_ceiling"])
+        rows.append(
+            [
+                each["name"],
+                _spread(each["seconds"], scale),
+                f"{each['images_per_second']:,.0f}",
+                f"{each['multiply_adds_per_second'] / 1e9:,.1f}",
+                f"{each['bytes_per_second'] / 1e9:,.1f}",
+                f"{100 * share:.0f} % {each['bound']}",
+                "–" if compiled is None else f"{compiled:.1f} s",
+                f"{each['peak_memory_bytes'] / 1e6:,.0f}",
+            ]
+        )
+    title = f"{UNITS[case['what']].capitalize()} in {DTYPES[case['dtype']]}"
+    return Table(title, headings, rows, optional=("GMAC/s", "GB/s"))
+
+
+def _run_table(case: Figures, epochs: int) -> Table:
+    rows, runs = [], 0
+    for each in case["contestants"]:
+        seconds, mean, std = (each["epoch"][name] for name in ("run_seconds", "mean", "std"))
+        runs = len(seconds)
+        deviation = "" if std is None else f" ± {std:.2g}"
+        rows.append([each["name"], *map(three_digits, seconds), three_digits(mean) + deviation])
+    headings = ["run", *(str(run + 1) for run in range(runs)), "s an epoch"]
+    return Table(f"Seconds of {epochs} epochs in {DTYPES[case['dtype']]}", headings, rows)
+
+
+def _ratio_table(case: Figures) -> Table:
+    rows = [
+        [f"{ratio['numerator']} / {ratio['denominator']}", _spread(ratio, 1)]
+        for ratio in case["ratios"]
+    ]
+    return Table(f"Ratios of time in {DTYPES[case['dtype']]}", ["", "ratio"], rows)
+
+
+def _layer_tables(results: Figures) -> list[Table]:
+    groups: dict[tuple[str, bool], list[Figures]] = {}
+    for case in results["cases"]:
+        groups.setdefault((case["dtype"], case["backward"]), []).append(case)
+    found = []
+    for (dtype, backward), cases in groups.items():
+        passes = "forward + backward" if backward else "forward"
+        headings = ["", *(str(LayerShape(**case["layer"])) for case in cases)]
+        columns = [
+            {c["name"]: three_digits(c["seconds"]["median"] * 1e3) for c in case["contestants"]}
+            for case in cases
+        ]
+        found.append(Table(f"ms {passes}, {DTYPES[dtype]}", headings, _matrix(columns)))
+        columns = [
+            {ratio["name"]: three_digits(ratio["median"]) for ratio in case["ratios"]}
+            for case in cases
+        ]
+        if any(columns):
+            title = f"Ratios of time, {passes}, {DTYPES[dtype]}"
+            found.append(Table(title, headings, _matrix(columns)))
+    return found
+
+
+def _matrix(columns: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    names = sorted({name for column in columns for name in column})
+    return [[name, *(column.get(name, "–") for column in columns)] for name in names]
+
+
+def _spread(figures: Figures, scale: float) -> str:
+    median, p5, p95 = (figures[name] * scale for name in ("median", "p5", "p95"))
+    return f"{three_digits(median)} ({three_digits(p5)}–{three_digits(p95)})"
+
+
+def three_digits(value: float) -> str:
+    """At least three digits, and no exponent."""
+    decimals = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:,.{decimals}f}"
+
+
+def _unit(contestants: Sequence[Figures]) -> tuple[str, float]:
+    fastest = min((each["seconds"]["median"] for each in contestants), default=0)
+    return ("s", 1.0) if fastest >= 0.5 else ("ms", 1e3)
+
+
+def _rounds(results: Figures) -> str:
+    if results["what"] == "epoch":
+        return f"{results['runs']} runs of {results['epochs']} epochs"
+    return f"{results['rounds']} rounds"
+
+
+def _markdown(table: Table) -> str:
+    lines = [table.headings, ["---", *["---:"] * (len(table.headings) - 1)], *table.rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _rich(table: Table, width: int) -> RichTable:
+    rich = RichTable(title=table.title, **LAYOUT)
+    left_out = set(table.optional) if width < WIDE_COLUMNS else set()
+    shown = [i for i, heading in enumerate(table.headings) if heading not in left_out]
+    for i in shown:
+        # Headings may be broken, numbers not.
+        widest = max((len(row[i]) for row in table.rows), default=0)
+        justify, least = ("right", widest) if i else ("left", None)
+        rich.add_column(table.headings[i], justify=justify, min_width=least)
+    for row in table.rows:
+        rich.add_row(*(row[i] for i in shown))
+    return rich

@@ -1,0 +1,81 @@
+"""How much a step has to compute and to move, from shapes alone.
+
+Multiply-adds are those of `chansel_jax.counting`: channel selection counts as its two parts,
+whichever way it is computed (a composed kernel really takes those of the dense layer). A training
+step takes three times those of a forward pass: forward, the gradient of the input and the gradient
+of the weights are products of one size.
+
+Bytes are a model of what cannot be kept in a cache: each of these three products touches one array
+of its layer's input's size and one of its output's, once. Summed over a network, where the output
+of one layer is the input of the next, that is 2 · A · s bytes for each of them, with A the elements
+of all layers' outputs (BatchNorm included; ReLU and residual sums taken as part of it) and s the
+bytes of an element. Parameters are float32 and read once forward; a training step with AdamW reads
+them again in the backward pass, writes and reads the gradient, and reads and writes parameter and
+two moments: 10 · 4 bytes each. A single layer's are touched once a product.
+"""
+
+import dataclasses
+import math
+
+from flax import nnx
+
+from chansel_jax.counting import chansel_cost, count_network, subkernel_cost
+from chansel_jax.resnet import CONVS, PRESETS, ResNetConfig
+from experiments.benchmarking.cases import Case, Conv
+
+ELEMENT_BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2}
+PARAMETER_BYTES = 4
+PASSES = {"forward": 1, "step": 3, "epoch": 3}
+TOUCHES = {"forward": 1, "step": 10, "epoch": 10}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Of one step: a batch."""
+
+    parameters: int
+    multiply_adds: int
+    bytes_moved: int
+
+
+def work_of(case: Case, conv: Conv) -> Work:
+    """What one step of `case` takes; in an epoch too, one of its steps."""
+    return _network_work(case, conv) if case.layer is None else _layer_work(case, conv)
+
+
+def network_config(model: str, conv: Conv, num_classes: int) -> ResNetConfig:
+    """Of the network `model`, without initialising it."""
+    return nnx.eval_shape(lambda: PRESETS[model](CONVS[conv], num_classes, rngs=nnx.Rngs(0))).config
+
+
+def _network_work(case: Case, conv: Conv) -> Work:
+    rows = count_network(network_config(case.model, conv, case.num_classes), case.image_size)
+    parameters = sum(row.parameters for row in rows)
+    passes = PASSES[case.what]
+    activations = case.batch_size * sum(math.prod(row.output) for row in rows)
+    return Work(
+        parameters,
+        passes * case.batch_size * sum(row.multiply_adds for row in rows),
+        passes * 2 * activations * ELEMENT_BYTES[case.dtype]
+        + TOUCHES[case.what] * parameters * PARAMETER_BYTES,
+    )
+
+
+def _layer_work(case: Case, conv: Conv) -> Work:
+    layer, passes = case.layer, 3 if case.backward else 1
+    sizes = (layer.in_channels, layer.out_channels, layer.kernel_size)
+    if conv == "chansel":
+        parameters, multiply_adds = chansel_cost(
+            *sizes, input_size=layer.size, output_size=layer.output_size, use_bias=False
+        )
+    else:
+        parameters, multiply_adds = subkernel_cost(
+            *sizes, output_size=layer.output_size, use_bias=False
+        )
+    elements = layer.size**2 * layer.in_channels + layer.output_size**2 * layer.out_channels
+    return Work(
+        parameters,
+        passes * case.batch_size * multiply_adds,
+        passes
+        * (case.batch_size * elements * ELEMENT_BYTES[case.dtype] + parameters * PARAMETER_BYTES),
+    )

@@ -1,0 +1,110 @@
+"""A process that runs one contestant, and answers its parent over a pipe.
+
+Started as `python -m experiments.benchmarking.worker FD`. A request is a name and arguments, the
+answer a pair: `("answer", value)` or `("failure", reason)`.
+"""
+
+import ctypes
+import importlib
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarking.cases import Framework, Task
+from experiments.benchmarking.runner import resident_peak
+from experiments.memory import keep_freed_memory
+
+SIDES = {
+    "JAX": "experiments.benchmarking.jax_side",
+    "PyTorch": "experiments.benchmarking.torch_side",
+}
+
+
+class Worker:
+    """What the parent may ask for, one method a request."""
+
+    def load(self, framework: Framework) -> None:
+        """Imports the framework, the slow part of starting."""
+        self.side = importlib.import_module(SIDES[framework])
+
+    def describe(self) -> dict[str, str]:
+        """The device."""
+        return self.side.describe()
+
+    def measure(self, *arguments: Any) -> Any:
+        """The machine's ceilings."""
+        return self.side.measure(*arguments)
+
+    def prepare(self, task: Task) -> Any:
+        """Builds the contestant of `task` and makes it ready."""
+        self.runner = self.side.make_runner(task)
+        prepared = self.runner.prepare()
+        self._make_room()
+        return prepared
+
+    def round(self, steps: int, untimed: int) -> float:
+        """Seconds a step."""
+        seconds = self.runner.round(steps, untimed)
+        self._make_room()
+        return seconds
+
+    def restart(self) -> None:
+        """Begins training anew."""
+        self.runner.restart()
+
+    def peak_memory(self) -> int:
+        """Bytes."""
+        return self.runner.peak_memory()
+
+    def _make_room(self) -> None:
+        """Hands free memory back while this worker waits, if the next one might not find enough.
+
+        Only then: a step takes longer for some steps after its memory was given away.
+        """
+        available = available_memory()
+        if available is not None and available < 2 * resident_peak():
+            hand_back_memory()
+
+
+def serve(connection: Connection) -> None:
+    """Answers requests until the parent closes its end."""
+    worker = Worker()
+    while True:
+        try:
+            request, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = ("answer", getattr(worker, request)(*arguments))
+        except Exception as error:
+            answer = ("failure", one_line(error))
+        connection.send(answer)
+
+
+def available_memory() -> int | None:
+    """Bytes that the machine has left; None if it cannot be told."""
+    path = Path("/proc/meminfo")
+    for line in path.read_text().splitlines() if path.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def hand_back_memory() -> None:
+    """Gives what the process keeps but does not use to the operating system."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def one_line(error: BaseException) -> str:
+    """The error's kind and the first line it says."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+if __name__ == "__main__":
+    # As every command does; PyTorch's steps are the faster for it as well.
+    keep_freed_memory()
+    serve(Connection(int(sys.argv[1])))
