@@ -23,9 +23,9 @@ from jax import lax
 
 from chansel_jax.window import PaddingPairs, Pair
 
-# The kernel gradient sums up to so many rows for up to so many taps in one loop. LLVM unrolls such
-# a loop and vectorises the one around it; a longer loop stays scalar and is about eight times
-# slower, shorter ones pass over memory more often. 72 products are what it still unrolls.
+# The kernel gradient sums so many rows at most, for so many taps at most, in one loop. LLVM unrolls
+# a loop of 72 or 96 products and makes vector code of the one around it; at 144 products and more
+# it stays scalar. Fewer rows at once mean more passes over memory.
 _BLOCK_ROWS = 8
 _BLOCK_TAPS = 9
 

@@ -76,7 +76,7 @@ def test_gradients_do_not_depend_on_the_number_of_threads(library):
 
 @pytest.mark.parametrize("library", COMPILED)
 def test_large_images_are_taken_in_parts(library):
-    """Images whose sums do not fit into the cache, in which rows at the seams are computed twice."""
+    """Images whose sums do not fit into the cache, whose seams are computed twice."""
     rng = np.random.default_rng(0)
     shapes = (1, 70, 90, 3), (3, 40), (5, 3, 1, 40)
     operands = [jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes]

@@ -70,7 +70,7 @@ def _draw_bars(axes: Axes, bars: Sequence[Mapping[str, Any]]) -> None:
             textcoords="offset points",
             ha="right" if cut else "left",
             va="center",
-            color="white" if cut else "black",
+            color="white" if cut and bar["conv"] == "chansel" else "black",
             fontsize=8,
         )
     axes.set_yticks(range(len(bars)), [bar["name"] for bar in bars], fontsize=8)

@@ -29,6 +29,7 @@ from experiments.benchmarking.cases import (
 )
 from experiments.benchmarking.ceilings import Ceilings, Effort, best_rate, numpy_copy_rate
 from experiments.benchmarking.runner import FIRST_UPDATE, Runner, first_update
+from experiments.benchmarking.weights import uninitialised
 
 # The factors of float32 products are rounded on GPUs unless forbidden.
 PRECISIONS = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "default"}
@@ -62,13 +63,14 @@ def conv_of(contestant: Contestant) -> Callable[..., nnx.Module]:
 def make_network(task: Task) -> ResNet:
     """The network with the weights of `task`; without dropout where outputs are compared."""
     case = task.case
-    network = PRESETS[case.model](
+    make = functools.partial(
+        PRESETS[case.model],
         conv_of(task.contestant),
         case.num_classes,
         dtype=_dtype(case),
         **({} if case.what == "epoch" else {"dropout_rate": 0.0}),
-        rngs=nnx.Rngs(case.seed),
     )
+    network = uninitialised(make)
     from_torch(network, task.weights)
     return network
 
@@ -120,11 +122,12 @@ class _Forward(_JaxRunner):
 
     def __init__(self, task: Task):
         super().__init__(task)
-        self.state = jax.device_put(_network_state(make_network(task)), self.replicated)
+        self.network = make_network(task)
+        self.state = jax.device_put(_network_state(self.network), self.replicated)
         self.images = jax.device_put(image_batch(task.case)[0], self.sharded)
 
     def warm_up(self):
-        forward = jax.jit(_forward(make_network(self.task)))
+        forward = jax.jit(_forward(self.network))
         self.forward = self.compiled(forward, *self.state, self.images)
         return self.compile_seconds, {"logits": np.asarray(self.forward(*self.state, self.images))}
 

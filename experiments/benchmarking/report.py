@@ -236,11 +236,15 @@ def _rich(table: Table, width: int) -> RichTable:
     rich = RichTable(title=table.title, **LAYOUT)
     left_out = set(table.optional) if width < WIDE_COLUMNS else set()
     shown = [i for i, heading in enumerate(table.headings) if heading not in left_out]
+    natural = sum(
+        2 + max(map(len, column)) for column in zip(table.headings, *table.rows, strict=True)
+    )
     for i in shown:
-        # Headings may be broken, numbers not.
-        widest = max((len(row[i]) for row in table.rows), default=0)
-        justify, least = ("right", widest) if i else ("left", None)
-        rich.add_column(table.headings[i], justify=justify, min_width=least)
+        heading = table.headings[i]
+        if natural > width:
+            # The names need the room more.
+            heading = heading.replace(" ", "\n")
+        rich.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
     for row in table.rows:
         rich.add_row(*(row[i] for i in shown))
     return rich

@@ -4,15 +4,13 @@ Started as `python -m experiments.benchmarking.worker FD`. A request is a name a
 answer a pair: `("answer", value)` or `("failure", reason)`.
 """
 
-import ctypes
 import importlib
 import sys
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from experiments.benchmarking.cases import Framework, Task
-from experiments.benchmarking.runner import resident_peak
+from experiments.benchmarking.runner import available_memory, hand_back_memory, resident_peak
 from experiments.memory import keep_freed_memory
 
 SIDES = {
@@ -80,22 +78,6 @@ def serve(connection: Connection) -> None:
         except Exception as error:
             answer = ("failure", one_line(error))
         connection.send(answer)
-
-
-def available_memory() -> int | None:
-    """Bytes that the machine has left; None if it cannot be told."""
-    path = Path("/proc/meminfo")
-    for line in path.read_text().splitlines() if path.exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def hand_back_memory() -> None:
-    """Gives what the process keeps but does not use to the operating system."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def one_line(error: BaseException) -> str:

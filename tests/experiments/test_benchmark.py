@@ -1,0 +1,215 @@
+"""The benchmark as a whole: real workers, tiny shapes."""
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from experiments import benchmark
+from experiments.benchmarking import plan, survey
+from experiments.benchmarking.ceilings import Effort
+from experiments.benchmarking.settings import ImageSettings, Settings
+from experiments.command_line import CommandError
+
+TINY = {"batch_size": 4, "rounds": 2, "round_seconds": 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def little_effort(monkeypatch):
+    monkeypatch.setitem(survey.EFFORTS, "cpu", Effort(2**16, 64, 0.01))
+
+
+def run(settings):
+    """The results, and what was printed."""
+    console = Console(file=io.StringIO(), width=120)
+    results = benchmark.benchmark(settings, console)
+    return results, console.file.getvalue()
+
+
+def run_command(*arguments, **variables):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.benchmark", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **variables},
+        timeout=300,
+    )
+
+
+def test_step_is_compared_timed_and_written(tmp_path):
+    settings = Settings(
+        **TINY,
+        image_size=8,
+        lowerings=("shifted",),
+        torch=("eager", "max_autotune"),
+        output=tmp_path / "results",
+    )
+    results, printed = run(settings)
+    assert json.loads((tmp_path / "results" / "results.json").read_text()) == json.loads(
+        json.dumps(results)
+    )
+    (case,) = results["cases"]
+    names = {each["name"] for each in case["contestants"]}
+    assert names == {
+        "JAX chansel shifted",
+        "JAX subkernel",
+        "PyTorch chansel eager",
+        "PyTorch subkernel eager",
+    }
+    for each in case["contestants"]:
+        assert len(each["rounds"]) == 2 and min(each["rounds"]) > 0
+        assert each["seconds"]["p5"] <= each["seconds"]["median"] <= each["seconds"]["p95"]
+        assert (each["compile_seconds"] is None) == (each["framework"] == "PyTorch")
+        assert each["peak_memory_bytes"] > 10**7
+        assert 0 <= each["tolerance_needed"] <= 1
+    # They were compared with PyTorch's, not each with itself.
+    assert sum(each["tolerance_needed"] > 0 for each in case["contestants"]) == 2
+    assert {failure["name"] for failure in case["could_not_run"]} == {
+        "PyTorch chansel max_autotune",
+        "PyTorch subkernel max_autotune",
+    }
+    assert len(case["ratios"]) == 4
+    assert results["machine"]["threads"] >= 1 and results["versions"]["jax"]
+    text = (tmp_path / "results" / "results.md").read_text()
+    assert all(f"| {name} | " in text for name in names) and results["command"] in text
+    with Image.open(tmp_path / "results" / "chart.png") as picture:
+        picture.load()
+        assert picture.format == "PNG"
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
+        "chart.png",
+        "results.json",
+        "results.md",
+    ]
+    assert "CUDA graphs exist on GPUs only" in printed
+
+
+def test_layers_forward_and_backward_in_bfloat16(tmp_path):
+    settings = Settings(
+        **TINY,
+        what="layer",
+        shapes=("6x8x4x3x2",),
+        dtypes=("bfloat16",),
+        convs=("chansel",),
+        lowerings=("shifted",),
+        torch=("channels_last",),
+        output=tmp_path,
+    )
+    results, _ = run(settings)
+    assert [(case["backward"], len(case["contestants"])) for case in results["cases"]] == [
+        (False, 2),
+        (True, 2),
+    ]
+    assert not any(case["could_not_run"] for case in results["cases"])
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """A folder of noise: two classes of 12 images."""
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for i in range(12):
+            pixels = rng.integers(256, size=(8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "cache"))
+    return tmp_path / "images"
+
+
+def test_epochs_with_their_data_on_two_devices(images, tmp_path):
+    settings = Settings(
+        what="epoch",
+        images=ImageSettings(dataset="folder", data_dir=images),
+        batch_size=8,
+        runs=2,
+        epochs=1,
+        convs=("subkernel",),
+        torch=("channels_last",),
+        cpu_devices=2,
+        output=tmp_path / "results",
+    )
+    results, printed = run(settings)
+    (case,) = results["cases"]
+    assert (case["image_size"], case["num_classes"]) == (8, 2)
+    assert {each["name"] for each in case["contestants"]} == {
+        "JAX subkernel",
+        "PyTorch subkernel channels_last",
+    }
+    for each in case["contestants"]:
+        assert each["epoch"]["run_seconds"] == each["rounds"]
+        # Two whole batches of 8 of the 20 or so training images.
+        assert each["images_per_second"] == pytest.approx(16 / each["seconds"]["median"])
+    assert "2 runs of 1 epochs" in printed
+    assert str(images) not in json.dumps(results["images"])
+
+
+def test_mismatch_ends_the_benchmark(monkeypatch, tmp_path):
+    whole = plan.make_tasks
+
+    def corrupted(*arguments):
+        first, *others = whole(*arguments)
+        weights = dict(first.weights)
+        weights["layer2.0.bn1.running_mean"] = weights["layer2.0.bn1.running_mean"] + 0.1
+        return [dataclasses.replace(first, weights=weights), *others]
+
+    monkeypatch.setattr(plan, "make_tasks", corrupted)
+    settings = Settings(
+        **TINY,
+        what="forward",
+        image_size=8,
+        convs=("chansel",),
+        lowerings=("grouped",),
+        torch=("eager",),
+        output=tmp_path,
+    )
+    named = "JAX chansel grouped and PyTorch chansel eager differ in logits"
+    with pytest.raises(CommandError, match=named):
+        run(settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_pytorch_jax_is_timed_alone(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = run_command(
+        *("--what=forward", "--batch-size=4", "--image-size=8", "--rounds=1"),
+        *("--round-seconds=0.001", "--lowerings=shifted", "--convs=chansel"),
+        f"--output={tmp_path / 'results'}",
+        PYTHONPATH=path,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert 'to install it: pip install -e ".[torch]"' in done.stdout
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    names = {each["name"] for each in results["cases"][0]["contestants"]}
+    assert names == {"JAX chansel shifted"}
+    assert list(results["machine"]["runtimes"]) == ["JAX"]
+
+
+def test_help_names_every_setting():
+    done = run_command("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for field in dataclasses.fields(Settings):
+        if field.name != "images":
+            assert f"--{field.name.replace('_', '-')}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "argument, code, named",
+    [
+        ("--what=everything", 2, "--what"),
+        ("--dtypes=tf32", 1, "error: dtypes=tf32: TF32 exists on GPUs only"),
+    ],
+)
+def test_wrong_flag_ends_with_a_line_that_names_it(argument, code, named):
+    done = run_command(argument)
+    assert done.returncode == code
+    assert named in " ".join(done.stderr.split())
+    if code == 1:
+        assert len(done.stderr.splitlines()) == 1
