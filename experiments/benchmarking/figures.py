@@ -113,6 +113,7 @@ def ratios(timings: Sequence[Timing], default_lowering: str) -> list[Figures]:
     pairs: list[tuple[str, Pick, Pick]] = [
         (f"{own} / JAX subkernel", chansel, subkernel),
         (f"{own} / fastest PyTorch chansel", chansel, torch_chansel),
+        (f"{own} / fastest PyTorch subkernel", chansel, torch_subkernel),
         (f"{own} / JAX chansel grouped", chansel, grouped),
         ("JAX subkernel / fastest PyTorch subkernel", subkernel, torch_subkernel),
         ("PyTorch chansel / subkernel, fastest each", torch_chansel, torch_subkernel),

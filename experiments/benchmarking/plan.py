@@ -38,11 +38,14 @@ class PlanError(Exception):
 def make_machine(settings: Settings, platform: str, cores: int) -> Machine:
     """What contestants run on: every core this process may use."""
     workers = settings.loader_workers
+    if workers is None:
+        # On CPUs, the original's epoch took 7.3 s without, 7.7 s with one for each of two cores.
+        workers = 0 if platform == "cpu" else min(cores, MOST_LOADER_WORKERS)
     return Machine(
         platform=platform,
         threads=cores,
         cpu_devices=settings.cpu_devices,
-        loader_workers=min(cores, MOST_LOADER_WORKERS) if workers is None else workers,
+        loader_workers=workers,
     )
 
 

@@ -63,7 +63,8 @@ class Settings:
     cpu_devices: int = 1
     """On CPUs: virtual devices that JAX shards the batch over."""
     loader_workers: int | None = None
-    """--what=epoch: processes that load PyTorch's batches; by default one a core, 8 at most."""
+    """--what=epoch: processes that load PyTorch's batches; by default one a core, 8 at most, and
+    on CPUs none, which is the fastest there: they would take the cores that the network needs."""
     seed: int = 0
     """Decides weights, batches and the order of contestants in a round."""
     output: Path | None = None

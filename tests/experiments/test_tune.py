@@ -1,0 +1,94 @@
+"""The command that measures the lowerings again, with layers of a few pixels."""
+
+import io
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from chansel_jax import depthwise, selection
+from chansel_jax.lowerings import runnable
+from experiments import tune
+from experiments.command_line import CommandError
+from experiments.tune import Result, Settings, Shape
+
+TINY = (Shape(6, 3, 4), Shape(5, 2, 3, kernel=1, strides=2, rank=2))
+
+
+def test_measures_every_lowering_of_every_shape(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "LAYERS", TINY)
+    monkeypatch.setattr(tune, "HOPELESS", float("inf"))
+    tune.main(Settings(batch_size=2, rounds=2, dtypes=("float32", "bfloat16")))
+    printed = capsys.readouterr().out
+    assert jax.__version__ in printed
+    for dtype in ("float32", "bfloat16"):
+        for title, choices in (
+            ("layer", selection.LOWERINGS),
+            ("depthwise part", depthwise.LOWERINGS),
+        ):
+            table = printed.partition(f"{title}, {dtype}, forward + backward, ms")[2]
+            names = [name for name in runnable(choices) if name != "auto"]
+            header = next(line for line in table.splitlines() if "fastest" in line)
+            assert [name for name in names if name in header] == names
+            assert "6² 3→4, 3×3" in table and "5² 2→3, 1×1 /2 rank 2" in table
+    assert len(re.findall(r"auto is the fastest for [0-2] of 2 shapes", printed)) == 4
+
+
+def test_what_is_hopeless_is_timed_once():
+    calls = []
+
+    def counted(name, seconds):
+        def call(x):
+            def note(x):
+                calls.append(name)
+                time.sleep(seconds)
+                return x
+
+            return jax.pure_callback(note, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+        return jax.custom_vjp(call)
+
+    functions = {"fast": counted("fast", 0.001), "slow": counted("slow", 0.2)}
+    for function in functions.values():
+        function.defvjp(lambda x, f=function: (f.fun(x), None), lambda _, dy: (dy,))
+    found = tune.time_calls(functions, (jnp.ones(3),), rounds=4)
+    assert calls.count("slow") == 1 and calls.count("fast") == 5
+    assert found["slow"] >= 200 and 1 <= found["fast"] < 200
+
+
+def test_the_closing_line_by_hand():
+    results = [
+        Result(Shape(8, 4, 4), {"grouped": 4.0, "shifted": 1.0}, "shifted"),
+        Result(Shape(9, 4, 4), {"grouped": 2.0, "shifted": 5.0}, "shifted"),
+    ]
+    console = Console(file=io.StringIO(), width=100)
+    tune.print_results("layer", results, console)
+    # (1 + 5) / (1 + 2)
+    assert "1 of 2 shapes; all shapes take 2.00 times as long" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rounds": 0}, "rounds=0 must be at least 1"),
+        ({"batch_size": -3}, "batch_size=-3 must be at least 1"),
+        ({"dtypes": ()}, "dtypes must name at least one"),
+    ],
+)
+def test_wrong_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**settings)
+
+
+def test_more_than_the_memory_holds(monkeypatch):
+    monkeypatch.setattr(tune, "LAYERS", TINY)
+
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(tune, "time_layer", full)
+    with pytest.raises(CommandError, match="batch_size=2: RESOURCE_EXHAUSTED"):
+        tune.main(Settings(batch_size=2))
