@@ -96,7 +96,11 @@ def describe(settings: Settings, surveyed: Survey) -> dict[str, Any]:
 
 
 def command(settings: Settings) -> str:
-    """What to type for the same benchmark: all that is not as by default."""
+    """What to type for the same benchmark: all that is not as by default, but for folders."""
+    images = settings.images
+    if images.data_dir is not None:
+        images = dataclasses.replace(images, data_dir=Path("PATH"))
+    settings = dataclasses.replace(settings, images=images, output=None)
     flags = []
     for group, default in ((settings, Settings()), (settings.images, Settings().images)):
         for field in dataclasses.fields(group):

@@ -75,7 +75,7 @@ def test_step_is_compared_timed_and_written(tmp_path):
         "PyTorch chansel max_autotune",
         "PyTorch subkernel max_autotune",
     }
-    assert len(case["ratios"]) == 4
+    assert len(case["ratios"]) == 5
     assert results["machine"]["threads"] >= 1 and results["versions"]["jax"]
     text = (tmp_path / "results" / "results.md").read_text()
     assert all(f"| {name} | " in text for name in names) and results["command"] in text

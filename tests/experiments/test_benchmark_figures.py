@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import shlex
+from pathlib import Path
 from typing import get_args
 
 import jax
@@ -147,7 +148,27 @@ def test_command_gives_the_same_settings():
     assert command(Settings()) == "python -m experiments.benchmark"
 
 
+def test_command_names_no_folder_of_this_machine():
+    given = Settings(images=ImageSettings(data_dir=Path("/home/me/images")), output=Path("out"))
+    assert command(given) == "python -m experiments.benchmark --data-dir=PATH"
+
+
 # Plans
+
+
+@pytest.mark.parametrize(
+    ("asked", "platform", "cores", "workers"),
+    [
+        (None, "cpu", 2, 0),
+        (None, "gpu", 4, 4),
+        (None, "gpu", 64, 8),
+        (3, "cpu", 2, 3),
+        (0, "gpu", 4, 0),
+    ],
+)
+def test_processes_that_load_batches(asked, platform, cores, workers):
+    made = plan.make_machine(Settings(loader_workers=asked), platform, cores)
+    assert (made.loader_workers, made.threads) == (workers, cores)
 
 
 def test_layers_are_those_of_resnet14():
@@ -409,6 +430,7 @@ def test_ratios_take_the_default_lowering_and_pytorchs_fastest():
     assert found == {
         "JAX chansel auto / JAX subkernel": (DENSE.name, 0.5),
         "JAX chansel auto / fastest PyTorch chansel": (CHANNELS_LAST.name, 4),
+        "JAX chansel auto / fastest PyTorch subkernel": (TORCH_DENSE.name, 1 / 4),
         "JAX chansel auto / JAX chansel grouped": (GROUPED.name, 2),
         "JAX subkernel / fastest PyTorch subkernel": (TORCH_DENSE.name, 0.5),
         "PyTorch chansel / subkernel, fastest each": (TORCH_DENSE.name, 1 / 16),
