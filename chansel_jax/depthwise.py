@@ -1,13 +1,14 @@
 """The depthwise part of channel selection, in several lowerings of one function."""
 
 import jax
+import jax.numpy as jnp
 from flax.typing import PrecisionLike
 from jax import lax
 
 from chansel_jax.dense import DIMENSIONS
 from chansel_jax.lowerings import Case, checked_lowering, fastest_depthwise
 from chansel_jax.shifted import depthwise_shifted
-from chansel_jax.window import Padding, Pair, output_size, padding_pairs, pair
+from chansel_jax.window import Padding, output_size, padding_pairs, pair
 
 LOWERINGS = ("auto", "grouped", "shifted")
 
@@ -52,18 +53,23 @@ def depthwise_conv(
             input is smaller than the dilated kernel.
         TypeError: if the dtypes of `x` and `kernel` differ.
     """
+    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     if x.ndim != 4 or kernel.ndim != 4 or x.shape[-1] != kernel.shape[2] * kernel.shape[3]:
         raise ValueError(
             f"x of shape {x.shape} and kernel of shape {kernel.shape} must be (N, H, W, C_out·R) "
             "and (K_h, K_w, R, C_out)"
         )
+    if 0 in kernel.shape:
+        raise ValueError(f"every size of kernel of shape {kernel.shape} must be at least 1")
     if x.dtype != kernel.dtype:
         raise TypeError(f"x of dtype {x.dtype} and kernel of dtype {kernel.dtype} must be alike")
     size, kernel_size = x.shape[1:3], kernel.shape[:2]
     strides, dilation = pair("strides", strides), pair("dilation", dilation)
     output_size(size, kernel_size, strides, padding, dilation)  # raises where there is no output
     pads = padding_pairs(padding, size, kernel_size, strides, dilation)
-    if _resolve(lowering, x, kernel, strides) == "shifted":
+    if checked_lowering(lowering, LOWERINGS) == "auto":
+        lowering = fastest_depthwise(Case.of(x, kernel))
+    if lowering == "shifted":
         return depthwise_shifted(x, kernel, strides, pads, dilation)
     return lax.conv_general_dilated(
         x,
@@ -74,20 +80,4 @@ def depthwise_conv(
         dimension_numbers=DIMENSIONS,
         feature_group_count=kernel.shape[3],
         precision=precision,
-    )
-
-
-def _resolve(lowering: str, x: jax.Array, kernel: jax.Array, strides: Pair) -> str:
-    """The lowering to take: `lowering` itself, or what `"auto"` stands for."""
-    if checked_lowering(lowering, LOWERINGS) != "auto":
-        return lowering
-    return fastest_depthwise(
-        Case(
-            dtype=str(x.dtype),
-            in_channels=x.shape[3],
-            out_channels=kernel.shape[3],
-            kernel_size=kernel.shape[:2],
-            strides=strides,
-            rank=kernel.shape[2],
-        )
     )

@@ -18,19 +18,20 @@ class Case:
 
     Attributes:
         dtype: of the computation.
-        in_channels: C_in.
+        in_channels: of `x`: C_in, or C_out·R for the depthwise part alone.
         out_channels: C_out.
-        kernel_size: K_h and K_w.
-        strides: in rows and columns.
         rank: R.
     """
 
     dtype: str
     in_channels: int
     out_channels: int
-    kernel_size: tuple[int, int]
-    strides: tuple[int, int]
     rank: int
+
+    @classmethod
+    def of(cls, x: jax.Array, depthwise: jax.Array) -> "Case":
+        """That of `x` `(N, H, W, C)` and the depthwise kernel `(K_h, K_w, R, C_out)`."""
+        return cls(str(x.dtype), x.shape[3], depthwise.shape[3], depthwise.shape[2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +110,14 @@ def checked_lowering(lowering: str, choices: tuple[str, ...]) -> str:
         names = ", ".join(map(repr, choices))
         raise ValueError(f"lowering={lowering!r} must be one of {names}")
     if lowering == "native" and not native.available():
-        raise ValueError(f"lowering='native': {native.MISSING}")
+        raise ValueError(f"lowering='native': {native.why_not()}")
     return lowering
 
 
 def runnable(choices: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of `choices` that can run here: all but `"native"`, if that was not compiled."""
-    return tuple(choice for choice in choices if choice != "native" or native.available())
+    """Those of `choices` that can run here: all but `"native"`, if it is missing or no CPU's."""
+    native_runs = jax.default_backend() == "cpu" and native.available()
+    return tuple(choice for choice in choices if choice != "native" or native_runs)
 
 
 def fastest_layer(case: Case) -> str:

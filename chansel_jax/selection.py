@@ -9,7 +9,7 @@ from chansel_jax import native
 from chansel_jax.dense import dense_conv
 from chansel_jax.depthwise import depthwise_conv
 from chansel_jax.lowerings import Case, checked_lowering, fastest_layer
-from chansel_jax.window import Padding, pair
+from chansel_jax.window import Padding
 
 LOWERINGS = ("auto", "composed", "grouped", "shifted", "native")
 
@@ -34,8 +34,8 @@ def channel_selection(
     - `"native"`: both at once in C++, on CPUs (`chansel_jax.native`).
     - `"auto"`: the fastest of them, by the rules of `chansel_jax.lowerings`.
 
-    `"composed"` and `"grouped"` can be differentiated in any way; `"shifted"` and `"native"` in
-    reverse mode (`jax.grad`, `jax.vjp`), not by `jax.jvp`.
+    `"composed"` and `"grouped"` can be differentiated in any way; `"shifted"` in reverse mode
+    (`jax.grad`, `jax.vjp`) any number of times, `"native"` once; neither by `jax.jvp`.
 
     Args:
         x: `(N, H, W, C_in)`.
@@ -46,29 +46,22 @@ def channel_selection(
         dilation: distance between a kernel's elements in rows and columns. Default 1.
         lowering: one of `LOWERINGS`. Default `"auto"`.
         precision: `jax.lax.Precision` of the products; `"native"` and the depthwise part of
-            `"shifted"` always compute in full float32.
+            `"shifted"` never round the factors.
 
     Returns:
         `(N, H_out, W_out, C_out)`, of the dtype of `x`.
 
     Raises:
-        ValueError: if an argument is wrong, or the shapes do not fit each other.
-        RuntimeError: if `lowering="native"` was not compiled.
+        ValueError: if an argument is wrong, the shapes do not fit each other, or
+            `lowering="native"` is not available.
+        TypeError: for derivatives that the lowering does not have.
     """
+    x, pointwise, depthwise = map(jnp.asarray, (x, pointwise, depthwise))
     _check_shapes(x, pointwise, depthwise)
     checked_lowering(lowering, LOWERINGS)
     window = {"strides": strides, "padding": padding, "dilation": dilation}
     if lowering == "auto":
-        lowering = fastest_layer(
-            Case(
-                dtype=str(x.dtype),
-                in_channels=x.shape[-1],
-                out_channels=depthwise.shape[3],
-                kernel_size=depthwise.shape[:2],
-                strides=pair("strides", strides),
-                rank=depthwise.shape[2],
-            )
-        )
+        lowering = fastest_layer(Case.of(x, depthwise))
     if lowering == "composed":
         kernel = composed_kernel(pointwise, depthwise).astype(x.dtype)
         return dense_conv(x, kernel, **window, precision=precision)
@@ -117,4 +110,9 @@ def _check_shapes(x: jax.Array, pointwise: jax.Array, depthwise: jax.Array) -> N
         raise ValueError(
             f"x of shape {x.shape}, pointwise of shape {pointwise.shape} and depthwise of shape "
             f"{depthwise.shape} must be (N, H, W, C_in), (C_in, C_out·R) and (K_h, K_w, R, C_out)"
+        )
+    if 0 in pointwise.shape or 0 in depthwise.shape:
+        raise ValueError(
+            f"every size of pointwise of shape {pointwise.shape} and depthwise of shape "
+            f"{depthwise.shape} must be at least 1"
         )

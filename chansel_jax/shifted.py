@@ -184,7 +184,8 @@ def _kernel_gradient(
     """The gradient `(T, C)` by one rank's taps, of the padded `dy`.
 
     First the sums over blocks of rows, many taps at once, then the small rest. Only the last sum
-    runs over N: with the batch sharded it is the one that needs the other devices.
+    runs over N: with the batch sharded it is the one that needs the other devices. Rows that fill
+    the last block are multiplied by zeros: where they are infinite, NaN comes of it.
     """
     size = (window.rows, window.out[1])
 

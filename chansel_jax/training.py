@@ -200,7 +200,7 @@ def make_train_step(
         ValueError: if `batch_size` does not divide by the devices.
     """
     _check_batch_size(batch_size, mesh)
-    apply = _apply_function(network, train=True)
+    apply = apply_function(network, train=True)
     shard = functools.partial(
         lax.with_sharding_constraint, shardings=NamedSharding(mesh, PartitionSpec("data"))
     )
@@ -256,7 +256,7 @@ def make_evaluate(
         ValueError: if `batch_size` does not divide by the devices.
     """
     _check_batch_size(batch_size, mesh)
-    apply = _apply_function(network, train=False)
+    apply = apply_function(network, train=False)
     shard = functools.partial(
         lax.with_sharding_constraint, shardings=NamedSharding(mesh, PartitionSpec("data"))
     )
@@ -276,18 +276,13 @@ def make_evaluate(
     return jax.jit(evaluate)
 
 
-def digest(tree: Tree) -> str:
-    """SHA-256, in hexadecimal, of a tree's arrays: their paths, dtypes, shapes and bytes."""
-    sha = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
-        sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        sha.update(array.tobytes())
-    return sha.hexdigest()
+def apply_function(network: nnx.Module, *, train: bool) -> Callable:
+    """The pure function `(params, batch_stats, images, dropout_key) -> (logits, batch_stats)`.
 
-
-def _apply_function(network: nnx.Module, *, train: bool) -> Callable:
-    """`(params, batch_stats, images, dropout_key) -> (logits, batch_stats)` of `network`."""
+    Args:
+        network: gives the structure only; parameters and statistics are arguments.
+        train: whether BatchNorm takes the batch's statistics, and dropout draws with `dropout_key`.
+    """
     network = nnx.clone(network)
     network.train() if train else network.eval()
     graph, _, _, rest = nnx.split(network, nnx.Param, nnx.BatchStat, ...)
@@ -299,6 +294,16 @@ def _apply_function(network: nnx.Module, *, train: bool) -> Callable:
         return logits, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
     return apply
+
+
+def digest(tree: Tree) -> str:
+    """SHA-256, in hexadecimal, of a tree's arrays: their paths, dtypes, shapes and bytes."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        sha.update(array.tobytes())
+    return sha.hexdigest()
 
 
 def _zero_totals() -> Totals:

@@ -29,7 +29,7 @@ from experiments.command_line import CommandError, run
 
 def main(settings: Settings) -> None:
     """Runs the benchmark that `settings` describe, and prints how it goes."""
-    # The parent only counts and draws: the GPU is for the workers.
+    # The parent only counts and draws: a GPU is for the workers.
     jax.config.update("jax_platforms", "cpu")
     benchmark(settings, Console(highlight=False, soft_wrap=True))
 
@@ -49,8 +49,8 @@ def benchmark(settings: Settings, console: Console) -> dict[str, Any]:
         raise CommandError(error) from error
     if not any(case["contestants"] for case in results["cases"]):
         raise CommandError("no contestant could run: " + "; ".join(report.failures(results)))
-    report.print_report(results, console)
     write(results, output)
+    report.print_report(results, console)
     console.print(f"written to {output}", markup=False)
     return results
 
@@ -120,15 +120,15 @@ def default_output(settings: Settings, surveyed: Survey) -> Path:
 
 
 def write(results: dict[str, Any], output: Path) -> None:
-    """Replaces the files in `output`, each at once; `results.json` last."""
+    """Replaces the files in `output`, each at once; the figures first."""
+    write_json(output / "results.json", results)
     for name, fill in (
+        ("results.md", lambda path: path.write_text(report.markdown(results), encoding="utf-8")),
         ("chart.png", lambda path: chart.draw(results, path)),
-        ("results.md", lambda path: path.write_text(report.markdown(results))),
     ):
         partial = output / f"{name}.partial"
         fill(partial)
         partial.replace(output / name)
-    write_json(output / "results.json", results)
 
 
 if __name__ == "__main__":

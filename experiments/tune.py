@@ -100,7 +100,7 @@ def main(settings: Settings) -> None:
     device = jax.devices()[0]
     console.print(f"{len(jax.devices())} × {device.device_kind}, jax {jax.__version__}")
     if not native.available():
-        console.print(f"native: {native.MISSING}")
+        console.print(f"native: {native.why_not()}")
     for dtype in settings.dtypes:
         for title, function, choices in (
             ("layer", time_layer, selection.LOWERINGS),
@@ -127,7 +127,7 @@ def time_layer(shape: Shape, candidates: list[str], dtype: str, settings: Settin
     return Result(
         shape,
         time_calls(calls, (x, pointwise, kernel), settings.rounds),
-        lowerings.fastest_layer(case(shape, dtype)),
+        lowerings.fastest_layer(lowerings.Case.of(x, kernel)),
     )
 
 
@@ -142,19 +142,7 @@ def time_depthwise(shape: Shape, candidates: list[str], dtype: str, settings: Se
     return Result(
         shape,
         time_calls(calls, (sums, kernel), settings.rounds),
-        lowerings.fastest_depthwise(case(shape, dtype)),
-    )
-
-
-def case(shape: Shape, dtype: str) -> lowerings.Case:
-    """What the rules know of a layer."""
-    return lowerings.Case(
-        dtype=dtype,
-        in_channels=shape.in_channels,
-        out_channels=shape.out_channels,
-        kernel_size=(shape.kernel, shape.kernel),
-        strides=(shape.strides, shape.strides),
-        rank=shape.rank,
+        lowerings.fastest_depthwise(lowerings.Case.of(sums, kernel)),
     )
 
 

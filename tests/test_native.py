@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import importlib.machinery
 import os
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from chansel_jax.selection import channel_selection
 
 REPOSITORY = Path(__file__).parents[1]
 COMPILED = [native] if native.available() else []  # nothing of it to test where it was not compiled
-CASE = Case("float32", 16, 16, (3, 3), (1, 1), 1)
+CASE = Case("float32", in_channels=16, out_channels=16, rank=1)
 
 DIGEST = """
 import hashlib, jax, numpy as np
@@ -29,6 +30,11 @@ rng = np.random.default_rng(0)
 x, p, d = (rng.standard_normal(s, np.float32) for s in ((100, 9, 8, 5), (5, 7), (3, 3, 1, 7)))
 y, pull_back = jax.vjp(lambda *a: channel_selection(*a, lowering="native"), x, p, d)
 print(hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in (y, *pull_back(y)))).hexdigest())
+"""
+THREADS = """
+from pathlib import Path
+names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+print(sum(name.startswith("tf_XLAEigen") for name in names))
 """
 
 
@@ -59,19 +65,21 @@ def test_a_wrong_instruction_set(library):
 
 @pytest.mark.parametrize("library", COMPILED)
 def test_gradients_do_not_depend_on_the_number_of_threads(library):
-    def digest(threads):
-        environment = {**os.environ, "PJRT_NPROC": threads, "JAX_PLATFORMS": "cpu"}
+    def digest_and_threads(wanted):
+        environment = {**os.environ, "PJRT_NPROC": wanted, "JAX_PLATFORMS": "cpu"}
         return subprocess.run(
-            [sys.executable, "-c", DIGEST],
+            [sys.executable, "-c", DIGEST + THREADS],
             env=environment,
             cwd=REPOSITORY,
             check=True,
             capture_output=True,
             text=True,
-        ).stdout
+        ).stdout.split()
 
-    assert len(digest("1").strip()) == len(hashlib.sha256().hexdigest())
-    assert digest("1") == digest("5")
+    (digest_of_one, one), (digest_of_five, five) = map(digest_and_threads, ("1", "5"))
+    assert int(one) < int(five)
+    assert len(digest_of_one) == len(hashlib.sha256().hexdigest())
+    assert digest_of_one == digest_of_five
 
 
 @pytest.mark.parametrize("library", COMPILED)
@@ -92,6 +100,56 @@ def test_large_images_are_taken_in_parts(library):
 
 
 @pytest.mark.parametrize("library", COMPILED)
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((1, 8, 8, 4), (2, 3), (3, 3, 1, 3)),
+        ((1, 8, 8, 4), (4, 3), (3, 3, 1, 5)),
+        ((1, 8, 8, 4), (4, 3), (3, 3, 3, 3)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_before_memory_is_touched(library, shapes):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"C_in, C_out\*R"):
+        jax.block_until_ready(library.channel_selection(*map(jnp.ones, shapes)))
+
+
+@pytest.mark.parametrize("library", COMPILED)
+def test_want_of_memory_is_an_error_not_the_end(library):
+    """A tile of more columns than there are addresses."""
+    operands = [jnp.ones(shape) for shape in ((1, 4, 4, 2), (2, 64), (3, 3, 1, 64))]
+    padding = ((2**40, 2**40), (2**40, 2**40))
+    call = functools.partial(library.channel_selection, padding=padding, strides=2**41)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
+        jax.block_until_ready(call(*operands))
+    # And the threads are still there.
+    y = library.channel_selection(*operands)
+    np.testing.assert_array_equal(y[0, 1, 1], 9 * 2)
+
+
+@pytest.mark.parametrize("library", COMPILED)
+def test_second_derivatives_are_refused(library):
+    operands = [jnp.ones(shape) for shape in ((1, 4, 4, 2), (2, 3), (3, 3, 1, 3))]
+
+    def slope(x):
+        return jnp.sum(jax.grad(lambda x: jnp.sum(library.channel_selection(x, *operands[1:])))(x))
+
+    with pytest.raises(TypeError, match="first derivatives only.*'grouped'"):
+        jax.grad(slope)(operands[0])
+
+
+@pytest.mark.parametrize("library", COMPILED)
+def test_a_library_that_does_not_fit_is_as_none(library, monkeypatch, tmp_path):
+    """One of another architecture, or compiled from another version of the sources."""
+    broken = tmp_path / f"_handlers{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(library, "_library", library._library.__wrapped__)
+    assert not library.available()
+    assert "install the package again" in library.why_not()
+    assert fastest_layer(CASE) == "shifted"
+
+
+@pytest.mark.parametrize("library", COMPILED)
 @pytest.mark.parametrize("dtypes", [("float16",) * 3, ("float32", "float32", "bfloat16")])
 def test_wrong_dtypes(library, dtypes):
     shapes = (1, 4, 4, 2), (2, 3), (3, 3, 1, 3)
@@ -108,7 +166,7 @@ def test_what_auto_chooses_on_a_cpu(monkeypatch, devices):
     assert fastest_layer(dataclasses.replace(CASE, in_channels=512, out_channels=512)) == "shifted"
     assert fastest_layer(dataclasses.replace(CASE, dtype="float16")) == "shifted"
     assert fastest_depthwise(CASE) == "shifted"
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(native, "_library", lambda: "no compiler")
     assert fastest_layer(CASE) == "shifted"
 
 

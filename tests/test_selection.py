@@ -177,9 +177,50 @@ def test_a_sharded_batch(lowering):
     assert_close(actual, expected, 1e-5)
 
 
-def test_auto_is_one_of_the_others():
+@pytest.fixture(params=[1, 8])
+def devices(request, monkeypatch):
+    """As many devices as "auto" sees: with one it may take "native"."""
+    monkeypatch.setattr(jax, "device_count", lambda: request.param)
+    return request.param
+
+
+def test_auto_is_one_of_the_others(devices):
     operands = arrays((6, 5), (3, 3), (4, 3), **WINDOW)
+    output_and_gradients.clear_cache()  # where "auto" was something else
     assert_like_grouped(["auto"], operands, 1e-5, **WINDOW)
+
+
+def test_auto_takes_arrays_of_numpy(devices):
+    operands = [np.asarray(a, np.float64) for a in arrays((6, 5), (3, 3), (4, 3), **WINDOW)[:3]]
+    actual = channel_selection(*operands, **WINDOW)
+    assert actual.dtype == jnp.float32
+    assert_close(actual, channel_selection(*operands, **WINDOW, lowering="grouped"), 1e-5)
+
+
+@pytest.mark.parametrize("lowering", RUNNABLE)
+@pytest.mark.parametrize(("batch", "size"), [(0, (6, 5)), (2, (0, 5)), (2, (6, 0)), (0, (0, 0))])
+def test_empty_arrays(batch, size, lowering):
+    window = {**WINDOW, "padding": ((2, 2), (2, 2))}
+    operands = arrays(size, (3, 3), (4, 3), batch=batch, **window)
+    y, dx, dpointwise, ddepthwise = output_and_gradients(*operands, **window, lowering=lowering)
+    assert y.shape == operands[3].shape and dx.shape == operands[0].shape
+    for a in (y, dpointwise, ddepthwise):
+        np.testing.assert_array_equal(a, np.zeros(a.shape))
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((1, 8, 8, 0), (0, 3), (3, 3, 1, 3)),
+        ((1, 8, 8, 4), (4, 0), (3, 3, 0, 5)),
+        ((1, 8, 8, 4), (4, 0), (3, 3, 1, 0)),
+        ((1, 8, 8, 4), (4, 3), (0, 3, 1, 3)),
+    ],
+)
+@pytest.mark.parametrize("lowering", RUNNABLE)
+def test_kernels_of_nothing_are_refused(lowering, shapes):
+    with pytest.raises(ValueError, match="every size .* must be at least 1"):
+        channel_selection(*map(jnp.ones, shapes), lowering=lowering)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +254,7 @@ def test_an_input_smaller_than_the_kernel(lowering):
 
 
 def test_without_the_compiled_library(monkeypatch):
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(native, "_library", lambda: "no compiler")
     operands = arrays((6, 5), (3, 3), (4, 3), **WINDOW)
     assert_like_grouped(["auto"], operands, 1e-5, **WINDOW)
     with pytest.raises(ValueError, match="lowering='native'.*compiler"):

@@ -18,12 +18,16 @@ from chansel_jax.window import Padding, output_size, padding_pairs, pair
 
 DTYPES = ("float32", "float64", "bfloat16")
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
-MISSING = "it was not compiled; install a C++ compiler, then install the package again"
 
 
 def available() -> bool:
-    """Whether the library was compiled when the package was installed."""
-    return _library() is not None
+    """Whether the library was compiled when the package was installed, and fits this jaxlib."""
+    return isinstance(_library(), ctypes.CDLL)
+
+
+def why_not() -> str:
+    """What is in the way of the library; empty if it is available."""
+    return "" if available() else _library()
 
 
 def limit_instruction_set(most: str = INSTRUCTION_SETS[-1]) -> str:
@@ -33,7 +37,7 @@ def limit_instruction_set(most: str = INSTRUCTION_SETS[-1]) -> str:
 
     Raises:
         ValueError: if `most` is none of `INSTRUCTION_SETS`.
-        RuntimeError: if the library was not compiled.
+        RuntimeError: if the library is not available.
     """
     if most not in INSTRUCTION_SETS:
         raise ValueError(f"most={most!r} must be one of {INSTRUCTION_SETS}")
@@ -54,7 +58,8 @@ def channel_selection(
 
     Sums are taken in float32 where the dtype is bfloat16. Reverse-mode derivatives, once; neither
     `jax.jvp` nor second derivatives. Under `jax.vmap` it runs once for each element; over an array
-    that is sharded, every device computes the whole (put it into `jax.shard_map`).
+    that is sharded, every device computes the whole (put it into `jax.shard_map`). A window may
+    need more memory than there is: a tile has as many columns as the padded image.
 
     Args:
         x: `(N, H, W, C_in)`, of a dtype among `DTYPES`.
@@ -69,8 +74,9 @@ def channel_selection(
 
     Raises:
         ValueError: if the dtypes differ or are none of `DTYPES`, or the window does not fit.
-        RuntimeError: if the library was not compiled.
-        TypeError: from JAX, under `jax.jvp`.
+        RuntimeError: if the library is not available, or when it runs, if the shapes do not fit
+            each other or memory is short.
+        TypeError: under `jax.jvp`, and for second derivatives.
     """
     _compiled()
     dtypes = {str(array.dtype) for array in (x, pointwise, depthwise)}
@@ -104,6 +110,12 @@ def _forward(x, pointwise, depthwise, window):
 
 
 def _backward(window, operands, gradient):
+    return _gradients(*operands, gradient, window)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _gradients(x, pointwise, depthwise, gradient, window):
+    operands = x, pointwise, depthwise
     call = jax.ffi.ffi_call(
         "chansel_backward",
         [jax.ShapeDtypeStruct(operand.shape, operand.dtype) for operand in operands],
@@ -112,6 +124,14 @@ def _backward(window, operands, gradient):
     return tuple(call(*operands, gradient, **_attributes(window)))
 
 
+def _refuse_second_derivatives(*_):
+    raise TypeError(
+        "lowering='native' has first derivatives only; for second ones take lowering='shifted', "
+        "'grouped' or 'composed'"
+    )
+
+
+_gradients.defvjp(_refuse_second_derivatives, _refuse_second_derivatives)
 _channel_selection.defvjp(_forward, _backward)
 
 
@@ -125,23 +145,27 @@ def _attributes(window) -> dict[str, np.ndarray]:
 
 
 def _compiled() -> ctypes.CDLL:
-    library = _library()
-    if library is None:
-        raise RuntimeError(f"lowering='native': {MISSING}")
-    return library
+    if not available():
+        raise RuntimeError(f"lowering='native': {why_not()}")
+    return _library()
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The library, its handlers registered with XLA; None where it was not compiled."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name("_handlers" + suffix)
-        if path.exists():
-            library = ctypes.CDLL(str(path))
-            for name, handler in (
-                ("chansel_forward", library.ChanselForward),
-                ("chansel_backward", library.ChanselBackward),
-            ):
-                jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
-            return library
-    return None
+def _library() -> ctypes.CDLL | str:
+    """The library, its handlers registered with XLA; or why there is none."""
+    folder = Path(__file__).parent
+    paths = [folder / f"_handlers{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    path = next(filter(Path.exists, paths), None)
+    if path is None:
+        return "it was not compiled; install a C++ compiler, then install the package again"
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, handler in (
+            ("chansel_forward", library.ChanselForward),
+            ("chansel_backward", library.ChanselBackward),
+        ):
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
+    except (OSError, AttributeError, jax.errors.JaxRuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        return f"it does not fit this machine or jaxlib, install the package again ({reason})"
+    return library

@@ -17,4 +17,5 @@ class BuildNative(build_ext):
     def build_extension(self, extension) -> None:
         headers = Path(importlib.util.find_spec("jaxlib").origin).parent / "include"
         extension.extra_compile_args += ["-std=c++17", "-O3", "-isystem", str(headers)]
+        self.force = True  # jaxlib's headers may have changed where the sources have not
         super().build_extension(extension)

@@ -5,9 +5,11 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -87,7 +89,8 @@ Scratch<C>& ThreadScratch() {
 
 // Runs task(0) ... task(count - 1) on XLA's threads and on the calling one. The caller takes part,
 // and waits for nothing but tasks that another thread has already begun: it cannot starve, even if
-// every other thread of the pool waits for something else.
+// every other thread of the pool waits for something else. A task can fail only for want of memory;
+// the others are then left out, and std::bad_alloc is thrown once no thread is at work any more.
 class Parallel {
  public:
   explicit Parallel(ffi::ThreadPool pool) : pool_(pool) {}
@@ -97,12 +100,19 @@ class Parallel {
       std::function<void(int64_t)> task;
       int64_t count;
       std::atomic<int64_t> next{0}, done{0};
+      std::atomic<bool> failed{false};
       std::mutex mutex;
       std::condition_variable all_done;
 
       void Work() {
         int64_t mine = 0;
-        for (int64_t i; (i = next.fetch_add(1)) < count; ++mine) task(i);
+        for (int64_t i; (i = next.fetch_add(1)) < count; ++mine) {
+          try {
+            if (!failed) task(i);
+          } catch (...) {
+            failed = true;
+          }
+        }
         if (mine && done.fetch_add(mine) + mine == count) {
           std::lock_guard<std::mutex> lock(mutex);
           all_done.notify_one();
@@ -113,10 +123,15 @@ class Parallel {
     shared->task = task;
     shared->count = count;
     int64_t helpers = std::min(pool_.num_threads(), count) - 1;
-    for (int64_t i = 0; i < helpers; ++i) pool_.Schedule([shared] { shared->Work(); });
+    try {
+      for (int64_t i = 0; i < helpers; ++i) pool_.Schedule([shared] { shared->Work(); });
+    } catch (const std::bad_alloc&) {
+      // Those that could be scheduled, and the caller, do it all.
+    }
     shared->Work();
     std::unique_lock<std::mutex> lock(shared->mutex);
     shared->all_done.wait(lock, [&] { return shared->done.load() == count; });
+    if (shared->failed) throw std::bad_alloc();
   }
 
  private:
@@ -199,6 +214,9 @@ void Dispatch(Function512 with_avx512, Function2 with_avx2, FunctionBase with_ba
 
 using Numbers = ffi::Span<const int64_t>;
 
+constexpr char kMisfit[] =
+    "x, pointwise and depthwise must be (N, H, W, C_in), (C_in, C_out*R) and (K_h, K_w, R, C_out)";
+
 Geometry MakeGeometry(const ffi::AnyBuffer& x, const ffi::AnyBuffer& depthwise,
                       const ffi::AnyBuffer& y, Numbers strides, Numbers padding,
                       Numbers dilation) {
@@ -207,41 +225,55 @@ Geometry MakeGeometry(const ffi::AnyBuffer& x, const ffi::AnyBuffer& depthwise,
           ys[1], ys[2], strides[0], strides[1], padding[0], padding[1], dilation[0], dilation[1]};
 }
 
-template <typename S, typename C>
-void RunForward(const Geometry& g, ffi::AnyBuffer x, ffi::AnyBuffer pointwise,
-                ffi::AnyBuffer depthwise, ffi::Result<ffi::AnyBuffer> y, ffi::ThreadPool pool) {
-  auto data = [](ffi::AnyBuffer& buffer) { return static_cast<S*>(buffer.untyped_data()); };
-  CHANSEL_CALL(Forward<S, C>(g, data(x), data(pointwise), data(depthwise), data(*y),
-                             Parallel(pool)));
+// What keeps the kernels within the buffers; the sizes of y follow from the window in Python.
+bool Fit(const ffi::AnyBuffer& x, const ffi::AnyBuffer& pointwise, const ffi::AnyBuffer& depthwise,
+         const ffi::AnyBuffer& y) {
+  auto xs = x.dimensions(), ps = pointwise.dimensions(), ks = depthwise.dimensions(),
+       ys = y.dimensions();
+  return xs.size() == 4 && ps.size() == 2 && ks.size() == 4 && ys.size() == 4 && ps[0] == xs[3] &&
+         ps[1] == ks[2] * ks[3] && ps[1] > 0 && ys[0] == xs[0] && ys[3] == ks[3];
+}
+
+// Calls run with a value of the storage type and one of the type of computation.
+template <typename Run>
+ffi::Error ForDtype(ffi::DataType dtype, const Run& run) {
+  try {
+    switch (dtype) {
+      case ffi::F32:
+        run(float(), float());
+        return ffi::Error::Success();
+      case ffi::F64:
+        run(double(), double());
+        return ffi::Error::Success();
+      case ffi::BF16:
+        run(BFloat16(), float());
+        return ffi::Error::Success();
+      default:
+        return ffi::Error::InvalidArgument("dtype must be float32, float64 or bfloat16");
+    }
+  } catch (const std::exception&) {
+    // No exception may reach XLA. Memory is all that can be wanting: std::bad_alloc, or
+    // std::length_error where a buffer would be larger than any can be.
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "channel selection ran out of memory");
+  }
+}
+
+template <typename S>
+S* Data(const ffi::AnyBuffer& buffer) {
+  return static_cast<S*>(buffer.untyped_data());
 }
 
 ffi::Error ForwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer pointwise,
                           ffi::AnyBuffer depthwise, ffi::Result<ffi::AnyBuffer> y, Numbers strides,
                           Numbers padding, Numbers dilation) {
+  if (!Fit(x, pointwise, depthwise, *y)) return ffi::Error::InvalidArgument(kMisfit);
   Geometry g = MakeGeometry(x, depthwise, *y, strides, padding, dilation);
-  switch (x.element_type()) {
-    case ffi::F32:
-      RunForward<float, float>(g, x, pointwise, depthwise, y, pool);
-      return ffi::Error::Success();
-    case ffi::F64:
-      RunForward<double, double>(g, x, pointwise, depthwise, y, pool);
-      return ffi::Error::Success();
-    case ffi::BF16:
-      RunForward<BFloat16, float>(g, x, pointwise, depthwise, y, pool);
-      return ffi::Error::Success();
-    default:
-      return ffi::Error::InvalidArgument("dtype must be float32, float64 or bfloat16");
-  }
-}
-
-template <typename S, typename C>
-void RunBackward(const Geometry& g, ffi::AnyBuffer x, ffi::AnyBuffer pointwise,
-                 ffi::AnyBuffer depthwise, ffi::AnyBuffer dy, ffi::Result<ffi::AnyBuffer> dx,
-                 ffi::Result<ffi::AnyBuffer> dpointwise, ffi::Result<ffi::AnyBuffer> ddepthwise,
-                 ffi::ThreadPool pool) {
-  auto data = [](ffi::AnyBuffer& buffer) { return static_cast<S*>(buffer.untyped_data()); };
-  CHANSEL_CALL(Backward<S, C>(g, data(x), data(pointwise), data(depthwise), data(dy), data(*dx),
-                              data(*dpointwise), data(*ddepthwise), Parallel(pool)));
+  return ForDtype(x.element_type(), [&](auto storage, auto compute) {
+    using S = decltype(storage);
+    using C = decltype(compute);
+    CHANSEL_CALL(Forward<S, C>(g, Data<S>(x), Data<S>(pointwise), Data<S>(depthwise), Data<S>(*y),
+                               Parallel(pool)));
+  });
 }
 
 ffi::Error BackwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer pointwise,
@@ -249,22 +281,15 @@ ffi::Error BackwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
                            ffi::Result<ffi::AnyBuffer> dx, ffi::Result<ffi::AnyBuffer> dpointwise,
                            ffi::Result<ffi::AnyBuffer> ddepthwise, Numbers strides,
                            Numbers padding, Numbers dilation) {
+  if (!Fit(x, pointwise, depthwise, dy)) return ffi::Error::InvalidArgument(kMisfit);
   Geometry g = MakeGeometry(x, depthwise, dy, strides, padding, dilation);
-  switch (x.element_type()) {
-    case ffi::F32:
-      RunBackward<float, float>(g, x, pointwise, depthwise, dy, dx, dpointwise, ddepthwise, pool);
-      return ffi::Error::Success();
-    case ffi::F64:
-      RunBackward<double, double>(g, x, pointwise, depthwise, dy, dx, dpointwise, ddepthwise,
-                                  pool);
-      return ffi::Error::Success();
-    case ffi::BF16:
-      RunBackward<BFloat16, float>(g, x, pointwise, depthwise, dy, dx, dpointwise, ddepthwise,
-                                   pool);
-      return ffi::Error::Success();
-    default:
-      return ffi::Error::InvalidArgument("dtype must be float32, float64 or bfloat16");
-  }
+  return ForDtype(x.element_type(), [&](auto storage, auto compute) {
+    using S = decltype(storage);
+    using C = decltype(compute);
+    CHANSEL_CALL(Backward<S, C>(g, Data<S>(x), Data<S>(pointwise), Data<S>(depthwise), Data<S>(dy),
+                                Data<S>(*dx), Data<S>(*dpointwise), Data<S>(*ddepthwise),
+                                Parallel(pool)));
+  });
 }
 
 }  // namespace chansel

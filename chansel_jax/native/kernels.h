@@ -510,13 +510,14 @@ template <typename S, typename C>
 void Backward(const Geometry& g, const S* x, const S* pointwise, const S* depthwise, const S* dy,
               S* dx, S* dpointwise, S* ddepthwise, const Parallel& parallel) {
   const Layer<S, C> layer(g, pointwise, depthwise);
-  int64_t rows = layer.InputRowsPerUnit();
+  int64_t rows = std::max<int64_t>(1, layer.InputRowsPerUnit());  // none, in empty images
   int64_t units = CeilDiv(g.h, rows);
   // Sums over images are taken in groups that do not depend on the number of threads, and the
   // groups added in order, so that the gradients are the same bit for bit however many there are.
   int64_t size = layer.PointwiseSize() + layer.DepthwiseSize();
   int64_t fitting = kPartialBytes / (size * int64_t(sizeof(C)));
   int64_t groups = std::min(g.n * units, std::clamp(fitting, kFewestGroups, kMostGroups));
+  groups = std::max<int64_t>(1, groups);  // whose sums are zero if there are no images
   std::vector<C> partial(groups * size);
   parallel(groups, [&](int64_t group) {
     C* pointwise_sum = partial.data() + group * size;

@@ -1,4 +1,7 @@
-"""The contestants in JAX: the library's own networks, optimiser and training step."""
+"""The contestants in JAX: the library's own networks and optimiser; in an epoch its training step.
+
+`--what=step` takes one fixed batch, which PyTorch's steps do too, so it leaves out augmentation.
+"""
 
 import dataclasses
 import functools
@@ -292,16 +295,13 @@ RUNNERS = {"step": _Step, "forward": _Forward, "layer": _Layer, "epoch": _Epoch}
 
 def make_step(network: nnx.Module, optimizer: optax.GradientTransformation) -> Callable:
     """The step `(state, images, labels) -> (state, loss)` of training on normalised images."""
-    network = nnx.clone(network)
-    network.train()
-    graph, _, _, rest = nnx.split(network, nnx.Param, nnx.BatchStat, ...)
+    apply = training.apply_function(network, train=True)
 
     def step(state, images, labels):
         def loss_function(params):
-            module = nnx.merge(graph, params, state.batch_stats, nnx.to_pure_dict(rest))
-            logits = module(images)
+            logits, batch_stats = apply(params, state.batch_stats, images, None)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return jnp.mean(losses), nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+            return jnp.mean(losses), batch_stats
 
         (loss, batch_stats), gradients = jax.value_and_grad(loss_function, has_aux=True)(
             state.params
@@ -362,11 +362,5 @@ def _network_state(network: nnx.Module) -> tuple[Any, Any]:
 
 def _forward(network: nnx.Module) -> Callable:
     """`(params, batch_stats, images) -> logits` in evaluation."""
-    network = nnx.clone(network)
-    network.eval()
-    graph, _, _, rest = nnx.split(network, nnx.Param, nnx.BatchStat, ...)
-
-    def forward(params, batch_stats, images):
-        return nnx.merge(graph, params, batch_stats, nnx.to_pure_dict(rest))(images)
-
-    return forward
+    apply = training.apply_function(network, train=False)
+    return lambda params, batch_stats, images: apply(params, batch_stats, images, None)[0]

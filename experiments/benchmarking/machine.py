@@ -9,6 +9,9 @@ from pathlib import Path
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
 
+# Of the cores, beyond which a machine is called busy.
+BUSY_LIMIT = 0.1
+
 
 def usable_cores() -> list[int]:
     """The cores this process may use."""

@@ -27,7 +27,8 @@ from experiments.benchmarking.weights import make_weights
 
 IMAGE_SIZES = {"resnet14": 32, "resnet18": 224}
 BATCH_SIZES = {"resnet14": {"cpu": 128, "gpu": 128}, "resnet18": {"cpu": 16, "gpu": 64}}
-CUDA_ONLY: tuple[TorchVariant, ...] = ("max_autotune",)
+# Lowerings of JAX and variants of PyTorch that exist on one platform only.
+PLATFORMS = {"native": "cpu", "max_autotune": "gpu"}
 MOST_LOADER_WORKERS = 8
 
 
@@ -36,7 +37,13 @@ class PlanError(Exception):
 
 
 def make_machine(settings: Settings, platform: str, cores: int) -> Machine:
-    """What contestants run on: every core this process may use."""
+    """What contestants run on: every core this process may use.
+
+    Raises:
+        PlanError: if it is neither a CPU nor a GPU, on which PyTorch could be compared.
+    """
+    if platform not in ("cpu", "gpu"):
+        raise PlanError(f"JAX computes on a {platform}; CPUs and GPUs can be timed (JAX_PLATFORMS)")
     workers = settings.loader_workers
     if workers is None:
         # On CPUs, the original's epoch took 7.3 s without, 7.7 s with one for each of two cores.
@@ -104,11 +111,11 @@ def make_contestants(settings: Settings, machine: Machine, has_torch: bool) -> l
     lowerings = settings.lowerings
     if lowerings is None:
         epoch = settings.what == "epoch"
-        lowerings = (default_lowering(),) if epoch else ChannelSelectionConv.LOWERINGS
+        every = [name for name in ChannelSelectionConv.LOWERINGS if runs_on(name, machine)]
+        lowerings = (default_lowering(),) if epoch else every
     variants = settings.torch
     if variants is None:
-        every = get_args(TorchVariant)
-        variants = [v for v in every if machine.platform == "gpu" or v not in CUDA_ONLY]
+        variants = [name for name in get_args(TorchVariant) if runs_on(name, machine)]
     contestants = []
     for conv in settings.convs:
         if has_torch:
@@ -118,6 +125,11 @@ def make_contestants(settings: Settings, machine: Machine, has_torch: bool) -> l
     if not contestants:
         raise PlanError("there is nothing to time: no lowering, no variant of PyTorch")
     return contestants
+
+
+def runs_on(variant: str, machine: Machine) -> bool:
+    """Whether a lowering of JAX or a variant of PyTorch exists on `machine`."""
+    return PLATFORMS.get(variant, machine.platform) == machine.platform
 
 
 def make_tasks(
@@ -139,7 +151,7 @@ def make_tasks(
 def make_schedule(settings: Settings) -> Schedule:
     """An epoch is a round of one step; other steps are repeated to fill a round."""
     if settings.what == "epoch":
-        return Schedule(settings.epochs, runs=settings.runs, untimed=0)
+        return Schedule(settings.epochs, runs=settings.runs, restarts=True, untimed=0)
     return Schedule(settings.rounds, round_seconds=settings.round_seconds)
 
 

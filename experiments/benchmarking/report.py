@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from experiments.benchmarking.cases import LayerShape
+from experiments.benchmarking.machine import BUSY_LIMIT
 from experiments.printing import LAYOUT
 
 Figures = Mapping[str, Any]
@@ -101,8 +102,13 @@ def context(results: Figures) -> list[str]:
             "GMAC/s (10⁹ multiply-adds) and GB/s are counted from shapes: channel selection as its "
             "two parts however computed, each layer's input and output once a product",
         ]
+    if results["what"] == "epoch":
+        lines.append(
+            "JAX's images lie on the device and are augmented in the step, PyTorch's by a loader: "
+            + (f"{loaders} processes" if (loaders := machine["loader_workers"]) else "in turn")
+        )
     busy = machine["busy_before"]
-    if busy is not None and busy > 0.1:
+    if busy is not None and busy > BUSY_LIMIT:
         lines.append(f"Something else kept the cores {100 * busy:.0f} % busy beforehand")
     return lines
 

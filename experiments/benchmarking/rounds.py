@@ -26,13 +26,15 @@ class Schedule:
 
     Attributes:
         rounds: of every run.
-        runs: how often training begins anew.
+        runs: how often the rounds are gone through.
+        restarts: whether training begins anew with every run.
         round_seconds: how long each contestant's round should last at least; None times one step.
         untimed: steps before the timed ones of a round.
     """
 
     rounds: int
     runs: int = 1
+    restarts: bool = False
     round_seconds: float | None = None
     untimed: int = 1
 
@@ -124,7 +126,7 @@ class _Field:
         seconds = {contestant: [] for contestant in self.workers}
         shuffler = random.Random(case.seed)
         for index in self.tracked(range(schedule.runs * schedule.rounds), "rounds"):
-            if schedule.runs > 1 and index % schedule.rounds == 0:
+            if schedule.restarts and index % schedule.rounds == 0:
                 self.each(lambda worker, _: worker.ask("restart"))
             order = list(self.workers)
             shuffler.shuffle(order)

@@ -1,6 +1,7 @@
 """What the machine is, asked of workers: the parent itself starts no GPU."""
 
 import dataclasses
+import importlib.util
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +14,6 @@ from experiments.benchmarking.settings import Settings
 from experiments.benchmarking.workers import WorkerError, WorkerHandle
 
 EFFORTS = {"cpu": CPU_EFFORT, "gpu": GPU_EFFORT}
-BUSY_LIMIT = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ def survey(settings: Settings, console: Console) -> Survey:
     """
     cores = machines.usable_cores()
     busy = machines.busy_share(cores)
-    if busy is not None and busy > BUSY_LIMIT:
+    if busy is not None and busy > machines.BUSY_LIMIT:
         console.print(
             f"warning: something else keeps the {len(cores)} cores {busy:.0%} busy; the timings "
             "will be worse for it, PyTorch's most of all"
@@ -79,10 +79,10 @@ def survey(settings: Settings, console: Console) -> Survey:
                 measured.append(worker.ask("measure", machine, effort, dtypes))
         except WorkerError as error:
             runtimes.pop("PyTorch", None)
+            installed = importlib.util.find_spec("torch") is not None
+            hint = "" if installed else '; to install it: pip install -e ".[torch]"'
             console.print(
-                f"PyTorch cannot be timed ({error}), so JAX is timed alone; "
-                'to install it: pip install -e ".[torch]"',
-                markup=False,
+                f"PyTorch cannot be timed ({error}), so JAX is timed alone{hint}", markup=False
             )
     device = machines.cpu_name() if machine.platform == "cpu" else described["device"]
     return Survey(machine, device, runtimes, busy, best(measured))

@@ -38,13 +38,15 @@ class Worker:
         """Builds the contestant of `task` and makes it ready."""
         self.runner = self.side.make_runner(task)
         prepared = self.runner.prepare()
-        self._make_room()
+        self.cold = self._make_room()
         return prepared
 
     def round(self, steps: int, untimed: int) -> float:
         """Seconds a step."""
+        if self.cold:
+            untimed = max(untimed, self.runner.warm_up_steps)
         seconds = self.runner.round(steps, untimed)
-        self._make_room()
+        self.cold = self._make_room()
         return seconds
 
     def restart(self) -> None:
@@ -55,14 +57,17 @@ class Worker:
         """Bytes."""
         return self.runner.peak_memory()
 
-    def _make_room(self) -> None:
+    def _make_room(self) -> bool:
         """Hands free memory back while this worker waits, if the next one might not find enough.
 
-        Only then: a step takes longer for some steps after its memory was given away.
+        Only then: a step takes longer for some steps after its memory was given away. Returns
+        whether it was.
         """
         available = available_memory()
-        if available is not None and available < 2 * resident_peak():
+        short = available is not None and available < 2 * resident_peak()
+        if short:
             hand_back_memory()
+        return short
 
 
 def serve(connection: Connection) -> None:

@@ -16,7 +16,7 @@ from flax import nnx
 from PIL import Image
 from rich.console import Console
 
-from chansel_jax import ChannelSelectionConv, resnet14
+from chansel_jax import ChannelSelectionConv, resnet14, training
 from chansel_jax.data import DATASETS
 from chansel_jax.resnet import PRESETS
 from chansel_jax.torch_weights import from_torch, to_torch
@@ -332,6 +332,13 @@ def test_loader_crops_and_mirrors_as_the_library_does():
     whole = [each.tobytes() for each in (image[0], image[0][:, ::-1])]
     got = [np.ascontiguousarray(x.permute(1, 2, 0)).tobytes() for x in images]
     assert len(set(got)) > 40 and all(got.count(each) for each in whole)
+    assert training.Augmentation().crop_padding == 4 and training.Augmentation().flip
+
+
+@pytest.mark.parametrize("model", PRESETS)
+def test_dropout_is_the_librarys(model):
+    network = nnx.eval_shape(lambda: PRESETS[model](rngs=nnx.Rngs(0)))
+    assert torch_side.DROPOUT_RATES[model] == network.config.dropout_rate
 
 
 # Comparison

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -49,14 +50,15 @@ def test_worker_that_fails_says_why_in_one_line_and_goes_on():
 
 
 def test_network_is_compiled_or_the_compiler_missed():
+    task = make_task("PyTorch", "subkernel", "compiled")
     with WorkerHandle("PyTorch", 2) as worker:
         worker.ready()
-        try:
-            prepared = worker.ask("prepare", make_task("PyTorch", "subkernel", "compiled"))
-        except WorkerError as error:
-            assert "compiler" in str(error).lower()
-        else:
+        if shutil.which("c++") or shutil.which("g++"):
+            prepared = worker.ask("prepare", task)
             assert prepared.compile_seconds > prepared.step_seconds
+        else:
+            with pytest.raises(WorkerError, match="(?i)compiler"):
+                worker.ask("prepare", task)
 
 
 def test_environment_gives_every_worker_one_gpu_and_leaves_its_memory_to_others():
@@ -131,7 +133,7 @@ def test_every_round_visits_all_in_an_order_of_its_own(fake):
 
 
 def test_training_begins_anew_before_every_run(fake):
-    run_fakes(Schedule(2, runs=2), "a")
+    run_fakes(Schedule(2, runs=2, restarts=True), "a")
     assert [request for _, request in fake.log if request in ("round", "restart")] == [
         *("restart", "round", "round"),
         *("restart", "round", "round"),
