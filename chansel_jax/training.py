@@ -210,13 +210,14 @@ def make_train_step(
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(steps_key, state.step))
         first = state.step % steps_per_epoch * batch_size
         index = shard(lax.dynamic_slice_in_dim(order, first, batch_size))
-        images = random_crop_flip(
-            augment_key,
-            split.images[index],
-            padding=augmentation.crop_padding,
-            flip=augmentation.flip,
-        )
-        images, labels = normalise(images, split.mean, split.std), split.labels[index]
+        with jax.named_scope("augmentation"):  # scopes are what a profile shows
+            images = random_crop_flip(
+                augment_key,
+                split.images[index],
+                padding=augmentation.crop_padding,
+                flip=augmentation.flip,
+            )
+            images, labels = normalise(images, split.mean, split.std), split.labels[index]
 
         def loss_function(params):
             logits, batch_stats = apply(params, state.batch_stats, images, dropout_key)
@@ -227,12 +228,14 @@ def make_train_step(
         (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_function, has_aux=True)(
             state.params
         )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         totals = totals.add(*_losses_and_correct(logits, labels), jnp.full(batch_size, True))
         bad_step = jnp.where(jnp.isfinite(loss), NO_STEP, state.step)
         totals = dataclasses.replace(totals, bad_step=jnp.minimum(totals.bad_step, bad_step))
         state = TrainState(
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
             step=state.step + 1,

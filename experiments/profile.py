@@ -1,0 +1,218 @@
+"""Where the time of a training step goes.
+
+    python -m experiments.profile
+
+traces some steps of experiments.train with `jax.profiler`, on random images, and adds up what each
+kind of operation took.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from chansel_jax import native, training
+from chansel_jax.data import Split
+from chansel_jax.optimizer import OptimizerSettings, make_optimizer, make_schedule
+from chansel_jax.resnet import CONVS, PRESETS
+from experiments.command_line import CommandError, run
+
+IMAGE_SIZES = {"resnet14": 32, "resnet18": 224}
+WARM_UP_STEPS = 5
+SLOWEST = 8  # operations that are listed one by one
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Where the time of a training step goes, by kind of operation."""
+
+    model: Literal["resnet14", "resnet18"] = "resnet14"
+    """The network; images of 32 × 32 for the first, of 224 × 224 for the second."""
+    convs: tuple[Literal["chansel", "subkernel"], ...] = ("chansel", "subkernel")
+    """Channel selection, the ordinary dense convolution, or both."""
+    batch_size: int = 128
+    """Images a step."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation."""
+    steps: int = 20
+    """Steps that are traced."""
+    output: Path | None = None
+    """Folder in which the traces are kept, for TensorBoard or Perfetto; by default they are not."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.convs:
+            raise ValueError("convs= must name at least one convolution")
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """What the steps took.
+
+    Attributes:
+        untraced: milliseconds of a step that is not traced.
+        milliseconds: of a step, by operation of the compiled program; what runs side by side on
+            several threads counts on each.
+        op_names: what each operation was in Python, as XLA keeps it.
+    """
+
+    untraced: float
+    milliseconds: Mapping[str, float]
+    op_names: Mapping[str, str]
+
+
+def main(settings: Settings) -> None:
+    """Profiles every convolution's network and prints a table of each."""
+    console = Console(highlight=False, soft_wrap=True)
+    device = jax.devices()[0]
+    console.print(
+        f"{len(jax.devices())} × {device.device_kind}, jax {jax.__version__}, "
+        f"{settings.model}, batches of {settings.batch_size}, {settings.dtype}"
+    )
+    if not native.available():
+        console.print(f"native: {native.why_not()}")
+    for conv in settings.convs:
+        with contextlib.ExitStack() as stack:
+            if settings.output is None:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            else:
+                folder = settings.output / conv
+            try:
+                profile = profile_step(settings, conv, folder)
+            except jax.errors.JaxRuntimeError as error:  # memory is short
+                raise CommandError(f"batch_size={settings.batch_size}: {error}") from error
+            except ValueError as error:  # the batch does not divide by the devices
+                raise CommandError(error) from error
+        print_profile(conv, profile, console)
+    if settings.output is not None:
+        console.print(f"traces are in {settings.output}", markup=False)
+
+
+def profile_step(settings: Settings, conv: str, folder: Path) -> Profile:
+    """Compiles the training step, then times and traces it."""
+    mesh = training.data_mesh()
+    network = PRESETS[settings.model](
+        CONVS[conv], rngs=nnx.Rngs(0), dtype=getattr(jnp, settings.dtype)
+    )
+    optimizer_settings = OptimizerSettings()
+    schedule = make_schedule(optimizer_settings, epochs=1, steps_per_epoch=1000)
+    optimizer = make_optimizer(optimizer_settings, schedule)
+    split = random_split(settings, network.config.num_classes)
+    step = training.make_train_step(
+        network,
+        optimizer,
+        mesh=mesh,
+        batch_size=settings.batch_size,
+        steps_per_epoch=1,
+        augmentation=training.Augmentation(),
+    )
+    state = training.init_state(network, optimizer, 0, mesh)
+    totals = training.init_totals(mesh)
+    split = training.put_split(split, *training.channel_statistics(split.images), mesh)
+    order = training.epoch_order(state, settings.batch_size, 1)
+    step = step.lower(state, totals, split, order).compile()
+
+    def take_steps(count: int) -> float:
+        nonlocal state, totals
+        start = time.perf_counter()
+        for _ in range(count):
+            state, totals = step(state, totals, split, order)
+        jax.block_until_ready(state)
+        return (time.perf_counter() - start) / count * 1e3
+
+    take_steps(WARM_UP_STEPS)
+    untraced = take_steps(settings.steps)
+    with jax.profiler.trace(folder):
+        take_steps(settings.steps)
+    op_names = operations(step.as_text())
+    return Profile(untraced, times(folder, op_names, settings.steps), op_names)
+
+
+def random_split(settings: Settings, num_classes: int) -> Split:
+    """One batch of noise."""
+    rng, size = np.random.default_rng(0), IMAGE_SIZES[settings.model]
+    shape = (settings.batch_size, size, size, 3)
+    images = rng.integers(256, size=shape, dtype=np.uint8)
+    return Split(images, rng.integers(num_classes, size=settings.batch_size, dtype=np.int32))
+
+
+def operations(compiled: str) -> dict[str, str]:
+    """The operations of a compiled program's entry, with what each was in Python ("" if nothing).
+
+    What loops and calls contain is left out: it is part of their time.
+    """
+    entry = compiled[compiled.index("\nENTRY ") :]
+    instruction = re.compile(r'^\s+(?:ROOT )?%?([\w.-]+) = (?:.*op_name="([^"]*)")?', re.MULTILINE)
+    return {name: op_name or "" for name, op_name in instruction.findall(entry)}
+
+
+def times(folder: Path, names: Iterable[str], steps: int) -> dict[str, float]:
+    """Milliseconds a step of the operations `names` in the trace that `folder` holds."""
+    newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    known, total = set(names), collections.Counter()
+    for plane in jax.profiler.ProfileData.from_file(str(newest)).planes:
+        for line in plane.lines:
+            for event in line.events:
+                name = dict(event.stats).get("hlo_op")
+                if name in known and not event.name.startswith("end: "):
+                    total[name] += event.duration_ns
+    return {name: nanoseconds / steps / 1e6 for name, nanoseconds in total.items()}
+
+
+def kind_of(op_name: str) -> str:
+    """The kind of an operation, from its name in Python as XLA keeps it."""
+    primitive = op_name.rsplit("/", 1)[-1]
+    for scope in ("augmentation", "optimizer"):
+        if scope in op_name:
+            return scope
+    if primitive in ("conv_general_dilated", "dot_general", "ffi_call"):
+        return "convolutions, matrix products"
+    if primitive in ("", "transpose", "copy"):
+        return "transposes, copies"
+    if primitive.startswith("reduce"):
+        return "sums (BatchNorm)"
+    return "elementwise (BatchNorm, ReLU, …)"
+
+
+def print_profile(conv: str, profile: Profile, console: Console) -> None:
+    """A row a kind, then the slowest operations."""
+    kinds = collections.defaultdict(list)
+    for name, milliseconds in profile.milliseconds.items():
+        kinds[kind_of(profile.op_names[name])].append(milliseconds)
+    print_rows(
+        f"{conv}: {profile.untraced:.1f} ms a step; what runs side by side counts each",
+        ("kind", "operations", "ms"),
+        sorted(((kind, len(ms), sum(ms)) for kind, ms in kinds.items()), key=lambda row: -row[2]),
+        console,
+    )
+    slowest = sorted(profile.milliseconds.items(), key=lambda item: -item[1])[:SLOWEST]
+    rows = [(name, profile.op_names[name], ms) for name, ms in slowest]
+    print_rows("the slowest operations", ("operation", "in Python", "ms"), rows, console)
+
+
+def print_rows(title: str, headings: tuple, rows: Iterable[tuple], console: Console) -> None:
+    """A table whose last column is a number."""
+    table = Table(*headings, title=title, title_justify="left")
+    for column in table.columns[-1:]:
+        column.justify = "right"
+    for *cells, milliseconds in rows:
+        table.add_row(*map(str, cells), f"{milliseconds:.2f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    run(main, Settings, "profile")
