@@ -138,14 +138,22 @@ def test_second_derivatives_are_refused(library):
 
 
 @pytest.mark.parametrize("library", COMPILED)
-def test_a_library_that_does_not_fit_is_as_none(library, monkeypatch, tmp_path):
-    """One of another architecture, or compiled from another version of the sources."""
+def test_a_library_that_cannot_be_loaded_is_as_none(library, monkeypatch, tmp_path):
     broken = tmp_path / f"_handlers{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     broken.write_bytes(b"not a library")
     monkeypatch.setattr(library, "__file__", str(tmp_path / "__init__.py"))
     monkeypatch.setattr(library, "_library", library._library.__wrapped__)
     assert not library.available()
     assert "install the package again" in library.why_not()
+    assert fastest_layer(CASE) == "shifted"
+
+
+@pytest.mark.parametrize("library", COMPILED)
+def test_an_older_jaxlib_than_it_was_compiled_for(library, monkeypatch):
+    assert 3 <= library._installed_api_version() < 1000
+    monkeypatch.setattr(library, "_installed_api_version", lambda: 2)
+    monkeypatch.setattr(library, "_library", library._library.__wrapped__)
+    assert "install a later jaxlib" in library.why_not()
     assert fastest_layer(CASE) == "shifted"
 
 

@@ -9,9 +9,11 @@ for any number of threads.
 import ctypes
 import functools
 import importlib.machinery
+import re
 from pathlib import Path
 
 import jax
+import jaxlib
 import numpy as np
 
 from chansel_jax.window import Padding, output_size, padding_pairs, pair
@@ -160,12 +162,24 @@ def _library() -> ctypes.CDLL | str:
         return "it was not compiled; install a C++ compiler, then install the package again"
     try:
         library = ctypes.CDLL(str(path))
-        for name, handler in (
-            ("chansel_forward", library.ChanselForward),
-            ("chansel_backward", library.ChanselBackward),
-        ):
-            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
-    except (OSError, AttributeError, jax.errors.JaxRuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        return f"it does not fit this machine or jaxlib, install the package again ({reason})"
+        compiled_for, installed = library.ChanselApiVersion(), _installed_api_version()
+    except (OSError, AttributeError) as error:
+        return f"{path.name} is not of this machine or version, install the package again ({error})"
+    if compiled_for > installed:
+        # To register it all the same would keep JAX from finding the CPU.
+        return (
+            f"it was compiled for version 0.{compiled_for} of XLA's interface, jaxlib "
+            f"{jaxlib.__version__} has 0.{installed}; install a later jaxlib, or the package again"
+        )
+    for name, handler in (
+        ("chansel_forward", library.ChanselForward),
+        ("chansel_backward", library.ChanselBackward),
+    ):
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
     return library
+
+
+def _installed_api_version() -> int:
+    """The minor version of XLA's foreign function interface, from the headers of jaxlib."""
+    header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    return int(re.search(r"#define XLA_FFI_API_MINOR (\d+)", header)[1])

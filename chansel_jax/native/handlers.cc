@@ -294,6 +294,9 @@ ffi::Error BackwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
 
 }  // namespace chansel
 
+// The version of XLA's interface that this was compiled for; an earlier one will not do.
+extern "C" int ChanselApiVersion() { return XLA_FFI_API_MINOR; }
+
 // Takes no instruction set beyond `most` (0 baseline, 1 AVX2, 2 AVX-512); returns the one in use.
 extern "C" int ChanselLimitInstructionSet(int most) {
   auto limit = static_cast<chansel::InstructionSet>(most);
