@@ -15,9 +15,24 @@ def keep_freed_memory() -> None:
     each step anew. Memory fresh from the operating system is mapped and zeroed page by page when
     it is first touched: that took a third of such a step. Where there is no glibc it does nothing.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
+    libc = _glibc()
+    if libc is not None:
         # Without mappings of their own, large arrays come from the heap, and from one heap only.
         libc.mallopt(M_ARENA_MAX, 1)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, NEVER)
+
+
+def hand_back_memory() -> None:
+    """Hands back what is kept but not used; without glibc it does nothing.
+
+    Once an epoch, say: small arrays in the gaps that larger ones left make the heap grow slowly.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None

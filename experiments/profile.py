@@ -30,7 +30,7 @@ from chansel_jax.resnet import CONVS, PRESETS
 from experiments.command_line import CommandError, run
 
 IMAGE_SIZES = {"resnet14": 32, "resnet18": 224}
-WARM_UP_STEPS = 5
+WARM_UP_STEPS = 20  # until the heap has stopped growing
 SLOWEST = 8  # operations that are listed one by one
 
 
@@ -46,8 +46,8 @@ class Settings:
     """Images a step."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation."""
-    steps: int = 20
-    """Steps that are traced."""
+    steps: int = 5
+    """Steps that are timed, and as many that are traced."""
     output: Path | None = None
     """Folder in which the traces are kept, for TensorBoard or Perfetto; by default they are not."""
 
@@ -126,18 +126,21 @@ def profile_step(settings: Settings, conv: str, folder: Path) -> Profile:
     order = training.epoch_order(state, settings.batch_size, 1)
     step = step.lower(state, totals, split, order).compile()
 
-    def take_steps(count: int) -> float:
+    def take_steps(count: int, one_at_a_time: bool = False) -> float:
         nonlocal state, totals
         start = time.perf_counter()
         for _ in range(count):
             state, totals = step(state, totals, split, order)
+            if one_at_a_time:
+                jax.block_until_ready(state)
         jax.block_until_ready(state)
         return (time.perf_counter() - start) / count * 1e3
 
     take_steps(WARM_UP_STEPS)
     untraced = take_steps(settings.steps)
     with jax.profiler.trace(folder):
-        take_steps(settings.steps)
+        # Of steps in flight, one would be charged with waiting for the other.
+        take_steps(settings.steps, one_at_a_time=True)
     op_names = operations(step.as_text())
     return Profile(untraced, times(folder, op_names, settings.steps), op_names)
 

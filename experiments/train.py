@@ -25,6 +25,7 @@ from chansel_jax.resnet import ResNet
 from chansel_jax.workdir import WorkdirError, claim
 from experiments import printing
 from experiments.command_line import CommandError, run
+from experiments.memory import hand_back_memory
 from experiments.settings import Settings, build_network, run_name
 
 
@@ -200,6 +201,7 @@ def train(
                 metrics.write(row)
                 checkpoint.save(manager, epoch, state, {"history": history}, row["val_loss"])
                 console.print(printing.epoch_line(history))
+                hand_back_memory()
         finally:
             if history:
                 records.plot_losses(history, workdir / "losses.png", run_name(settings))

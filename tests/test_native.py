@@ -47,7 +47,8 @@ def test_instruction_sets_agree(library):
         call = functools.partial(library.channel_selection, strides=(2, 1), padding=1)
         results = {}
         for most in library.INSTRUCTION_SETS:
-            used = library.limit_instruction_set(most)
+            library.limit_instruction_set(most)
+            used = library.instruction_set()
             y, pull_back = jax.vjp(call, x, p, d)
             results[used] = [np.asarray(a, np.float64) for a in (y, *pull_back(dy))]
         assert "baseline" in results
@@ -167,15 +168,19 @@ def test_wrong_dtypes(library, dtypes):
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_what_auto_chooses_on_a_cpu(monkeypatch, devices):
+@pytest.mark.parametrize(
+    ("instructions", "widest"), [("avx512", 255), ("avx2", 63), ("baseline", 0), (None, 0)]
+)
+def test_what_auto_chooses_on_a_cpu(monkeypatch, devices, instructions, widest):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
-    compiled = devices == 1 and native.available()
-    assert fastest_layer(CASE) == ("native" if compiled else "shifted")
-    assert fastest_layer(dataclasses.replace(CASE, in_channels=512, out_channels=512)) == "shifted"
-    assert fastest_layer(dataclasses.replace(CASE, dtype="float16")) == "shifted"
-    assert fastest_depthwise(CASE) == "shifted"
-    monkeypatch.setattr(native, "_library", lambda: "no compiler")
-    assert fastest_layer(CASE) == "shifted"
+    monkeypatch.setattr(native, "available", lambda: instructions is not None)
+    monkeypatch.setattr(native, "instruction_set", lambda: instructions)
+    for channels in (16, 63, 64, 255, 256, 512):
+        case = dataclasses.replace(CASE, in_channels=channels, out_channels=channels)
+        fits = devices == 1 and channels <= widest
+        assert fastest_layer(case) == ("native" if fits else "shifted")
+        assert fastest_layer(dataclasses.replace(case, dtype="float16")) == "shifted"
+        assert fastest_depthwise(case) == "shifted"
 
 
 def test_what_auto_chooses_on_other_devices(monkeypatch):

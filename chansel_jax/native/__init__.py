@@ -32,10 +32,19 @@ def why_not() -> str:
     return "" if available() else _library()
 
 
-def limit_instruction_set(most: str = INSTRUCTION_SETS[-1]) -> str:
-    """Computes with no instruction set beyond `most`; returns the one that is used from now on.
+def instruction_set() -> str:
+    """Which of `INSTRUCTION_SETS` it computes with: the best that the processor has.
 
-    The best that the processor has is taken by itself; this is for comparing them.
+    `"baseline"` is what every processor of its kind has, vectors of 16 bytes.
+
+    Raises:
+        RuntimeError: if the library is not available.
+    """
+    return INSTRUCTION_SETS[_compiled().ChanselInstructionSet()]
+
+
+def limit_instruction_set(most: str = INSTRUCTION_SETS[-1]) -> None:
+    """Computes with no instruction set beyond `most`, to compare them.
 
     Raises:
         ValueError: if `most` is none of `INSTRUCTION_SETS`.
@@ -43,8 +52,7 @@ def limit_instruction_set(most: str = INSTRUCTION_SETS[-1]) -> str:
     """
     if most not in INSTRUCTION_SETS:
         raise ValueError(f"most={most!r} must be one of {INSTRUCTION_SETS}")
-    number = INSTRUCTION_SETS.index(most)
-    return INSTRUCTION_SETS[_compiled().ChanselLimitInstructionSet(number)]
+    _compiled().ChanselLimitInstructionSet(INSTRUCTION_SETS.index(most))
 
 
 def channel_selection(

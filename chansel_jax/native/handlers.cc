@@ -297,11 +297,15 @@ ffi::Error BackwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
 // The version of XLA's interface that this was compiled for; an earlier one will not do.
 extern "C" int ChanselApiVersion() { return XLA_FFI_API_MINOR; }
 
-// Takes no instruction set beyond `most` (0 baseline, 1 AVX2, 2 AVX-512); returns the one in use.
-extern "C" int ChanselLimitInstructionSet(int most) {
+// The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512.
+extern "C" int ChanselInstructionSet() {
+  return static_cast<int>(chansel::instruction_set.load());
+}
+
+// Takes no instruction set beyond `most`.
+extern "C" void ChanselLimitInstructionSet(int most) {
   auto limit = static_cast<chansel::InstructionSet>(most);
   chansel::instruction_set = std::min(chansel::BestInstructionSet(), limit);
-  return static_cast<int>(chansel::instruction_set.load());
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselForward, chansel::ForwardHandler,

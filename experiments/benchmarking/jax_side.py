@@ -33,6 +33,7 @@ from experiments.benchmarking.cases import (
 from experiments.benchmarking.ceilings import Ceilings, Effort, best_rate, numpy_copy_rate
 from experiments.benchmarking.runner import FIRST_UPDATE, Runner, first_update
 from experiments.benchmarking.weights import uninitialised
+from experiments.memory import hand_back_memory
 
 # The factors of float32 products are rounded on GPUs unless forbidden.
 PRECISIONS = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "default"}
@@ -284,6 +285,7 @@ class _Epoch(_JaxRunner):
                 self.state, totals = self.step(self.state, totals, self.split, order)
             # What was learned is fetched, as at the end of an epoch of training.
             jax.device_get(totals)
+            hand_back_memory()
         jax.block_until_ready(self.state)
 
     def _order(self) -> jax.Array:

@@ -2,7 +2,6 @@
 
 import abc
 import contextlib
-import ctypes
 import dataclasses
 import resource
 import sys
@@ -11,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+
+from experiments.memory import hand_back_memory
 
 # CUDA graphs are recorded in the second or third step, cuDNN is tuned in the first; on CPUs the
 # allocator settles within five.
@@ -57,13 +58,6 @@ def available_memory() -> int | None:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
-
-
-def hand_back_memory() -> None:
-    """Gives what the process keeps but does not use to the operating system."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 class Runner(abc.ABC):

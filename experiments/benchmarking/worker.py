@@ -10,8 +10,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from experiments.benchmarking.cases import Framework, Task
-from experiments.benchmarking.runner import available_memory, hand_back_memory, resident_peak
-from experiments.memory import keep_freed_memory
+from experiments.benchmarking.runner import available_memory, resident_peak
+from experiments.memory import hand_back_memory, keep_freed_memory
 
 SIDES = {
     "JAX": "experiments.benchmarking.jax_side",
