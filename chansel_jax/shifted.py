@@ -191,7 +191,7 @@ def _kernel_gradient(
 
     def blocks(array: jax.Array, start: Shift) -> jax.Array:
         box = _box(array, start, size, channels)
-        return box.reshape(box.shape[0], -1, window.block, box.shape[2])
+        return box.reshape(box.shape[0], window.rows // window.block, window.block, box.shape[2])
 
     dy = blocks(dy, window.reach)  # zeros where whole blocks are more than the output
     totals = []

@@ -1,7 +1,6 @@
 """What the machine is, asked of workers: the parent itself starts no GPU."""
 
 import dataclasses
-import importlib.util
 from typing import Any
 
 from rich.console import Console
@@ -79,8 +78,8 @@ def survey(settings: Settings, console: Console) -> Survey:
                 measured.append(worker.ask("measure", machine, effort, dtypes))
         except WorkerError as error:
             runtimes.pop("PyTorch", None)
-            installed = importlib.util.find_spec("torch") is not None
-            hint = "" if installed else '; to install it: pip install -e ".[torch]"'
+            missing = str(error).startswith(("ImportError", "ModuleNotFoundError"))
+            hint = '; to install it: pip install -e ".[torch]"' if missing else ""
             console.print(
                 f"PyTorch cannot be timed ({error}), so JAX is timed alone{hint}", markup=False
             )
