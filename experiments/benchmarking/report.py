@@ -103,9 +103,11 @@ def context(results: Figures) -> list[str]:
             "two parts however computed, each layer's input and output once a product",
         ]
     if results["what"] == "epoch":
+        loaders = machine["loader_workers"]
+        where = f"{loaders} processes" if loaders else "the same process"
         lines.append(
-            "JAX's images lie on the device and are augmented in the step, PyTorch's by a loader: "
-            + (f"{loaders} processes" if (loaders := machine["loader_workers"]) else "in turn")
+            "JAX's images lie on the device and are augmented in the step, PyTorch's by a loader "
+            f"in {where}"
         )
     busy = machine["busy_before"]
     if busy is not None and busy > BUSY_LIMIT:
