@@ -66,11 +66,7 @@ def epoch_line(history: Sequence[Row]) -> str:
 
 def print_summary(summary: Mapping[str, Any], workdir: Path, console: Console) -> None:
     """Prints the row of the original's table."""
-    table = Table(
-        box=SIMPLE,
-        pad_edge=False,
-        title=f"{summary['dataset']}, {summary['model']}, {summary['conv']}",
-    )
+    table = Table(title=f"{summary['dataset']}, {summary['model']}, {summary['conv']}", **LAYOUT)
     cells = {
         "parameters": f"{summary['parameters']:,}",
         "best validation loss": (
