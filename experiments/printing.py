@@ -76,7 +76,7 @@ def print_summary(summary: Mapping[str, Any], workdir: Path, console: Console) -
         "best accuracy": (
             f"{summary['best_val_accuracy']:.2%} (epoch {summary['best_accuracy_epoch']})"
         ),
-        "seconds an epoch": f"{summary['seconds_per_epoch']:.2f}",
+        "s an epoch": f"{summary['seconds_per_epoch']:.2f}",
     }
     for heading in cells:
         table.add_column(heading, justify="right")
