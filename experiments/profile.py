@@ -167,7 +167,8 @@ def times(folder: Path, names: Iterable[str], steps: int) -> dict[str, float]:
     """Milliseconds a step of the operations `names` in the trace that `folder` holds."""
     newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     known, total = set(names), collections.Counter()
-    for plane in jax.profiler.ProfileData.from_file(str(newest)).planes:
+    trace = jax.profiler.ProfileData.from_file(str(newest))
+    for plane in trace.planes:
         for line in plane.lines:
             for event in line.events:
                 name = dict(event.stats).get("hlo_op")

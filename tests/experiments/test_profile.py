@@ -8,6 +8,9 @@ from experiments import profile
 from experiments.command_line import CommandError
 from experiments.profile import Settings
 
+# Of jaxlib's own types, on Python 3.12.
+pytestmark = pytest.mark.filterwarnings("ignore:builtin type event.* has no __module__")
+
 COMPILED = """HloModule jit_step
 
 %fused (p: f32[2]) -> f32[2] {
