@@ -238,7 +238,7 @@ class ChannelSelectionConv(_Conv):
             rngs=rngs,
         )
         self.rank = _checked_rank(rank, self.in_channels, self.kernel_size)
-        self.lowering = checked_lowering(lowering, depthwise.LOWERINGS if norm else LOWERINGS)
+        self.lowering = _lowering_with(norm, lowering)
         selected = self.out_channels * self.rank
         self.pointwise = nnx.Param(
             (pointwise_init or kernel_init or lecun_normal)(
@@ -272,6 +272,15 @@ class ChannelSelectionConv(_Conv):
         if self.norm is not None:
             raise ValueError("norm=True: a layer normalised between its parts has no dense kernel")
         return composed_kernel(self.pointwise[...], self.depthwise[...])
+
+
+def _lowering_with(norm: bool, lowering: str) -> str:
+    if norm and lowering in set(LOWERINGS) - set(depthwise.LOWERINGS):
+        raise ValueError(
+            f"lowering={lowering!r} computes both parts as one, which norm=True keeps apart; take "
+            f"one of {', '.join(map(repr, depthwise.LOWERINGS))}"
+        )
+    return checked_lowering(lowering, LOWERINGS)
 
 
 def _checked_rank(rank: int, in_channels: int, kernel_size: tuple[int, int]) -> int:

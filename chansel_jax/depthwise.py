@@ -31,8 +31,9 @@ def depthwise_conv(
       convolution works. Slow on CPUs, its gradients very slow in the body of a loop there.
     - `"shifted"`: a sum of shifted multiply-adds without any convolution, forward and backward.
       It adds in float32 where `x` is of 16 bits. Reverse-mode gradients of any order work, first
-      ones at full speed; forward mode does not: `jax.jvp`, `jax.linearize`, `jax.jacfwd` and
-      `jax.hessian` raise a `TypeError`. Take `lowering="grouped"` for them.
+      ones at full speed, and `jax.hessian` does. `jax.jvp`, `jax.jacfwd` and the function that
+      `jax.linearize` returns raise JAX's `TypeError` about a `custom_vjp`: take
+      `lowering="grouped"` for them.
     - `"auto"` (the default): the fastest, by the rules of `chansel_jax.lowerings`.
 
     Args:

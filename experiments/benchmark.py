@@ -24,7 +24,7 @@ from experiments.benchmarking.settings import Settings
 from experiments.benchmarking.survey import Survey, survey
 from experiments.benchmarking.work import work_of
 from experiments.benchmarking.workers import WorkerError
-from experiments.command_line import CommandError, run
+from experiments.command_line import CommandError, make_output, run
 
 
 def main(settings: Settings) -> None:
@@ -43,7 +43,7 @@ def benchmark(settings: Settings, console: Console) -> dict[str, Any]:
     try:
         surveyed = survey(settings, console)
         output = settings.output or default_output(settings, surveyed)
-        output.mkdir(parents=True, exist_ok=True)
+        make_output(output)
         results = describe(settings, surveyed) | {"cases": run_cases(settings, surveyed, console)}
     except (plan.PlanError, MismatchError, WorkerError) as error:
         raise CommandError(error) from error

@@ -1,7 +1,9 @@
 """What all commands share: settings from flags, and errors as one line."""
 
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
@@ -39,6 +41,20 @@ def run(main: Callable[[Settings], object], settings_type: type[Settings], name:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def make_output(folder: Path) -> None:
+    """Makes the folder of --output, before anything long begins.
+
+    Raises:
+        CommandError: if it is a file or cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CommandError(f"output={folder}: {error.strerror or error}") from error
 
 
 def parse(settings_type: type[Settings], name: str, arguments: list[str] | None = None) -> Settings:

@@ -27,7 +27,7 @@ from chansel_jax import native, training
 from chansel_jax.data import Split
 from chansel_jax.optimizer import OptimizerSettings, make_optimizer, make_schedule
 from chansel_jax.resnet import CONVS, PRESETS
-from experiments.command_line import CommandError, run
+from experiments.command_line import CommandError, make_output, run
 
 IMAGE_SIZES = {"resnet14": 32, "resnet18": 224}
 WARM_UP_STEPS = 20  # until the heap has stopped growing
@@ -78,6 +78,8 @@ class Profile:
 def main(settings: Settings) -> None:
     """Profiles every convolution's network and prints a table of each."""
     console = Console(highlight=False, soft_wrap=True)
+    if settings.output is not None:
+        make_output(settings.output)
     device = jax.devices()[0]
     console.print(
         f"{len(jax.devices())} × {device.device_kind}, jax {jax.__version__}, "

@@ -355,6 +355,7 @@ def test_wrong_argument(layer_type, name, value):
         ("rank", 3, {"kernel_size": (1, 2)}),
         ("lowering", "fused", {}),
         ("lowering", "composed", {"norm": True}),
+        ("norm", True, {"lowering": "composed"}),
         ("lowering", "native", {"norm": True}),
     ],
 )

@@ -20,6 +20,7 @@ COLOURS = {
 }
 # In medians of all bars; what is longer is cut.
 LONGEST_BAR = 3.0
+MARGIN = 1.12  # for the number behind the longest bar
 
 BAR_INCHES, PANEL_INCHES, WIDTH_INCHES = 0.27, 0.75, 8.0
 
@@ -40,7 +41,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     )
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (case, bars) in zip(grid, panels, strict=False):
-        _draw_bars(axes, bars)
+        draw_bars(axes, bars)
         axes.set_title(_title(case), fontsize=9, loc="left")
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
@@ -51,14 +52,15 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
-def _draw_bars(axes: Axes, bars: Sequence[Mapping[str, Any]]) -> None:
+def draw_bars(axes: Axes, bars: Sequence[Mapping[str, Any]]) -> None:
+    """A bar for each of `bars`, with its number."""
     limit = _limit(bars)
     for place, bar in enumerate(bars):
         median, p5, p95 = (bar["seconds"][name] * 1e3 for name in ("median", "p5", "p95"))
-        cut = median > limit
+        cut = p95 > limit / MARGIN
         axes.barh(
             place,
-            median,
+            limit if cut else median,
             color=COLOURS[bar["framework"], bar["conv"]],
             xerr=None if cut else [[median - p5], [p95 - median]],
             error_kw={"ecolor": "0.25", "capsize": 2, "elinewidth": 1},
@@ -81,9 +83,9 @@ def _draw_bars(axes: Axes, bars: Sequence[Mapping[str, Any]]) -> None:
 
 def _limit(bars: Sequence[Mapping[str, Any]]) -> float:
     """Where the axis ends: a bar many times as long as the others would leave them no room."""
-    longest = max((bar["seconds"]["p95"] for bar in bars), default=1.0)
     typical = statistics.median([bar["seconds"]["median"] for bar in bars] or [1.0])
-    return 1e3 * 1.12 * min(longest, LONGEST_BAR * typical)
+    short = [bar["seconds"] for bar in bars if bar["seconds"]["median"] <= LONGEST_BAR * typical]
+    return 1e3 * MARGIN * max((seconds["p95"] for seconds in short), default=1.0)
 
 
 def _shown(case: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -111,7 +111,8 @@ class _Field:
     def prepare(self, tasks: Sequence[Task]) -> dict[Contestant, Prepared]:
         """Starts all workers, then makes one after the other ready."""
         by_contestant = {task.contestant: task for task in tasks}
-        self.console.print(f"{tasks[0].case.title}: {len(tasks)} contestants")
+        contestants = "1 contestant" if len(tasks) == 1 else f"{len(tasks)} contestants"
+        self.console.print(f"{tasks[0].case.title}: {contestants}")
         for contestant, task in by_contestant.items():
             worker = WorkerHandle(contestant.framework, task.machine.threads)
             self.workers[contestant] = self.stack.enter_context(worker)
@@ -160,8 +161,10 @@ class _Field:
             return None
 
     def tracked(self, sequence: Sequence, description: str) -> Sequence:
-        """`sequence`, with a bar on a terminal."""
+        """`sequence`, with a bar on a terminal, and a line elsewhere."""
         hidden = not description or not self.console.is_terminal
+        if hidden and description:
+            self.console.print(f"  {description}: {len(sequence)}")
         return track(
             sequence,
             description=description,

@@ -10,6 +10,15 @@ from experiments.benchmarking.cases import Conv, Dtype, LayerShape, TorchVariant
 
 SHAPE_FORMAT = "SIZExC_INxC_OUTxKERNELxSTRIDE"
 
+# Settings that have a meaning with one --what only.
+ONLY_WITH = {
+    "shapes": "layer",
+    "images": "epoch",
+    "runs": "epoch",
+    "epochs": "epoch",
+    "loader_workers": "epoch",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
@@ -92,6 +101,19 @@ class Settings:
             )
         for shape in self.shapes:
             parse_shape(shape)
+        for field in dataclasses.fields(self):
+            only = ONLY_WITH.get(field.name, self.what)
+            if only != self.what and getattr(self, field.name) != field.default:
+                value = _named(field.name, getattr(self, field.name))
+                raise ValueError(f"{value} has no meaning with what={self.what}, only with {only}")
+
+
+def _named(name: str, value: object) -> str:
+    """A setting as it was given; of a group, what is not as by default."""
+    if not dataclasses.is_dataclass(value):
+        return f"{name}={','.join(value) if isinstance(value, tuple) else value}"
+    given = [f for f in dataclasses.fields(value) if getattr(value, f.name) != f.default]
+    return ", ".join(_named(field.name, getattr(value, field.name)) for field in given)
 
 
 def parse_shape(text: str) -> LayerShape:

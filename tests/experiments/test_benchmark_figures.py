@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
@@ -95,6 +96,24 @@ def test_bad_setting_is_named_with_its_value(name, value):
 
 
 @pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"shapes": ("8x4x4x3x1",)}, "shapes=8x4x4x3x1 .* what=step, only with layer"),
+        ({"epochs": 3}, "epochs=3 .* what=step, only with epoch"),
+        ({"what": "layer", "runs": 3}, "runs=3 .* what=layer, only with epoch"),
+        ({"loader_workers": 0}, "loader_workers=0 .* what=step, only with epoch"),
+        (
+            {"images": ImageSettings(dataset="folder", classes=("a", "b"))},
+            "dataset=folder, classes=a,b .* what=step, only with epoch",
+        ),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**given)
+
+
+@pytest.mark.parametrize(
     "convs, lowerings, named", [((), None, "convs="), (None, ("fast",), "fast")]
 )
 def test_nothing_or_an_unknown_lowering_is_refused(convs, lowerings, named):
@@ -149,8 +168,9 @@ def test_command_gives_the_same_settings():
 
 
 def test_command_names_no_folder_of_this_machine():
-    given = Settings(images=ImageSettings(data_dir=Path("/home/me/images")), output=Path("out"))
-    assert command(given) == "python -m experiments.benchmark --data-dir=PATH"
+    images = ImageSettings(data_dir=Path("/home/me/images"))
+    given = Settings(what="epoch", images=images, output=Path("out"))
+    assert command(given) == "python -m experiments.benchmark --what=epoch --data-dir=PATH"
 
 
 # Plans
@@ -167,7 +187,7 @@ def test_command_names_no_folder_of_this_machine():
     ],
 )
 def test_processes_that_load_batches(asked, platform, cores, workers):
-    made = plan.make_machine(Settings(loader_workers=asked), platform, cores)
+    made = plan.make_machine(Settings(what="epoch", loader_workers=asked), platform, cores)
     assert (made.loader_workers, made.threads) == (workers, cores)
 
 
@@ -555,3 +575,21 @@ def test_chart_is_a_readable_picture(what, tmp_path):
         # Bars of both frameworks.
         colours = {pixel for _, pixel in picture.convert("RGB").getcolors(10**6)}
         assert {(0x1F, 0x5F, 0xA8), (0xC8, 0x51, 0x1B)} <= colours
+
+
+def test_every_bar_of_the_chart_has_its_number_inside():
+    bars = [
+        {
+            "framework": "JAX",
+            "conv": "chansel",
+            "name": str(median),
+            "seconds": {"median": median, "p5": median, "p95": p95},
+        }
+        for median, p95 in [(1.0, 1.1), (1.2, 9.0), (1.4, 1.4), (20.0, 21.0)]
+    ]
+    axes = Figure().subplots()
+    chart.draw_bars(axes, bars)
+    _, limit = axes.get_xlim()
+    numbers = {text.get_text(): text.xy[0] for text in axes.texts}
+    assert list(numbers) == ["1,000", "1,200", "1,400", "20,000 ▸"]
+    assert max(numbers.values()) <= limit == pytest.approx(1.12 * 9000)

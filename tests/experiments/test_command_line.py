@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from experiments.command_line import CommandError, parse, run
+from experiments.command_line import CommandError, make_output, parse, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,3 +171,21 @@ def test_bug_keeps_its_traceback(monkeypatch):
 
     with pytest.raises(ZeroDivisionError):
         run_with(monkeypatch, main)
+
+
+# Output
+
+
+def test_output_is_made_and_left_empty(tmp_path):
+    make_output(tmp_path / "a" / "b")
+    make_output(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_output_that_is_a_file_is_named(tmp_path):
+    path = tmp_path / "taken"
+    path.write_text("kept")
+    for folder in (path, path / "below"):
+        with pytest.raises(CommandError, match=f"^output={folder}: "):
+            make_output(folder)
+    assert path.read_text() == "kept"
