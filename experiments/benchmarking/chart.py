@@ -54,10 +54,11 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 def draw_bars(axes: Axes, bars: Sequence[Mapping[str, Any]]) -> None:
     """A bar for each of `bars`, with its number."""
-    limit = _limit(bars)
+    longest = _longest(bars)
+    limit = 1e3 * MARGIN * longest
     for place, bar in enumerate(bars):
         median, p5, p95 = (bar["seconds"][name] * 1e3 for name in ("median", "p5", "p95"))
-        cut = p95 > limit / MARGIN
+        cut = bar["seconds"]["p95"] > longest
         axes.barh(
             place,
             limit if cut else median,
@@ -81,11 +82,11 @@ def draw_bars(axes: Axes, bars: Sequence[Mapping[str, Any]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _limit(bars: Sequence[Mapping[str, Any]]) -> float:
-    """Where the axis ends: a bar many times as long as the others would leave them no room."""
+def _longest(bars: Sequence[Mapping[str, Any]]) -> float:
+    """The most seconds that are shown in full: bars many times as long would leave no room."""
     typical = statistics.median([bar["seconds"]["median"] for bar in bars] or [1.0])
     short = [bar["seconds"] for bar in bars if bar["seconds"]["median"] <= LONGEST_BAR * typical]
-    return 1e3 * MARGIN * max((seconds["p95"] for seconds in short), default=1.0)
+    return max((seconds["p95"] for seconds in short), default=1.0)
 
 
 def _shown(case: Mapping[str, Any]) -> list[Mapping[str, Any]]:
