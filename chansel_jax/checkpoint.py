@@ -19,7 +19,7 @@ from flax import nnx
 from jax.tree_util import DictKey
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from chansel_jax.training import TrainState, digest
+from chansel_jax.training import TrainState, digest, network_tree
 
 CheckpointManager = ocp.CheckpointManager
 
@@ -157,8 +157,7 @@ def restore_network(directory: str | Path, network: nnx.Module, epoch: int | Non
         )
     if epoch is None:
         epoch = min(epochs, key=lambda e: _saved_val_loss(directory, e))
-    _, params, batch_stats, _ = nnx.split(network, nnx.Param, nnx.BatchStat, ...)
-    like = {"params": nnx.to_pure_dict(params), "batch_stats": nnx.to_pure_dict(batch_stats)}
+    like = network_tree(network)
     path = directory / str(epoch) / "state"
     _quieten_orbax()
     try:

@@ -6,7 +6,7 @@ num_classes)`.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import jax
@@ -40,8 +40,8 @@ class ResNetConfig:
         width: channels of the first stage; every further stage doubles them.
         stem: `"plain"`, an ordinary 3 × 3 convolution with bias, whatever `conv` is; or `"pooled"`,
             a 7 × 7 `conv` of stride 2, BatchNorm and a max pooling of stride 2.
-        rank: the rank of every `conv`; but 1 × 1 shortcuts keep rank 1, and a pooled stem has at
-            most the rank `in_channels`.
+        rank: the rank of every `conv`, or a rank for each, in the network's order; but 1 × 1
+            shortcuts keep rank 1, and a pooled stem has at most the rank `in_channels`.
         use_bias: whether every `conv` has a bias before its BatchNorm.
         dropout_rate: the share of pooled features dropped before the last layer while training.
         dtype: of the computation; the parameters and the logits stay float32.
@@ -53,14 +53,14 @@ class ResNetConfig:
     blocks: tuple[int, ...]
     width: int
     stem: Literal["plain", "pooled"]
-    rank: int = 1
+    rank: int | tuple[int, ...] = 1
     use_bias: bool = False
     dropout_rate: float = 0.0
     dtype: Dtype = jnp.float32
     in_channels: int = 3
 
     def __post_init__(self):
-        for name in ("num_classes", "width", "rank", "in_channels"):
+        for name in ("num_classes", "width", "in_channels"):
             positive(name, getattr(self, name))
         if not self.blocks:
             raise ValueError(f"blocks={self.blocks!r} must name at least one stage")
@@ -68,12 +68,29 @@ class ResNetConfig:
             positive("blocks", count)
         if self.stem not in _STEMS:
             raise ValueError(f"stem={self.stem!r} must be one of {', '.join(map(repr, _STEMS))}")
-        if self.rank > 9:
-            raise ValueError(f"rank={self.rank} must be at most 9, the elements of a 3 × 3 kernel")
-        if self.rank > 1 and unwrapped(self.conv) is SubKernelConv:
-            raise ValueError(f"rank={self.rank}: the dense convolution has no rank")
+        self._check_ranks()
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate={self.dropout_rate} must be in [0, 1)")
+
+    def _check_ranks(self) -> None:
+        ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
+        for rank in ranks:
+            positive("rank", rank)
+        if max(ranks, default=1) > 9:
+            raise ValueError(f"rank={self.rank} must be at most 9, the elements of a 3 × 3 kernel")
+        if max(ranks, default=1) > 1 and unwrapped(self.conv) is SubKernelConv:
+            raise ValueError(f"rank={self.rank}: the dense convolution has no rank")
+        count = 2 * sum(self.blocks) + (self.stem == "pooled")
+        if isinstance(self.rank, tuple) and len(self.rank) != count:
+            raise ValueError(f"rank={self.rank} must be one rank, or one for each of {count} convs")
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The rank of every `conv` but the 1 × 1 shortcuts, in the network's order."""
+        if isinstance(self.rank, tuple):
+            return self.rank
+        stem = (min(self.rank, self.in_channels),) if self.stem == "pooled" else ()
+        return stem + (self.rank,) * (2 * sum(self.blocks))
 
 
 class ResNet(nnx.Module):
@@ -86,14 +103,15 @@ class ResNet(nnx.Module):
 
     def __init__(self, config: ResNetConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.stem = _STEMS[config.stem](config, rngs)
+        ranks = iter(config.ranks)
+        self.stem = _STEMS[config.stem](config, ranks, rngs)
         blocks, channels = [], config.width
         for stage, count in enumerate(config.blocks):
             for i in range(count):
                 strides = 2 if stage > 0 and i == 0 else 1
                 out_channels = config.width * 2**stage
                 blocks.append(
-                    BasicBlock(config, channels, out_channels, strides=strides, rngs=rngs)
+                    BasicBlock(config, channels, out_channels, ranks, strides=strides, rngs=rngs)
                 )
                 channels = out_channels
         self.blocks = nnx.List(blocks)
@@ -126,15 +144,18 @@ class BasicBlock(nnx.Module):
         config: ResNetConfig,
         in_channels: int,
         out_channels: int,
+        ranks: Iterator[int],
         *,
         strides: int,
         rngs: nnx.Rngs,
     ):
         conv = functools.partial(_conv, config, rngs=rngs)
         norm = functools.partial(BatchNorm, out_channels, dtype=config.dtype, rngs=rngs)
-        self.conv1 = conv(in_channels, out_channels, 3, strides=strides, padding=1)
+        self.conv1 = conv(
+            in_channels, out_channels, 3, strides=strides, padding=1, rank=next(ranks)
+        )
         self.norm1 = norm()
-        self.conv2 = conv(out_channels, out_channels, 3, padding=1)
+        self.conv2 = conv(out_channels, out_channels, 3, padding=1, rank=next(ranks))
         self.norm2 = norm()
         changes = strides != 1 or in_channels != out_channels
         self.shortcut = nnx.data(
@@ -154,7 +175,7 @@ class BasicBlock(nnx.Module):
 class PlainStem(nnx.Module):
     """An ordinary 3 × 3 convolution with bias and ReLU: the original's, for images of 32 × 32."""
 
-    def __init__(self, config: ResNetConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ResNetConfig, ranks: Iterator[int], rngs: nnx.Rngs):
         self.conv = SubKernelConv(
             config.in_channels, config.width, 3, padding=1, dtype=config.dtype, rngs=rngs
         )
@@ -167,11 +188,16 @@ class PlainStem(nnx.Module):
 class PooledStem(nnx.Module):
     """A 7 × 7 convolution of stride 2, BatchNorm, ReLU and max pooling: ImageNet's."""
 
-    def __init__(self, config: ResNetConfig, rngs: nnx.Rngs):
-        # No more than the images have channels: a higher rank would express nothing more.
-        config = dataclasses.replace(config, rank=min(config.rank, config.in_channels))
+    def __init__(self, config: ResNetConfig, ranks: Iterator[int], rngs: nnx.Rngs):
         self.conv = _conv(
-            config, config.in_channels, config.width, 7, strides=2, padding=3, rngs=rngs
+            config,
+            config.in_channels,
+            config.width,
+            7,
+            strides=2,
+            padding=3,
+            rank=next(ranks),
+            rngs=rngs,
         )
         self.norm = BatchNorm(config.width, dtype=config.dtype, rngs=rngs)
 
@@ -189,7 +215,7 @@ def resnet14(
     num_classes: int = 3,
     *,
     width: int = 16,
-    rank: int = 1,
+    rank: int | tuple[int, ...] = 1,
     use_bias: bool = False,
     dropout_rate: float = 0.2,
     dtype: Dtype = jnp.float32,
@@ -222,7 +248,7 @@ def resnet18(
     num_classes: int = 1000,
     *,
     width: int = 64,
-    rank: int = 1,
+    rank: int | tuple[int, ...] = 1,
     use_bias: bool = False,
     dropout_rate: float = 0.0,
     dtype: Dtype = jnp.float32,
@@ -262,9 +288,9 @@ def _conv(
     *,
     strides: int = 1,
     padding: int,
+    rank: int = 1,
     rngs: nnx.Rngs,
 ) -> nnx.Module:
-    rank = 1 if kernel_size == 1 else config.rank
     return config.conv(
         in_channels,
         out_channels,

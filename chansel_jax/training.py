@@ -142,17 +142,21 @@ def init_state(
     network: nnx.Module, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
 ) -> TrainState:
     """The state before the first step, with the parameters of `network`, on every device."""
-    _, params, batch_stats, _ = nnx.split(network, nnx.Param, nnx.BatchStat, ...)
-    params = nnx.to_pure_dict(params)
+    tree = network_tree(network)
     state = TrainState(
-        params=params,
-        batch_stats=nnx.to_pure_dict(batch_stats),
-        opt_state=optimizer.init(params),
+        **tree,
+        opt_state=optimizer.init(tree["params"]),
         step=jnp.int32(0),
         key=jax.random.key_data(jax.random.key(seed)),
     )
     # A copy, since the training step consumes its state and the network keeps its arrays.
     return jax.device_put(jax.tree.map(jnp.copy, state), NamedSharding(mesh, PartitionSpec()))
+
+
+def network_tree(network: nnx.Module) -> dict[str, Tree]:
+    """The `params` and `batch_stats` of `network`, as nested dicts."""
+    _, params, batch_stats, _ = nnx.split(network, nnx.Param, nnx.BatchStat, ...)
+    return {"params": nnx.to_pure_dict(params), "batch_stats": nnx.to_pure_dict(batch_stats)}
 
 
 def load_state(network: nnx.Module, state: TrainState) -> None:

@@ -1,8 +1,11 @@
 """What all commands share: settings from flags, and errors as one line."""
 
+import argparse
+import dataclasses
+import inspect
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -21,7 +24,12 @@ class CommandError(Exception):
     """What the user can mend; its message is one line."""
 
 
-def run(main: Callable[[Settings], object], settings_type: type[Settings], name: str) -> None:
+def run(
+    main: Callable[[Settings], object],
+    settings_type: type[Settings],
+    name: str,
+    recipes: Mapping[str, object] | None = None,
+) -> None:
     """Calls `main` with settings read from the command line.
 
     A `CommandError` or `OSError` ends the program with one line on standard error and exit code 1,
@@ -31,10 +39,11 @@ def run(main: Callable[[Settings], object], settings_type: type[Settings], name:
         main: the command.
         settings_type: a dataclass; nested ones become groups of flags.
         name: the command's name in `python -m experiments.NAME`.
+        recipes: as in `parse`.
     """
     keep_freed_memory()
     try:
-        main(parse(settings_type, name))
+        main(parse(settings_type, name, recipes=recipes))
     except (CommandError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(EXIT_ERROR)
@@ -57,21 +66,60 @@ def make_output(folder: Path) -> None:
         raise CommandError(f"output={folder}: {error.strerror or error}") from error
 
 
-def parse(settings_type: type[Settings], name: str, arguments: list[str] | None = None) -> Settings:
+def parse(
+    settings_type: type[Settings],
+    name: str,
+    arguments: Sequence[str] | None = None,
+    recipes: Mapping[str, object] | None = None,
+) -> Settings:
     """Settings from `arguments` (by default the command line's); sequences are comma-separated.
+
+    Args:
+        settings_type: a dataclass; nested ones become groups of flags.
+        name: the command's name.
+        arguments: the words behind it.
+        recipes: values of the field `training`, by the name that the flag `--recipe` takes; other
+            flags change single values of the chosen one. The first is the default.
 
     Raises:
         SystemExit: after `--help`, or if a flag is unknown or its value refused.
     """
+    program = f"python -m experiments.{name}"
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    default, description = None, inspect.cleandoc(settings_type.__doc__)
+    if recipes is not None:
+        chosen, arguments = _take_recipe(program, arguments, tuple(recipes))
+        required = {
+            field.name: tyro.MISSING
+            for field in dataclasses.fields(settings_type)
+            if field.default is dataclasses.MISSING
+        }
+        default = settings_type(**required, training=recipes[chosen])
+        description += (
+            f"\n\n--recipe={{{','.join(recipes)}}} chooses all settings of training that no other "
+            f"flag gives; here {chosen}."
+        )
     registry = ConstructorRegistry()
     registry.primitive_rule(_comma_separated)
     return tyro.cli(
         settings_type,
-        prog=f"python -m experiments.{name}",
+        prog=program,
+        description=description,
         args=arguments,
+        default=default,
         registry=registry,
         config=(tyro.conf.OmitArgPrefixes,),
     )
+
+
+def _take_recipe(
+    program: str, arguments: Sequence[str], choices: Sequence[str]
+) -> tuple[str, list[str]]:
+    """The value of `--recipe`, and the other arguments."""
+    parser = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", choices=choices, default=choices[0])
+    namespace, others = parser.parse_known_args(arguments)
+    return namespace.recipe, others
 
 
 def _comma_separated(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:

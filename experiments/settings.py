@@ -1,6 +1,8 @@
-"""The settings of a training run, and what they name."""
+"""What a training run is decided by, and the recipes that have a name."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -11,23 +13,33 @@ from chansel_jax.optimizer import OptimizerSettings
 from chansel_jax.resnet import CONVS, PRESETS, ResNet
 from chansel_jax.training import Augmentation
 
+Conv = Literal["chansel", "subkernel"]
+
+INITIALISERS = {
+    "he": None,
+    # Variance 1 / (3 · fan_in), uniform: `torch.nn.Linear` and `torch.nn.Conv2d`.
+    "torch": nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class NetworkSettings:
     """The network."""
 
-    conv: Literal["chansel", "subkernel"] = "chansel"
-    """Channel selection, or the ordinary dense convolution."""
     model: Literal["resnet14", "resnet18"] = "resnet14"
     """The original's network for small images, or torchvision's ResNet-18."""
     width: int | None = None
     """Channels of the first stage; by default the model's own (16, 64)."""
     rank: int = 1
     """Channel selections that are added up in each 3 × 3 convolution, 1 to 9."""
+    ranks: tuple[int, ...] = ()
+    """In place of --rank, that of each 3 × 3 convolution, in the network's order."""
+    norm: bool = False
+    """Whether there is BatchNorm between the two parts of channel selection."""
     use_bias: bool = False
     """Whether convolutions have a bias before BatchNorm."""
-    dropout_rate: float | None = None
-    """Share of the pooled features dropped in training; by default the model's own (0.2, 0)."""
+    init: Literal["he", "torch"] = "he"
+    """Initial parameters of the convolutions: He's variance, or PyTorch's default."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; the parameters are float32."""
 
@@ -53,11 +65,9 @@ class DataSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Trains a network on images, saves it, and reports."""
+class TrainingSettings:
+    """How the network is trained."""
 
-    network: NetworkSettings = NetworkSettings()
-    data: DataSettings = DataSettings()
     optimization: OptimizerSettings = OptimizerSettings()
     augmentation: Augmentation = Augmentation()
     epochs: int = 20
@@ -66,6 +76,35 @@ class Settings:
     """Images a step, over all devices."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes; the reported losses are without it."""
+    dropout_rate: float | None = None
+    """Share of the pooled features dropped in training; by default the model's own (0.2, 0)."""
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing} must be in [0, 1)")
+
+
+RECIPES = {
+    "short": TrainingSettings(),
+    # Its epochs, dropout and batches; its optimiser is not known.
+    "original": TrainingSettings(epochs=100),
+    "best": TrainingSettings(epochs=100),
+}
+"""Values of all `TrainingSettings`, by the name that `--recipe` takes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Trains a network on images, saves it, and reports."""
+
+    conv: Conv = "chansel"
+    """Channel selection, or the ordinary dense convolution."""
+    network: NetworkSettings = NetworkSettings()
+    data: DataSettings = DataSettings()
+    training: TrainingSettings = RECIPES["short"]
     seed: int = 0
     """Decides initial parameters, order, augmentation and dropout."""
     workdir: Path | None = None
@@ -75,25 +114,54 @@ class Settings:
     lost); or fail if there is none."""
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing={self.label_smoothing} must be in [0, 1)")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} must be in [0, 2**32)")
+        checked_seed(self.seed)
+
+
+def checked_seed(seed: int) -> int:
+    """`seed`, if it is one.
+
+    Raises:
+        ValueError: if it is negative or has more than 32 bits.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must be in [0, 2**32)")
+    return seed
 
 
 def run_name(settings: Settings) -> str:
     """The default name of a run's folder."""
-    network = settings.network
-    return f"{settings.data.dataset}-{network.model}-{network.conv}-seed{settings.seed}"
+    model = settings.network.model
+    return f"{settings.data.dataset}-{model}-{settings.conv}-seed{settings.seed}"
 
 
 def build_network(settings: Settings, num_classes: int) -> ResNet:
-    """The network that `settings.network` describe, initialised with `settings.seed`."""
-    network = dataclasses.asdict(settings.network)
-    preset, conv = PRESETS[network.pop("model")], CONVS[network.pop("conv")]
-    given = {name: value for name, value in network.items() if value is not None}
-    given["dtype"] = jnp.dtype(given["dtype"])
-    return preset(conv, num_classes, **given, rngs=nnx.Rngs(settings.seed))
+    """The network that `settings` describe, initialised with `settings.seed`.
+
+    Raises:
+        ValueError: naming the setting that is wrong, and its value.
+    """
+    network = settings.network
+    given = {
+        "width": network.width,
+        "rank": network.ranks or network.rank,
+        "use_bias": network.use_bias,
+        "dropout_rate": settings.training.dropout_rate,
+        "dtype": jnp.dtype(network.dtype),
+    }
+    return PRESETS[network.model](
+        _convolution(settings.conv, network),
+        num_classes,
+        **{name: value for name, value in given.items() if value is not None},
+        rngs=nnx.Rngs(settings.seed),
+    )
+
+
+def _convolution(conv: Conv, network: NetworkSettings) -> Callable[..., nnx.Module]:
+    given = {}
+    if network.norm:
+        if conv == "subkernel":
+            raise ValueError("norm=True: the dense convolution has no two parts")
+        given["norm"] = True
+    if INITIALISERS[network.init] is not None:
+        given["kernel_init"] = INITIALISERS[network.init]
+    return functools.partial(CONVS[conv], **given) if given else CONVS[conv]

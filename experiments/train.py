@@ -6,7 +6,6 @@ trains channel selection on the embedded silhouettes. A run lives in its --workd
 command, typed again, goes on where the run stopped.
 """
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -14,62 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 from rich.console import Console
 from rich.progress import track
 
-from chansel_jax import checkpoint, data, records, training
+from chansel_jax import checkpoint, records, training
 from chansel_jax.counting import count_network
-from chansel_jax.optimizer import make_optimizer, make_schedule
 from chansel_jax.resnet import ResNet
 from chansel_jax.workdir import WorkdirError, claim
 from experiments import printing
 from experiments.command_line import CommandError, run
+from experiments.experiment import Experiment, build
 from experiments.memory import hand_back_memory
-from experiments.settings import Settings, build_network, run_name
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """All that settings decide, built."""
-
-    settings: Settings
-    dataset: data.Dataset
-    network: ResNet
-    schedule: optax.Schedule
-    optimizer: optax.GradientTransformation
-    mesh: jax.sharding.Mesh
-    splits: dict[str, training.DeviceSplit]
-    steps_per_epoch: int
-    step: Callable
-    evaluate: Callable
-
-    def init_state(self) -> training.TrainState:
-        """The state before the first step."""
-        return training.init_state(self.network, self.optimizer, self.settings.seed, self.mesh)
-
-    def describe(self) -> dict[str, Any]:
-        """All that decides the result: the settings, and the data's sizes and statistics."""
-        settings = dataclasses.asdict(self.settings)
-        del settings["workdir"], settings["resume"]
-        # Images may have moved; what they are is described below.
-        del settings["data"]["data_dir"]
-        train_split = self.splits["train"]
-        sizes = {name: len(split.labels) for name, split in self.dataset.splits.items()}
-        return {
-            "settings": settings,
-            "data": {
-                "class_names": self.dataset.class_names,
-                "image_shape": train_split.images.shape[1:],
-                "images": sizes,
-                "digests": {
-                    name: training.digest((split.images, split.labels))
-                    for name, split in self.dataset.splits.items()
-                },
-                "mean": train_split.mean.tolist(),
-                "std": train_split.std.tolist(),
-            },
-        }
+from experiments.settings import RECIPES, Settings, run_name
 
 
 def main(settings: Settings) -> None:
@@ -77,8 +32,15 @@ def main(settings: Settings) -> None:
     train_and_evaluate(settings, Console(highlight=False, soft_wrap=True))
 
 
-def train_and_evaluate(settings: Settings, console: Console) -> dict[str, Any]:
+def train_and_evaluate(
+    settings: Settings, console: Console, network: ResNet | None = None
+) -> dict[str, Any]:
     """Trains, or goes on with, the run that `settings` describe; returns its summary.
+
+    Args:
+        settings: of the run.
+        console: takes the progress.
+        network: with the parameters to begin with, as in `build`.
 
     Raises:
         CommandError: if a setting or the data is wrong, the workdir holds another run, no
@@ -87,7 +49,7 @@ def train_and_evaluate(settings: Settings, console: Console) -> dict[str, Any]:
     workdir = settings.workdir or Path("runs", run_name(settings))
     refuse_workdir_among_images(workdir, settings)
     try:
-        experiment = build(settings)
+        experiment = build(settings, network)
         aside = claim(workdir, experiment.describe(), settings.resume)
     except (ValueError, WorkdirError) as error:
         raise CommandError(error) from error
@@ -102,7 +64,7 @@ def train_and_evaluate(settings: Settings, console: Console) -> dict[str, Any]:
         raise CommandError(error) from error
     summary = {
         "model": settings.network.model,
-        "conv": settings.network.conv,
+        "conv": settings.conv,
         "dataset": settings.data.dataset,
         "seed": settings.seed,
         "parameters": sum(row.parameters for row in rows),
@@ -124,54 +86,6 @@ def refuse_workdir_among_images(workdir: Path, settings: Settings) -> None:
         raise CommandError(f"--workdir={workdir} lies within the images of {images}")
 
 
-def build(settings: Settings) -> Experiment:
-    """Loads the data and builds what trains on it.
-
-    Raises:
-        ValueError: if a setting or the data is wrong.
-    """
-    arguments = dataclasses.asdict(settings.data)
-    dataset = data.load(arguments.pop("dataset"), **arguments)
-    train_split = dataset.splits["train"]
-    steps_per_epoch = len(train_split.labels) // settings.batch_size
-    if not steps_per_epoch:
-        raise ValueError(
-            f"batch_size={settings.batch_size} must be at most the {len(train_split.labels)} "
-            "training images"
-        )
-    schedule = make_schedule(
-        settings.optimization, epochs=settings.epochs, steps_per_epoch=steps_per_epoch
-    )
-    mesh = training.data_mesh()
-    network = build_network(settings, len(dataset.class_names))
-    optimizer = make_optimizer(settings.optimization, schedule)
-    step = training.make_train_step(
-        network,
-        optimizer,
-        mesh=mesh,
-        batch_size=settings.batch_size,
-        steps_per_epoch=steps_per_epoch,
-        augmentation=settings.augmentation,
-        label_smoothing=settings.label_smoothing,
-    )
-    statistics = training.channel_statistics(train_split.images)
-    return Experiment(
-        settings=settings,
-        dataset=dataset,
-        network=network,
-        schedule=schedule,
-        optimizer=optimizer,
-        mesh=mesh,
-        splits={
-            name: training.put_split(dataset.splits[name], *statistics, mesh)
-            for name in ("train", "validation")
-        },
-        steps_per_epoch=steps_per_epoch,
-        step=step,
-        evaluate=training.make_evaluate(network, mesh=mesh, batch_size=settings.batch_size),
-    )
-
-
 def train(
     experiment: Experiment,
     manager: checkpoint.CheckpointManager,
@@ -189,13 +103,13 @@ def train(
     restored = checkpoint.restore_latest(manager, state, console.print)
     if restored is not None:
         state, history = restored[0], restored[1]["history"]
-        console.print(f"resumed after epoch {len(history)} of {settings.epochs}")
-    if len(history) < settings.epochs:
+        console.print(f"resumed after epoch {len(history)} of {settings.training.epochs}")
+    if len(history) < settings.training.epochs:
         step, evaluate = compile_functions(experiment, state, console)
         console.print(printing.EPOCH_HEADER)
     with records.MetricsWriter(workdir, history) as metrics:
         try:
-            for epoch in range(len(history) + 1, settings.epochs + 1):
+            for epoch in range(len(history) + 1, settings.training.epochs + 1):
                 state, row = train_epoch(experiment, epoch, step, evaluate, state, console)
                 history.append(row)
                 metrics.write(row)
@@ -278,4 +192,4 @@ def not_finite(what: str, step: int, epoch: int) -> str:
 
 
 if __name__ == "__main__":
-    run(main, Settings, "train")
+    run(main, Settings, "train", RECIPES)
