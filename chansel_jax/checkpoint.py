@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
@@ -135,13 +135,15 @@ def restore(
     return state, restored["record"]["run"]
 
 
-def restore_network(directory: str | Path, network: nnx.Module, epoch: int | None = None) -> int:
+def restore_network(
+    directory: str | Path, network: nnx.Module, epoch: int | Literal["best", "last"] = "best"
+) -> int:
     """Gives `network` the parameters and batch statistics of a checkpoint.
 
     Args:
         directory: the `checkpoints` folder of a run.
         network: of the run's structure; it is changed in place.
-        epoch: of the checkpoint; by default that of lowest validation loss.
+        epoch: of the checkpoint; `"best"` (the default) is that of lowest validation loss.
 
     Returns:
         The checkpoint's epoch.
@@ -151,12 +153,16 @@ def restore_network(directory: str | Path, network: nnx.Module, epoch: int | Non
     """
     directory = Path(directory).absolute()
     epochs = _saved_epochs(directory)
-    if not epochs or epoch not in (None, *epochs):
-        raise CheckpointError(
-            f"{directory} holds no checkpoint{f' of epoch {epoch}' if epoch else ''}"
-        )
-    if epoch is None:
+    if not epochs:
+        raise CheckpointError(f"{directory} holds no checkpoint")
+    if epoch == "best":
         epoch = min(epochs, key=lambda e: _saved_val_loss(directory, e))
+    elif epoch == "last":
+        epoch = epochs[-1]
+    if epoch not in epochs:
+        raise CheckpointError(
+            f"{directory} holds no checkpoint of epoch {epoch}, only {', '.join(map(str, epochs))}"
+        )
     like = network_tree(network)
     path = directory / str(epoch) / "state"
     _quieten_orbax()

@@ -72,8 +72,9 @@ def summarise(history: Sequence[Row]) -> dict[str, float]:
 
     Returns:
         `epochs`, `best_epoch` (of lowest validation loss), `best_val_loss`, `train_loss_at_best`,
-        `best_val_accuracy` with `best_accuracy_epoch`, `final_val_loss`, `final_val_accuracy`, and
-        `seconds_per_epoch`, the median of the epochs' training times.
+        `val_accuracy_at_best`, `best_val_accuracy` with `best_accuracy_epoch`, `final_train_loss`,
+        `final_val_loss`, `final_val_accuracy`, and `seconds_per_epoch`, the median of the epochs'
+        training times.
     """
     best = best_epoch(history)
     most_accurate = max(history, key=lambda row: row["val_accuracy"])
@@ -84,8 +85,10 @@ def summarise(history: Sequence[Row]) -> dict[str, float]:
         "best_epoch": best["epoch"],
         "best_val_loss": best["val_loss"],
         "train_loss_at_best": best["train_loss"],
+        "val_accuracy_at_best": best["val_accuracy"],
         "best_val_accuracy": most_accurate["val_accuracy"],
         "best_accuracy_epoch": most_accurate["epoch"],
+        "final_train_loss": history[-1]["train_loss"],
         "final_val_loss": history[-1]["val_loss"],
         "final_val_accuracy": history[-1]["val_accuracy"],
         "seconds_per_epoch": (seconds[middle] + seconds[~middle]) / 2,

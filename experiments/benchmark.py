@@ -9,7 +9,6 @@ interleaved rounds. Tables are printed and written, with a chart, to --output.
 import dataclasses
 import datetime
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from experiments.benchmarking.settings import Settings
 from experiments.benchmarking.survey import Survey, survey
 from experiments.benchmarking.work import work_of
 from experiments.benchmarking.workers import WorkerError
-from experiments.command_line import CommandError, make_output, run
+from experiments.command_line import CommandError, make_output, run, typed
 
 
 def main(settings: Settings) -> None:
@@ -87,29 +86,12 @@ def describe(settings: Settings, surveyed: Survey) -> dict[str, Any]:
     del asked["images"]["data_dir"], asked["output"]
     return {
         **asked,
-        "command": command(settings),
+        "command": typed("benchmark", settings),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": surveyed.figures(),
         "versions": machine.versions(),
         "ceilings": dataclasses.asdict(surveyed.ceilings),
     }
-
-
-def command(settings: Settings) -> str:
-    """What to type for the same benchmark: all that is not as by default, but for folders."""
-    images = settings.images
-    if images.data_dir is not None:
-        images = dataclasses.replace(images, data_dir=Path("PATH"))
-    settings = dataclasses.replace(settings, images=images, output=None)
-    flags = []
-    for group, default in ((settings, Settings()), (settings.images, Settings().images)):
-        for field in dataclasses.fields(group):
-            value = getattr(group, field.name)
-            if value == getattr(default, field.name) or dataclasses.is_dataclass(value):
-                continue
-            text = ",".join(value) if isinstance(value, tuple) else str(value)
-            flags.append(shlex.quote(f"--{field.name.replace('_', '-')}={text}"))
-    return " ".join(["python -m experiments.benchmark", *flags])
 
 
 def default_output(settings: Settings, surveyed: Survey) -> Path:

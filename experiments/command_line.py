@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,8 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from experiments.memory import keep_freed_memory
 
 Settings = TypeVar("Settings")
+
+WRITTEN = ("output", "workdir", "resume")  # decide where results go, and none of them
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -50,6 +53,49 @@ def run(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def typed(name: str, settings: Any, recipes: Mapping[str, object] | None = None) -> str:
+    """What to type for `settings`: all that is not as by default.
+
+    Folders to write to are left out, and other paths are `PATH`.
+
+    Args:
+        name: the command's name.
+        settings: what `parse` returns.
+        recipes: as in `parse`; the one that leaves the least to be typed is taken.
+    """
+    fields = dataclasses.fields(settings)
+    required = {
+        f.name: getattr(settings, f.name) for f in fields if f.default is dataclasses.MISSING
+    }
+    candidates = [_flags(settings, type(settings)(**required))]
+    if recipes is not None:
+        candidates = [
+            [f"--recipe={recipe}"] * (i > 0)
+            + _flags(settings, type(settings)(**required, training=training))
+            for i, (recipe, training) in enumerate(recipes.items())
+        ]
+    return " ".join([f"python -m experiments.{name}", *map(shlex.quote, min(candidates, key=len))])
+
+
+def _flags(settings: Any, default: Any) -> list[str]:
+    flags = []
+    for field in dataclasses.fields(settings):
+        value, usual = getattr(settings, field.name), getattr(default, field.name)
+        flag = field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            flags += _flags(value, usual)
+        elif field.default is dataclasses.MISSING:
+            flags.append("PATH" if isinstance(value, Path) else str(value))
+        elif value == usual or field.name in WRITTEN:
+            continue
+        elif isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            flags.append(f"--{flag}={'PATH' if isinstance(value, Path) else text}")
+    return flags
 
 
 def make_output(folder: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from chansel_jax import data, training
@@ -131,7 +132,31 @@ def load_data(settings: DataSettings) -> data.Dataset:
         ValueError: if they cannot be had.
     """
     arguments = dataclasses.asdict(settings)
-    return data.load(arguments.pop("dataset"), **arguments)
+    train_images = arguments.pop("train_images")
+    dataset = data.load(arguments.pop("dataset"), **arguments)
+    if train_images is None:
+        return dataset
+    few = first_of_each_class(dataset.splits["train"], train_images)
+    return dataclasses.replace(dataset, splits=dataset.splits | {"train": few})
+
+
+def first_of_each_class(split: data.Split, count: int) -> data.Split:
+    """`count` images of `split` in its order, of each class as many, give or take one.
+
+    Raises:
+        ValueError: if there are fewer.
+    """
+    if count > len(split.labels):
+        raise ValueError(
+            f"train_images={count} must be at most the {len(split.labels)} training images"
+        )
+    # How many images of its class come before each.
+    ranks = np.zeros(len(split.labels), np.int64)
+    for label in np.unique(split.labels):
+        of_label = split.labels == label
+        ranks[of_label] = np.arange(of_label.sum())
+    chosen = np.sort(np.argsort(ranks, kind="stable")[:count])
+    return data.Split(split.images[chosen], split.labels[chosen])
 
 
 def digest(split: data.Split) -> str:

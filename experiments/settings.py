@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -62,6 +62,12 @@ class DataSettings:
     """folder: train on this many images of each class; the rest are for validation."""
     split_seed: int = 0
     """folder: decides which images are for validation where no folder does."""
+    train_images: int | None = None
+    """Train on this many of the training images only, as many of each class as can be."""
+
+    def __post_init__(self):
+        if self.train_images is not None and self.train_images < 1:
+            raise ValueError(f"train_images={self.train_images} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +102,11 @@ RECIPES = {
 """Values of all `TrainingSettings`, by the name that `--recipe` takes."""
 
 
+def with_epochs(recipe: TrainingSettings, epochs: int) -> TrainingSettings:
+    """`recipe` in as many epochs."""
+    return dataclasses.replace(recipe, epochs=epochs)
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Trains a network on images, saves it, and reports."""
@@ -126,6 +137,19 @@ def checked_seed(seed: int) -> int:
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed} must be in [0, 2**32)")
     return seed
+
+
+def checked_seeds(seeds: Sequence[int]) -> Sequence[int]:
+    """`seeds`, if there are any and all differ.
+
+    Raises:
+        ValueError: if not, or if one is none.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={','.join(map(str, seeds))} must be different, one at least")
+    for seed in seeds:
+        checked_seed(seed)
+    return seeds
 
 
 def run_name(settings: Settings) -> str:

@@ -67,6 +67,7 @@ def train_and_evaluate(
         "conv": settings.conv,
         "dataset": settings.data.dataset,
         "seed": settings.seed,
+        "images": {name: len(split.labels) for name, split in experiment.dataset.splits.items()},
         "parameters": sum(row.parameters for row in rows),
         "multiply_adds": sum(row.multiply_adds for row in rows),
         **records.summarise(history),

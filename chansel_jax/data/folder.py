@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from chansel_jax.data.errors import DataError
+from chansel_jax.data.image_files import read_image
 from chansel_jax.data.source import Content, Source, choose_per_class
 
 SPLITS = ("train", "validation", "test")
@@ -50,10 +50,11 @@ def folder(
 
     def read(download_dir: Path) -> Content:
         first = splits["train"][0][0]
-        shape = _decode(first, image_size).shape
+        size = image_size and (image_size, image_size)
+        shape = read_image(first, size).shape
         return Content(
             class_names,
-            {name: _images(files, image_size, first, shape) for name, files in splits.items()},
+            {name: _images(files, size, first, shape) for name, files in splits.items()},
         )
 
     return Source(f"folder-{digest}", read)
@@ -160,11 +161,11 @@ def _check_counts(
 
 
 def _images(
-    files: Files, image_size: int | None, first: Path, shape: tuple[int, ...]
+    files: Files, size: tuple[int, int] | None, first: Path, shape: tuple[int, ...]
 ) -> Iterator[tuple[np.ndarray, int]]:
     """The decoded images, refused unless they have the shape of the `first`."""
     for path, label in files:
-        image = _decode(path, image_size)
+        image = read_image(path, size)
         if image.shape != shape:
             sizes = [f"{width} x {height}" for height, width, _ in (shape, image.shape)]
             raise DataError(
@@ -172,19 +173,3 @@ def _images(
                 "give --image-size=N to resize them"
             )
         yield image, label
-
-
-def _decode(path: Path, image_size: int | None) -> np.ndarray:
-    """An image file as (H, W, 3) uint8; its centre as (N, N, 3) if it is to have the size N."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits
-                raise ValueError("it has more than 8 bits a channel")
-            image = ImageOps.exif_transpose(image)  # as a viewer shows it
-            # Pillow asks for this detour where a palette has transparent entries.
-            rgb = image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
-    except Exception as error:  # a broken file can raise almost anything
-        raise DataError(f"{path} cannot be read as an image: {error}") from error
-    if image_size is not None:
-        rgb = ImageOps.fit(rgb, (image_size, image_size), Image.Resampling.BICUBIC)
-    return np.asarray(rgb)

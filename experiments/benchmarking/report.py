@@ -11,6 +11,7 @@ from rich.table import Table as RichTable
 from experiments.benchmarking.cases import LayerShape
 from experiments.benchmarking.machine import BUSY_LIMIT
 from experiments.printing import LAYOUT
+from experiments.report import table as markdown_table
 
 Figures = Mapping[str, Any]
 
@@ -56,7 +57,7 @@ def markdown(results: Figures) -> str:
     """All of the report: what, tables, machine, command."""
     parts = [f"**{headline(results)}**"]
     for table in tables(results):
-        parts.append(f"{table.title}:\n\n{_markdown(table)}")
+        parts.append(f"{table.title}:\n\n{markdown_table(table.headings, table.rows)}")
     if found := failures(results):
         parts.append("\n".join(f"- {line}" for line in found))
     parts.append("\n".join(f"- {line}" for line in context(results)))
@@ -233,11 +234,6 @@ def _rounds(results: Figures) -> str:
     if results["what"] == "epoch":
         return f"{results['runs']} runs of {results['epochs']} epochs"
     return f"{results['rounds']} rounds"
-
-
-def _markdown(table: Table) -> str:
-    lines = [table.headings, ["---", *["---:"] * (len(table.headings) - 1)], *table.rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _rich(table: Table, width: int) -> RichTable:

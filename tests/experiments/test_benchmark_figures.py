@@ -21,7 +21,7 @@ from chansel_jax import ChannelSelectionConv, resnet14, training
 from chansel_jax.data import DATASETS
 from chansel_jax.resnet import PRESETS
 from chansel_jax.torch_weights import from_torch, to_torch
-from experiments.benchmark import command, default_output
+from experiments.benchmark import default_output
 from experiments.benchmarking import (
     chart,
     comparison,
@@ -53,7 +53,7 @@ from experiments.benchmarking.torch_data import AugmentedImages
 from experiments.benchmarking.torch_networks import torch_resnet14
 from experiments.benchmarking.weights import network_weights, uninitialised
 from experiments.benchmarking.work import Work, work_of
-from experiments.command_line import parse
+from experiments.command_line import parse, typed
 
 CPU, GPU = Machine("cpu", 2), Machine("gpu", 16)
 STEP = Case("step", "resnet14", 4, 32, 3, "float32")
@@ -161,16 +161,18 @@ def test_command_gives_the_same_settings():
         dtypes=("float32", "bfloat16"),
         round_seconds=0.5,
     )
-    words = command(given)
+    words = typed("benchmark", given)
     assert words.startswith("python -m experiments.benchmark ")
     assert parse(Settings, "benchmark", shlex.split(words)[3:]) == given
-    assert command(Settings()) == "python -m experiments.benchmark"
+    assert typed("benchmark", Settings()) == "python -m experiments.benchmark"
 
 
 def test_command_names_no_folder_of_this_machine():
     images = ImageSettings(data_dir=Path("/home/me/images"))
     given = Settings(what="epoch", images=images, output=Path("out"))
-    assert command(given) == "python -m experiments.benchmark --what=epoch --data-dir=PATH"
+    assert (
+        typed("benchmark", given) == "python -m experiments.benchmark --what=epoch --data-dir=PATH"
+    )
 
 
 # Plans

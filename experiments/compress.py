@@ -1,0 +1,277 @@
+"""Turns a trained dense network into channel selection, and trains it a little further.
+
+    python -m experiments.compress --workdir=RUN --ranks=1,2,3,4
+
+RUN is one of experiments.train with --conv=subkernel. Every kernel is cut to its leading singular
+vectors; what that costs is measured before and after fine-tuning. The same command, typed again,
+goes on where it stopped.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from chansel_jax import data
+from chansel_jax.counting import count_network
+from chansel_jax.factorize import component_energies, dense_layers, factorize
+from chansel_jax.inference import make_predict, predict_all
+from chansel_jax.metrics import scores
+from chansel_jax.optimizer import OptimizerSettings
+from chansel_jax.records import write_json
+from chansel_jax.resnet import ResNet
+from experiments import report
+from experiments.benchmarking import machine
+from experiments.command_line import CommandError, make_output, run, typed
+from experiments.runs import Checkpoint, Run, load_images, load_run
+from experiments.settings import Settings as TrainSettings
+from experiments.settings import TrainingSettings
+from experiments.sweep import folder_name
+from experiments.train import train_and_evaluate
+
+BATCH_SIZE = 250
+COMPONENTS = 4  # of which the table shows the energy
+
+RECIPES = {
+    "fine-tuning": TrainingSettings(
+        optimization=OptimizerSettings(
+            optimizer="sgd", learning_rate=0.01, weight_decay=5e-4, warmup_fraction=0.0
+        ),
+        epochs=10,
+        label_smoothing=0.1,
+        dropout_rate=0.0,
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Factorises a run's dense network, fine-tunes it, and reports accuracy against parameters."""
+
+    workdir: Path
+    """The run of the dense network, from experiments.train --conv=subkernel."""
+    data_dir: Path | None = None
+    """As in experiments.train; the folder of images, where the run's were one."""
+    epoch: Checkpoint = "best"
+    """The checkpoint: that of lowest validation loss, the last one, or that of an epoch that was
+    kept."""
+    ranks: tuple[int, ...] = (1, 2, 3, 4, 6, 9)
+    """A network of each rank."""
+    energies: tuple[float, ...] = ()
+    """A network for each: every convolution with the least rank that keeps this share of its
+    energy (squared singular values), above 0 and at most 1."""
+    parameter_budgets: tuple[int, ...] = ()
+    """A network for each: the ranks that keep the most energy with at most so many parameters."""
+    training: TrainingSettings = RECIPES["fine-tuning"]
+    output: Path | None = None
+    """Folder of the fine-tuned runs and of the report; by default WORKDIR/compressed."""
+
+    def __post_init__(self):
+        if not (self.ranks or self.energies or self.parameter_budgets):
+            raise ValueError("ranks=, energies= and parameter_budgets= name nothing to make")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compressed:
+    """A factorised network.
+
+    Attributes:
+        label: how its ranks were chosen.
+        network: not fine-tuned.
+        parameters: how many it has.
+        before: validation accuracy without fine-tuning.
+        after: with it, after the last epoch.
+    """
+
+    label: str
+    network: ResNet
+    parameters: int
+    before: float
+    after: float
+
+
+def main(settings: Settings) -> None:
+    """Compresses, and prints how it goes."""
+    compress(settings, Console(highlight=False, soft_wrap=True))
+
+
+def compress(settings: Settings, console: Console) -> list[Compressed]:
+    """Factorises, fine-tunes what is not yet, and writes the report.
+
+    Raises:
+        CommandError: if the run cannot be loaded or is none of a dense network, the images are
+            others, a rank, energy or budget cannot be had, or a training fails.
+    """
+    dense = load_run(settings.workdir, settings.epoch)
+    if dense.settings.conv != "subkernel":
+        raise CommandError(f"workdir={settings.workdir} is a run of --conv={dense.settings.conv}")
+    dataset, others = load_images(dense, settings.data_dir)
+    if others:
+        raise CommandError(f"the {' and '.join(others)} images are not those of the run")
+    output = settings.output or settings.workdir / "compressed"
+    make_output(output)
+    whole = accuracy(dense, dense.network, dataset)
+    console.print(f"dense network, epoch {dense.epoch}: {whole:.2%} of the validation images")
+    networks = factorised(dense.network, settings)
+    found = []
+    for label, network in networks.items():
+        before = accuracy(dense, network, dataset)
+        console.print(f"\\n{label}: {before:.2%} before fine-tuning")
+        summary = train_and_evaluate(
+            fine_tuning(dense, settings, network, output / "runs" / folder_name(label)),
+            console,
+            network,
+        )
+        after = summary["final_val_accuracy"]
+        found.append(Compressed(label, network, summary["parameters"], before, after))
+    write_report(found, dense, whole, settings, output, console)
+    return found
+
+
+def factorised(network: ResNet, settings: Settings) -> dict[str, ResNet]:
+    """The networks that `settings` ask for, by label.
+
+    Raises:
+        CommandError: if one cannot be had.
+    """
+    asked = (
+        {f"rank {rank}": {"rank": rank} for rank in settings.ranks}
+        | {f"energy {energy:g}": {"energy": energy} for energy in settings.energies}
+        | {
+            f"budget {budget}": {"parameter_budget": budget}
+            for budget in settings.parameter_budgets
+        }
+    )
+    try:
+        return {label: factorize(network, **choice) for label, choice in asked.items()}
+    except ValueError as error:
+        raise CommandError(error) from error
+
+
+def fine_tuning(dense: Run, settings: Settings, network: ResNet, workdir: Path) -> TrainSettings:
+    """The settings of the training that begins with `network`."""
+    changes = {"rank": 1, "ranks": network.config.ranks}
+    return dataclasses.replace(
+        dense.settings,
+        conv="chansel",
+        network=dataclasses.replace(dense.settings.network, **changes),
+        data=dataclasses.replace(dense.settings.data, data_dir=settings.data_dir),
+        training=settings.training,
+        workdir=workdir,
+        resume="auto",
+    )
+
+
+def accuracy(dense: Run, network: ResNet, dataset: data.Dataset) -> float:
+    """Of `network` on the validation images."""
+    split = dataset.splits["validation"]
+    batch_size = min(BATCH_SIZE, len(split.labels))
+    predict = make_predict(network, dense.mean, dense.std, batch_size=batch_size)
+    return scores(predict_all(predict, split.images, batch_size), split.labels).accuracy
+
+
+def write_report(
+    found: Sequence[Compressed],
+    dense: Run,
+    whole: float,
+    settings: Settings,
+    output: Path,
+    console: Console,
+) -> None:
+    """Writes `results.json` and the report, and prints its tables."""
+    size = sum(row.parameters for row in count_network(dense.network.config, dense.image_shape[:2]))
+    energies = {
+        path: component_energies(np.asarray(layer.kernel[...]))
+        for path, layer in dense_layers(dense.network)
+    }
+    headings = ["", "parameters", "ranks", "before fine-tuning", "after fine-tuning"]
+    rows = [["dense", f"{size:,}", "", f"{whole:.2%}", ""]]
+    for each in found:
+        ranks = " ".join(map(str, each.network.config.ranks))
+        rows.append(
+            [each.label, f"{each.parameters:,}", ranks, f"{each.before:.2%}", f"{each.after:.2%}"]
+        )
+    energy_table = energy_rows(energies)
+    command = typed("compress", settings, RECIPES)
+    write_json(
+        output / "results.json",
+        {
+            "command": command,
+            "machine": machine.cpu_name(),
+            "versions": machine.versions(),
+            "dense": {"parameters": size, "epoch": dense.epoch, "accuracy": whole},
+            "compressed": [as_json(each) for each in found],
+            "energies": {path: shares.tolist() for path, shares in energies.items()},
+        },
+    )
+    epochs = settings.training.epochs
+    report.write(
+        output,
+        "From dense to channel selection",
+        f"Accuracy on the validation images, of the dense network's epoch {dense.epoch}, without "
+        f"and with {epochs} epochs of fine-tuning (the last epoch's).\\n\\n"
+        f"{report.table(headings, rows)}\\n\\n"
+        "![accuracy against parameters](accuracy.png)\\n\\n"
+        "Share of the energy (squared singular values) of each trained kernel in its leading "
+        f"components:\\n\\n{report.table(*energy_table)}\\n\\n"
+        f"```bash\\n{command}\\n```\\n",
+        {"accuracy": draw(found, size, whole)},
+    )
+    console.print()
+    for table in ((headings, rows), energy_table):
+        console.print(report.terminal_table(*table))
+    console.print(f"written to {output}", markup=False)
+
+
+def energy_rows(energies: Mapping[str, np.ndarray]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: each layer's share of energy in its first components, and their mean."""
+    headings = ["layer", "first", *(f"first {count}" for count in range(2, COMPONENTS + 1))]
+    kept = {path: np.cumsum(shares)[:COMPONENTS] for path, shares in energies.items()}
+    padded = {path: np.pad(k, (0, COMPONENTS - len(k)), mode="edge") for path, k in kept.items()}
+    padded["mean"] = np.mean(list(padded.values()), axis=0)
+    return headings, [[path, *(f"{k:.1%}" for k in shares)] for path, shares in padded.items()]
+
+
+def as_json(each: Compressed) -> dict[str, Any]:
+    """The figures in plain Python."""
+    return {
+        "label": each.label,
+        "ranks": each.network.config.ranks,
+        "parameters": each.parameters,
+        "accuracy_before": each.before,
+        "accuracy_after": each.after,
+    }
+
+
+def draw(found: Sequence[Compressed], size: int, whole: float) -> Figure:
+    """Accuracy against parameters, before and after fine-tuning."""
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    points = sorted(found, key=lambda each: each.parameters)
+    sizes = [each.parameters for each in points]
+    for name, colour in (("before", "tab:orange"), ("after", "tab:blue")):
+        values = [getattr(each, name) for each in points]
+        axes.plot(sizes, values, "o-", color=colour, label=f"{name} fine-tuning")
+    for each in points:
+        axes.annotate(
+            each.label,
+            (each.parameters, each.after),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+        )
+    axes.plot([size], [whole], "k*", markersize=11, label="dense network")
+    axes.axhline(whole, color="black", linewidth=0.6, linestyle=":")
+    axes.set(xscale="log", xlabel="parameters", ylabel="validation accuracy")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    run(main, Settings, "compress", RECIPES)

@@ -1,0 +1,184 @@
+"""Predicts the classes of images in a folder, as competitions want them.
+
+python -m experiments.predict --workdir=RUN --images=FOLDER --output=submission.csv
+"""
+
+import contextlib
+import csv
+import dataclasses
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from chansel_jax.data import DataError
+from chansel_jax.data.image_files import read_image
+from chansel_jax.inference import make_predict
+from experiments.command_line import CommandError, run
+from experiments.runs import Checkpoint, Run, load_run
+
+BATCH_SIZE = 250
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Predicts the class of every image in a folder and writes one row a file."""
+
+    workdir: Path
+    """The run whose network predicts."""
+    images: Path
+    """Folder of images, with those in folders below it; other sizes are resized and cropped."""
+    output: Path = Path("submission.csv")
+    """The file to write, replaced if it is there."""
+    columns: tuple[str, ...] = ("id", "label")
+    """Headings of the file's name, without its extension where that is enough, and of its class."""
+    labels: Literal["name", "index"] = "name"
+    """Classes by name, or by number from 0 in the order of the run."""
+    probabilities: bool = False
+    """In place of the class, a column for each class with its probability."""
+    flip_average: bool = False
+    """Average the probabilities of every image and its mirror image."""
+    epoch: Checkpoint = "best"
+    """The checkpoint: that of lowest validation loss, the last one, or that of an epoch that was
+    kept."""
+
+    def __post_init__(self):
+        if len(self.columns) != 2 or len(set(self.columns)) != 2:
+            raise ValueError(f"columns={','.join(self.columns)} must be two different headings")
+
+
+def main(settings: Settings) -> None:
+    """Predicts and prints how it goes."""
+    predict(settings, Console(highlight=False, soft_wrap=True))
+
+
+def predict(settings: Settings, console: Console) -> None:
+    """Writes the predictions of all images that can be read.
+
+    Raises:
+        CommandError: if the run cannot be loaded, nothing can be written, there is no image; and,
+            once all others are predicted and written, if a file is no image.
+    """
+    files = find_files(settings.images)
+    trained = load_run(settings.workdir, settings.epoch)
+    console.print(f"{len(files):,} files, parameters of epoch {trained.epoch}")
+    partial = settings.output.with_name(settings.output.name + ".partial")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(headings(settings, trained.class_names))
+            written = 0
+            names, bad = row_names(files, settings.images), []
+            for paths, found in predictions(settings, trained, files, bad, console):
+                for path, probabilities in zip(paths, found, strict=True):
+                    writer.writerow([names[path], *cells(settings, trained, probabilities)])
+                written += len(paths)
+        if not written:
+            raise CommandError(f"images={settings.images} holds no image that can be read")
+        partial.replace(settings.output)
+    except OSError as error:
+        raise CommandError(f"output={settings.output}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+    console.print(f"{written:,} predictions written to {settings.output}", markup=False)
+    if bad:
+        raise CommandError(f"{len(bad)} of {len(files)} files are not predicted: {summary(bad)}")
+
+
+def find_files(root: Path) -> list[Path]:
+    """All files under `root` but hidden ones, sorted.
+
+    Raises:
+        CommandError: if there is none.
+    """
+    if not root.is_dir():
+        raise CommandError(f"images={root} is not a folder")
+    files = sorted(
+        path
+        for path in root.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    )
+    if not files:
+        raise CommandError(f"images={root} holds no files")
+    return files
+
+
+def row_names(files: Sequence[Path], root: Path) -> dict[Path, str]:
+    """What each file is called: its path below `root`, without extensions if all stay different."""
+    whole = {path: path.relative_to(root) for path in files}
+    short = {path: name.with_suffix("") for path, name in whole.items()}
+    names = short if len(set(short.values())) == len(files) else whole
+    return {path: name.as_posix() for path, name in names.items()}
+
+
+def predictions(
+    settings: Settings, trained: Run, files: Sequence[Path], bad: list[Path], console: Console
+) -> Iterator[tuple[list[Path], np.ndarray]]:
+    """Images and their probabilities `(n, classes)`, batch by batch.
+
+    Files that cannot be read are printed and added to `bad`.
+    """
+    function = make_predict(
+        trained.network,
+        trained.mean,
+        trained.std,
+        batch_size=BATCH_SIZE,
+        flip_average=settings.flip_average,
+    )
+
+    def read(path: Path) -> np.ndarray | DataError:
+        try:
+            return read_image(path, trained.image_shape[:2])
+        except DataError as error:
+            return error
+
+    starts = range(0, len(files), BATCH_SIZE)
+    with ThreadPoolExecutor() as pool:
+        for start in track(
+            starts,
+            description="predicting",
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ):
+            paths = files[start : start + BATCH_SIZE]
+            readable, images = [], []
+            for path, image in zip(paths, pool.map(read, paths), strict=True):
+                if isinstance(image, DataError):
+                    console.print(f"no image: {image}", markup=False)
+                    bad.append(path)
+                else:
+                    readable.append(path)
+                    images.append(image)
+            if images:
+                yield readable, function(np.stack(images))
+
+
+def headings(settings: Settings, class_names: Sequence[str]) -> list[str]:
+    """The first row."""
+    id_heading, label_heading = settings.columns
+    return [id_heading, *(class_names if settings.probabilities else [label_heading])]
+
+
+def cells(settings: Settings, trained: Run, probabilities: np.ndarray) -> list[str]:
+    """A row's cells behind the file's name."""
+    if settings.probabilities:
+        return [f"{probability:.6f}" for probability in probabilities]
+    label = int(probabilities.argmax())
+    return [trained.class_names[label] if settings.labels == "name" else str(label)]
+
+
+def summary(paths: Sequence[Path], most: int = 5) -> str:
+    """Some names, and how many there are more."""
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(path.name for path in paths[:most]) + more
+
+
+if __name__ == "__main__":
+    run(main, Settings, "predict")

@@ -1,0 +1,128 @@
+"""Runs that experiments.train has left, loaded again."""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from flax import nnx
+
+from chansel_jax import data
+from chansel_jax.checkpoint import CheckpointError, restore_network
+from chansel_jax.resnet import ResNet
+from experiments.command_line import CommandError
+from experiments.experiment import digest, load_data
+from experiments.settings import Settings, build_network
+
+Checkpoint = int | Literal["best", "last"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained network, and what belongs to it.
+
+    Attributes:
+        workdir: the run's folder.
+        settings: it was trained with, but for where its images lay.
+        network: with the parameters of one checkpoint.
+        epoch: of that checkpoint.
+        class_names: of the logits.
+        image_shape: `(H, W, C)`.
+        digests: of the images of each split.
+        mean: `(C,)`, the channels' means over its training images.
+        std: `(C,)`, their standard deviations.
+    """
+
+    workdir: Path
+    settings: Settings
+    network: ResNet
+    epoch: int
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    digests: Mapping[str, str]
+    mean: np.ndarray
+    std: np.ndarray
+
+
+def load_run(workdir: Path, epoch: Checkpoint = "best") -> Run:
+    """The run in `workdir` with the parameters of the checkpoint of `epoch`.
+
+    Raises:
+        CommandError: if there is none, or it cannot be read.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise CommandError(f"workdir={workdir} holds no run: there is no {path}")
+    try:
+        config = json.loads(path.read_text())
+        settings = settings_from(Settings, config["settings"])
+        images = config["data"]
+        class_names = tuple(images["class_names"])
+        network = nnx.eval_shape(lambda: build_network(settings, len(class_names)))
+        mean, std = (np.asarray(images[name], np.float32) for name in ("mean", "std"))
+        shape = tuple(images["image_shape"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CommandError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    try:
+        network = build_network(settings, len(class_names))
+        epoch = restore_network(workdir / "checkpoints", network, epoch)
+    except CheckpointError as error:
+        raise CommandError(error) from error
+    return Run(
+        workdir=workdir,
+        settings=settings,
+        network=network,
+        epoch=epoch,
+        class_names=class_names,
+        image_shape=shape,
+        digests=images["digests"],
+        mean=mean,
+        std=std,
+    )
+
+
+def load_images(run: Run, data_dir: Path | None) -> tuple[data.Dataset, tuple[str, ...]]:
+    """The images of `run`, and the splits whose images are not those it was trained with.
+
+    Raises:
+        CommandError: if they cannot be had, or are of other classes.
+    """
+    settings = dataclasses.replace(run.settings.data, data_dir=data_dir)
+    try:
+        dataset = load_data(settings)
+    except ValueError as error:
+        raise CommandError(error) from error
+    if dataset.class_names != run.class_names:
+        raise CommandError(
+            f"data_dir={data_dir} has the classes {', '.join(dataset.class_names)}, the run in "
+            f"{run.workdir} has {', '.join(run.class_names)}"
+        )
+    splits = dataset.splits.items()
+    others = tuple(name for name, split in splits if digest(split) != run.digests.get(name))
+    return dataset, others
+
+
+def settings_from(settings_type: type, values: Mapping[str, Any]) -> Any:
+    """A dataclass of settings from its JSON form; what is missing is as by default.
+
+    Raises:
+        ValueError: if a value is refused, or there is one that the dataclass does not have.
+    """
+    hints = typing.get_type_hints(settings_type)
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise ValueError(f"{settings_type.__name__} has no {', '.join(sorted(unknown))}")
+    return settings_type(**{name: _value(hints[name], value) for name, value in values.items()})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return settings_from(hint, value)
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is not None and Path in choices:
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value

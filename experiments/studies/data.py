@@ -1,0 +1,60 @@
+"""The comparison on all ten classes of CIFAR-10, beside BSConv's."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from chansel_jax.optimizer import OptimizerSettings
+from experiments import figures
+from experiments.settings import DataSettings, Settings, TrainingSettings
+from experiments.studies.study import Study
+from experiments.sweep import Outcome, entries
+
+NETWORKS = ("subkernel", "chansel", "chansel-w32")
+
+# Haase and Amthor, "Rethinking Depthwise Separable Convolutions" (CVPR 2020): the recipe, at 200
+# epochs, and the accuracies.
+RECIPE = TrainingSettings(
+    optimization=OptimizerSettings(
+        optimizer="sgd",
+        learning_rate=0.1,
+        schedule="step",
+        warmup_fraction=0.0,
+        momentum=0.9,
+        weight_decay=1e-4,
+        undecayed=(),
+    ),
+    epochs=200,
+    dropout_rate=0.0,
+)
+STEPS_AT = (0.5, 0.75, 0.9)
+PUBLISHED = (
+    ("WRN-16-1, dense", "0.18 M", "91.11 %"),
+    ("WRN-16-1, BSConv-U", "0.03 M", "89.09 %"),
+    ("WRN-16-2, BSConv-U", "0.10 M", "91.83 %"),
+)
+
+
+def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
+    """Both convolutions, and channel selection of twice the width."""
+    steps = tuple(sorted({max(1, round(share * epochs)) for share in STEPS_AT}))
+    optimization = dataclasses.replace(RECIPE.optimization, step_epochs=steps)
+    training = dataclasses.replace(RECIPE, epochs=epochs, optimization=optimization)
+    return entries(NETWORKS, Settings(data=data, training=training))
+
+
+def draw(outcomes: Sequence[Outcome]) -> Figure:
+    """Losses and accuracies by epoch."""
+    return figures.curves({o.label: [run.history for run in o.runs] for o in outcomes})
+
+
+STUDY = Study(
+    question="Does it hold on all ten classes of CIFAR-10, with a published recipe?",
+    epochs=200,
+    entries=settings_of,
+    draw=draw,
+    dataset="cifar10",
+    published=PUBLISHED,
+    published_note="Haase and Amthor (CVPR 2020), 200 epochs, on CIFAR-10's test images",
+)

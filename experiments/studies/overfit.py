@@ -1,0 +1,105 @@
+"""What keeps channel selection from fitting its training images."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments.settings import RECIPES, DataSettings, Settings, with_epochs
+from experiments.studies.study import Study
+from experiments.sweep import Outcome
+
+FEW = 512
+# As many passes more, since an epoch of few images has few steps.
+FEW_EPOCHS_FACTOR = 5
+
+NO_AUGMENTATION = {"crop_padding": 0, "flip": False}
+NO_WEIGHT_DECAY = {"weight_decay": 0.0}
+NO_DROPOUT = {"dropout_rate": 0.0}
+UNREGULARISED = NO_AUGMENTATION | NO_WEIGHT_DECAY | NO_DROPOUT
+
+FACTORS: Mapping[str, Mapping[str, Any]] = {
+    "as the original": {},
+    "no dropout": NO_DROPOUT,
+    "no weight decay": NO_WEIGHT_DECAY,
+    "no weight decay on depthwise kernels": {"undecayed": ("biases", "norms", "depthwise")},
+    "no augmentation": NO_AUGMENTATION,
+    "learning rate / 5": {"learning_rate": 1e-3},
+    "learning rate · 4": {"learning_rate": 2e-2},
+    "PyTorch's initialisation": {"init": "torch"},
+    "BatchNorm between the parts": {"norm": True},
+    "twice the width": {"width": 32},
+    "rank 4": {"rank": 4},
+    "none of the three regularisers": UNREGULARISED,
+    "the same, BatchNorm between": UNREGULARISED | {"norm": True},
+    "the same, twice the width": UNREGULARISED | {"width": 32},
+}
+"""What is changed in the original's recipe, for channel selection on all images."""
+
+
+def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
+    """Both convolutions on few images and on all, unregularised; then factor by factor."""
+    recipe = RECIPES["original"]
+    base = Settings(data=data, training=with_epochs(recipe, epochs))
+    few = Settings(
+        data=dataclasses.replace(data, train_images=FEW),
+        training=with_epochs(recipe, FEW_EPOCHS_FACTOR * epochs),
+    )
+    found = {}
+    for conv in ("subkernel", "chansel"):
+        found[f"{conv}, {FEW} images, none"] = changed(few, UNREGULARISED | {"conv": conv})
+    found["subkernel, as the original"] = changed(base, {"conv": "subkernel"})
+    found["subkernel, none"] = changed(base, UNREGULARISED | {"conv": "subkernel"})
+    for label, changes in FACTORS.items():
+        found[f"chansel, {label}"] = changed(base, changes)
+    return found
+
+
+def changed(settings: Any, changes: Mapping[str, Any]) -> Any:
+    """`settings` with the named values, wherever in it they are."""
+    new = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in changes:
+            new[field.name] = changes[field.name]
+        elif dataclasses.is_dataclass(value):
+            new[field.name] = changed(value, changes)
+    return dataclasses.replace(settings, **new)
+
+
+def draw(outcomes: Sequence[Outcome]) -> Figure:
+    """Train accuracy on plain images, and validation accuracy, of every row."""
+    figure = Figure(figsize=(9, 0.8 + 0.34 * len(outcomes)), layout="constrained")
+    axes = figure.add_subplot()
+    places = range(len(outcomes))
+    for name, label, colour, marker in (
+        ("plain_train_accuracy", "train", "tab:blue", "o"),
+        ("final_val_accuracy", "validation", "tab:orange", "s"),
+    ):
+        values = [100 * outcome.mean(name) for outcome in outcomes]
+        axes.plot(values, places, marker, label=label, color=colour)
+        for place, value in zip(places, values, strict=True):
+            axes.annotate(
+                f"{value:.1f}",
+                (value, place),
+                xytext=(0, 5),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+            )
+    axes.set_yticks(places, [outcome.label for outcome in outcomes])
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+    axes.set(xlabel="accuracy after the last epoch, % (plain images, no dropout)")
+    axes.legend(loc="lower left")
+    return figure
+
+
+STUDY = Study(
+    question="Can channel selection overfit at all, and what stops the original's network?",
+    epochs=100,
+    entries=settings_of,
+    draw=draw,
+    plain_train_scores=True,
+)

@@ -1,0 +1,50 @@
+"""How many channel selections a convolution needs."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from experiments.settings import RECIPES, DataSettings, Settings, with_epochs
+from experiments.studies.study import Study
+from experiments.sweep import Outcome, entries
+
+RANKS = (1, 2, 3, 4, 6, 9)
+
+
+def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
+    """Every rank, and the dense network."""
+    base = Settings(data=data, training=with_epochs(RECIPES["best"], epochs))
+    return entries(["subkernel", *(f"chansel-r{rank}" for rank in RANKS)], base)
+
+
+def draw(outcomes: Sequence[Outcome]) -> Figure:
+    """Accuracy and train loss against the rank; the dense network is a line across."""
+    dense, *factored = outcomes
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    for axes, name, heading in zip(
+        figure.subplots(1, 2),
+        ("final_val_accuracy", "final_train_loss"),
+        ("validation accuracy, last epoch", "train loss, last epoch"),
+        strict=True,
+    ):
+        axes.axhline(dense.mean(name), color="tab:orange", label="dense")
+        axes.errorbar(
+            RANKS,
+            [outcome.mean(name) for outcome in factored],
+            yerr=[outcome.deviation(name) for outcome in factored],
+            marker="o",
+            capsize=3,
+            label="channel selection",
+        )
+        axes.set(xlabel="rank", ylabel=heading, xticks=RANKS)
+        axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+STUDY = Study(
+    question="How much does each further rank add, and how many make up for the dense convolution?",
+    epochs=100,
+    entries=settings_of,
+    draw=draw,
+)

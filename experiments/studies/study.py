@@ -1,0 +1,35 @@
+"""What a study is."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from experiments.settings import DataSettings, Settings
+from experiments.sweep import Outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A small table of settings that answers a question.
+
+    Attributes:
+        question: which.
+        epochs: of each training, at full length.
+        entries: settings of each row, by label, for images and a number of epochs.
+        draw: the figure of what came out.
+        dataset: its images where none are asked for.
+        plain_train_scores: whether train loss and accuracy are measured on plain images, without
+            dropout, once a training has ended.
+        published: rows to compare with: label, parameters, accuracy.
+        published_note: where they are from.
+    """
+
+    question: str
+    epochs: int
+    entries: Callable[[DataSettings, int], Mapping[str, Settings]]
+    draw: Callable[[Sequence[Outcome]], Figure]
+    dataset: str = "dog_cat_bird"
+    plain_train_scores: bool = False
+    published: Sequence[tuple[str, str, str]] = ()
+    published_note: str = ""

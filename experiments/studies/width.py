@@ -1,0 +1,88 @@
+"""Width against rank, and both against dense networks of equal cost."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from chansel_jax.counting import count_network
+from chansel_jax.resnet import CONVS, ResNetConfig
+from experiments.settings import RECIPES, DataSettings, Settings, with_epochs
+from experiments.studies.study import Study
+from experiments.sweep import Outcome, entries
+
+WIDTHS = (16, 24, 32, 44)
+RANKS = (2, 3, 4)
+DENSE_WIDTHS = range(4, 21)
+IMAGE_SIZE = 32
+
+
+def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
+    """Channel selection of every width and rank, and dense networks that cost as much."""
+    base = Settings(data=data, training=with_epochs(RECIPES["best"], epochs))
+    names = [f"chansel-w{width}" for width in WIDTHS] + [f"chansel-r{rank}" for rank in RANKS]
+    return entries([*names, *(f"subkernel-w{width}" for width in dense_widths())], base)
+
+
+def dense_widths() -> list[int]:
+    """Of the dense networks nearest in parameters, and in multiply-adds, to each width's."""
+    found = set()
+    for width in WIDTHS:
+        for cost in (parameters, multiply_adds):
+            wanted = cost("chansel", width)
+            found.add(min(DENSE_WIDTHS, key=lambda w: abs(cost("subkernel", w) - wanted)))
+    return sorted(found)
+
+
+def parameters(conv: str, width: int) -> int:
+    """Of ResNet-14 with three classes."""
+    return _cost(conv, width, lambda row: row.parameters)
+
+
+def multiply_adds(conv: str, width: int) -> int:
+    """Of ResNet-14 for an image."""
+    return _cost(conv, width, lambda row: row.multiply_adds)
+
+
+def _cost(conv: str, width: int, of: Callable) -> int:
+    config = ResNetConfig(CONVS[conv], num_classes=3, blocks=(2, 2, 2), width=width, stem="plain")
+    return sum(of(row) for row in count_network(config, IMAGE_SIZE))
+
+
+def draw(outcomes: Sequence[Outcome]) -> Figure:
+    """Accuracy against parameters and against multiply-adds."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    groups = {
+        "channel selection, wider": [o for o in outcomes if o.label.startswith("chansel-w")],
+        "channel selection, of higher rank": [
+            o for o in outcomes if o.label.startswith(("chansel-r", "chansel-w16"))
+        ],
+        "dense": [o for o in outcomes if o.label.startswith("subkernel")],
+    }
+    for axes, name, heading in zip(
+        figure.subplots(1, 2, sharey=True),
+        ("parameters", "multiply_adds"),
+        ("parameters", "multiply-adds an image"),
+        strict=True,
+    ):
+        for label, group in groups.items():
+            group = sorted(group, key=lambda outcome: outcome.mean(name))
+            axes.errorbar(
+                [outcome.mean(name) for outcome in group],
+                [outcome.mean("final_val_accuracy") for outcome in group],
+                yerr=[outcome.deviation("final_val_accuracy") for outcome in group],
+                marker="o",
+                capsize=3,
+                label=label,
+            )
+        axes.set(xscale="log", xlabel=heading, ylabel="validation accuracy, last epoch")
+        axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    return figure
+
+
+STUDY = Study(
+    question="Width or rank: which buys more accuracy for a parameter, and for a multiply-add?",
+    epochs=100,
+    entries=settings_of,
+    draw=draw,
+)

@@ -1,0 +1,144 @@
+"""Several networks, each trained from several seeds."""
+
+import dataclasses
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from chansel_jax.records import Row
+from experiments.settings import Settings
+from experiments.train import train_and_evaluate
+
+NAME_FORMAT = "CONV[-wWIDTH][-rRANK]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """One run.
+
+    Attributes:
+        workdir: its folder.
+        summary: as in `summary.json`.
+        history: a row an epoch.
+    """
+
+    workdir: Path
+    summary: Mapping[str, Any]
+    history: Sequence[Row]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The runs of one network, one a seed.
+
+    Attributes:
+        label: what it is called.
+        runs: in the order of the seeds.
+    """
+
+    label: str
+    runs: Sequence[Trained]
+
+    def values(self, name: str) -> list[float]:
+        """A figure of the summaries of all runs."""
+        return [run.summary[name] for run in self.runs]
+
+    def mean(self, name: str) -> float:
+        """Its mean."""
+        return statistics.fmean(self.values(name))
+
+    def deviation(self, name: str) -> float:
+        """Its standard deviation; 0 of a single run."""
+        return statistics.stdev(self.values(name)) if len(self.runs) > 1 else 0.0
+
+    def spread(self, name: str, form: str) -> str:
+        """`mean ± standard deviation`, or the one value there is; `form` as in `format`."""
+        mean = format(self.mean(name), form)
+        return mean if len(self.runs) == 1 else f"{mean} ± {format(self.deviation(name), form)}"
+
+
+def run_all(
+    entries: Mapping[str, Settings], seeds: Sequence[int], folder: Path, console: Console
+) -> list[Outcome]:
+    """Trains every entry from every seed, under `folder`; what is done already stays.
+
+    All entries are trained from the first seed before any is from the next.
+
+    Args:
+        entries: settings by label.
+        seeds: in place of theirs.
+        folder: of the runs, each in its own, named after label and seed.
+        console: takes the progress.
+
+    Raises:
+        CommandError: as `train_and_evaluate`.
+    """
+    done: dict[str, list[Trained]] = {label: [] for label in entries}
+    count = len(entries) * len(seeds)
+    for i, seed in enumerate(seeds):
+        for j, (label, settings) in enumerate(entries.items()):
+            number = i * len(entries) + j + 1
+            console.print(f"\n[{number}/{count}] {label}, seed {seed}", markup=False)
+            workdir = folder / f"{folder_name(label)}-seed{seed}"
+            summary = train_and_evaluate(
+                dataclasses.replace(settings, seed=seed, workdir=workdir, resume="auto"), console
+            )
+            done[label].append(Trained(workdir, summary, read_history(workdir)))
+    return [Outcome(label, runs) for label, runs in done.items()]
+
+
+def folder_name(label: str) -> str:
+    """`label` without spaces and other characters that a path should not have."""
+    return re.sub(r"[^\w.-]+", "-", label).strip("-")
+
+
+def read_history(workdir: Path) -> list[Row]:
+    """The rows of `metrics.jsonl`."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def named(name: str, settings: Settings) -> Settings:
+    """`settings` with the convolution, width and rank of a name as `chansel-w32-r2`.
+
+    The dense convolution has neither rank nor normalisation between parts, whatever `settings` say.
+
+    Raises:
+        ValueError: if the name is none.
+    """
+    match = re.fullmatch(r"(chansel|subkernel)(?:-w(\d+))?(?:-r(\d+))?", name)
+    if match is None:
+        raise ValueError(f"{name} must be {NAME_FORMAT}, CONV chansel or subkernel")
+    conv, width, rank = match.groups()
+    network = settings.network
+    if conv == "subkernel":
+        network = dataclasses.replace(network, rank=1, ranks=(), norm=False)
+    if width is not None:
+        network = dataclasses.replace(network, width=int(width))
+    if rank is not None:
+        network = dataclasses.replace(network, rank=int(rank), ranks=())
+    return dataclasses.replace(settings, conv=conv, network=network)
+
+
+def entries(names: Sequence[str], settings: Settings) -> dict[str, Settings]:
+    """The settings of each name."""
+    return {name: named(name, settings) for name in names}
+
+
+def overfitting_epoch(history: Sequence[Row], window: int = 5, rise: float = 0.02) -> int | None:
+    """The epoch from which the validation loss rises; None if it does not.
+
+    That of the lowest mean over `window` epochs, if the mean later lies `rise` (a share) above it.
+    """
+    losses = [row["val_loss"] for row in history]
+    window = min(window, len(losses))
+    means = [statistics.fmean(losses[i : i + window]) for i in range(len(losses) - window + 1)]
+    lowest = min(range(len(means)), key=means.__getitem__)
+    if max(means[lowest:]) < means[lowest] * (1 + rise) or math.isnan(means[lowest]):
+        return None
+    return history[lowest + window // 2]["epoch"]
