@@ -120,7 +120,7 @@ def compress(settings: Settings, console: Console) -> list[Compressed]:
     found = []
     for label, network in networks.items():
         before = accuracy(dense, network, dataset)
-        console.print(f"\\n{label}: {before:.2%} before fine-tuning")
+        console.print(f"\n{label}: {before:.2%} before fine-tuning")
         summary = train_and_evaluate(
             fine_tuning(dense, settings, network, output / "runs" / folder_name(label)),
             console,
@@ -213,12 +213,12 @@ def write_report(
         output,
         "From dense to channel selection",
         f"Accuracy on the validation images, of the dense network's epoch {dense.epoch}, without "
-        f"and with {epochs} epochs of fine-tuning (the last epoch's).\\n\\n"
-        f"{report.table(headings, rows)}\\n\\n"
-        "![accuracy against parameters](accuracy.png)\\n\\n"
+        f"and with {epochs} epochs of fine-tuning (the last epoch's).\n\n"
+        f"{report.table(headings, rows)}\n\n"
+        "![accuracy against parameters](accuracy.png)\n\n"
         "Share of the energy (squared singular values) of each trained kernel in its leading "
-        f"components:\\n\\n{report.table(*energy_table)}\\n\\n"
-        f"```bash\\n{command}\\n```\\n",
+        f"components:\n\n{report.table(*energy_table)}\n\n"
+        f"```bash\n{command}\n```\n",
         {"accuracy": draw(found, size, whole)},
     )
     console.print()

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import re
+import shlex
 from pathlib import Path
 from typing import get_args
 
@@ -16,15 +17,30 @@ from rich.console import Console
 
 from chansel_jax.counting import LayerCount
 from chansel_jax.data import DATASETS, Dataset, Split
+from chansel_jax.optimizer import OptimizerSettings
 from chansel_jax.resnet import CONVS, PRESETS
+from chansel_jax.training import Augmentation
 from experiments import printing
-from experiments.command_line import parse
-from experiments.settings import DataSettings, NetworkSettings, Settings, build_network, run_name
+from experiments.command_line import parse, typed
+from experiments.settings import (
+    RECIPES,
+    DataSettings,
+    NetworkSettings,
+    Settings,
+    TrainingSettings,
+    build_network,
+    checked_seeds,
+    run_name,
+)
 
 
-def built(num_classes=3, **network):
+def built(num_classes=3, conv="chansel", dropout_rate=None, **network):
     """The network of these settings, without arrays."""
-    settings = Settings(network=NetworkSettings(**network))
+    settings = Settings(
+        conv=conv,
+        network=NetworkSettings(**network),
+        training=TrainingSettings(dropout_rate=dropout_rate),
+    )
     return nnx.eval_shape(lambda: build_network(settings, num_classes))
 
 
@@ -35,7 +51,7 @@ def built(num_classes=3, **network):
     "settings_type, name, choices",
     [
         (DataSettings, "dataset", DATASETS),
-        (NetworkSettings, "conv", tuple(CONVS)),
+        (Settings, "conv", tuple(CONVS)),
         (NetworkSettings, "model", tuple(PRESETS)),
     ],
 )
@@ -45,7 +61,8 @@ def test_choices_are_those_of_the_library(settings_type, name, choices):
 
 def test_run_is_named_by_dataset_model_conv_and_seed():
     settings = Settings(
-        network=NetworkSettings(conv="subkernel", model="resnet18"),
+        conv="subkernel",
+        network=NetworkSettings(model="resnet18"),
         data=DataSettings(dataset="cifar10"),
         seed=7,
     )
@@ -57,25 +74,77 @@ def test_run_is_named_by_dataset_model_conv_and_seed():
 
 
 @pytest.mark.parametrize(
-    "name, value",
+    "settings_type, name, value",
     [
-        ("epochs", 0),
-        ("batch_size", 0),
-        ("label_smoothing", -0.1),
-        ("label_smoothing", 1.0),
-        ("label_smoothing", float("nan")),
-        ("seed", -1),
-        ("seed", 2**32),
+        (TrainingSettings, "epochs", 0),
+        (TrainingSettings, "batch_size", 0),
+        (TrainingSettings, "label_smoothing", -0.1),
+        (TrainingSettings, "label_smoothing", 1.0),
+        (TrainingSettings, "label_smoothing", float("nan")),
+        (DataSettings, "train_images", 0),
+        (Settings, "seed", -1),
+        (Settings, "seed", 2**32),
     ],
 )
-def test_bad_setting_is_named_with_its_value(name, value):
+def test_bad_setting_is_named_with_its_value(settings_type, name, value):
     with pytest.raises(ValueError, match=f"{name}={value} must be "):
-        Settings(**{name: value})
+        settings_type(**{name: value})
 
 
-@pytest.mark.parametrize("name, value", [("epochs", 1), ("batch_size", 1), ("seed", 2**32 - 1)])
-def test_outermost_good_value_is_taken(name, value):
-    assert getattr(Settings(**{name: value}), name) == value
+@pytest.mark.parametrize(
+    "settings_type, name, value",
+    [
+        (TrainingSettings, "epochs", 1),
+        (TrainingSettings, "batch_size", 1),
+        (Settings, "seed", 2**32 - 1),
+    ],
+)
+def test_outermost_good_value_is_taken(settings_type, name, value):
+    assert getattr(settings_type(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("seeds", [(), (1, 1), (-1,)])
+def test_seeds_are_different_and_in_range(seeds):
+    assert checked_seeds((0, 3)) == (0, 3)
+    with pytest.raises(ValueError, match="seeds?=.* must be"):
+        checked_seeds(seeds)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_gives_what_no_flag_does(recipe):
+    settings = parse(Settings, "train", [f"--recipe={recipe}", "--batch-size=8"], RECIPES)
+    assert settings.training == dataclasses.replace(RECIPES[recipe], batch_size=8)
+
+
+def test_recipe_is_the_first_by_default_and_in_the_help(capsys):
+    assert parse(Settings, "train", [], RECIPES) == Settings(training=RECIPES["short"])
+    with pytest.raises(SystemExit) as stopped:
+        parse(Settings, "train", ["--recipe=wurst"], RECIPES)
+    assert stopped.value.code == 2 and "wurst" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(Settings, "train", ["--help"], RECIPES)
+    assert "--recipe={short,original,best}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(),
+        Settings(training=RECIPES["best"]),
+        Settings(
+            conv="subkernel",
+            data=DataSettings(dataset="folder", classes=("a b", "c")),
+            training=dataclasses.replace(RECIPES["best"], epochs=7),
+        ),
+        Settings(
+            training=dataclasses.replace(RECIPES["short"], augmentation=Augmentation(0, False))
+        ),
+    ],
+)
+def test_typed_command_gives_the_settings_again(settings):
+    words = shlex.split(typed("train", settings, RECIPES))
+    assert words[:3] == ["python", "-m", "experiments.train"]
+    assert parse(Settings, "train", words[3:], RECIPES) == settings
 
 
 def test_flags_of_all_groups_reach_the_settings():
@@ -88,11 +157,14 @@ def test_flags_of_all_groups_reach_the_settings():
     default = Settings()
     assert settings == dataclasses.replace(
         default,
-        network=NetworkSettings(conv="subkernel", width=8),
+        conv="subkernel",
+        network=NetworkSettings(width=8),
         data=DataSettings(dataset="folder", data_dir=Path("images"), classes=("cat", "dog")),
-        optimization=dataclasses.replace(default.optimization, undecayed=(), step_epochs=(3, 5)),
-        augmentation=dataclasses.replace(default.augmentation, flip=False),
-        epochs=4,
+        training=TrainingSettings(
+            optimization=OptimizerSettings(undecayed=(), step_epochs=(3, 5)),
+            augmentation=Augmentation(flip=False),
+            epochs=4,
+        ),
     )
 
 
@@ -130,6 +202,17 @@ def test_network_honours_each_setting_and_changes_nothing_else(name, value, expe
 def test_network_refuses_a_bad_setting_by_its_name(name, value):
     with pytest.raises(ValueError, match=f"{name}={value}"):
         built(**{name: value})
+
+
+def test_initialisation_and_norm_reach_the_convolutions():
+    network = built(init="torch", norm=True, ranks=(1, 2) * 6)
+    assert network.config.conv.func is CONVS["chansel"]
+    assert network.blocks[0].conv2.norm is not None and network.blocks[0].conv2.rank == 2
+    settings = Settings(network=NetworkSettings(init="torch"))
+    kernel = jax.jit(lambda: build_network(settings, 3).blocks[5].conv2.pointwise[...])()
+    # PyTorch: uniform within ± 1 / sqrt(fan_in).
+    assert float(jnp.abs(kernel).max()) == pytest.approx(1 / 8, rel=1e-2)
+    assert float(kernel.std()) == pytest.approx(1 / 8 / 3**0.5, rel=0.03)
 
 
 def test_seed_decides_the_initial_parameters():

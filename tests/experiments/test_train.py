@@ -19,43 +19,7 @@ from chansel_jax import checkpoint
 from chansel_jax.optimizer import OptimizerSettings
 from experiments import train
 from experiments.command_line import CommandError
-from experiments.settings import DataSettings, NetworkSettings, Settings
-
-COLOURS = {"blue": (60, 90, 200), "green": (60, 200, 90), "red": (200, 60, 60)}
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """A folder of noisy squares of three colours: 3 × 60 for training, 3 × 9 for validation."""
-    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for split, count in (("train", 60), ("validation", 9)):
-        for name, colour in COLOURS.items():
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.normal(colour, 20, (8, 8, 3)).clip(0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return root
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    """Prepared data sets stay out of the user's own folder, compiled functions are shared."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def settings(images, tmp_path_factory):
-    return Settings(
-        network=NetworkSettings(width=4),
-        data=DataSettings(dataset="folder", data_dir=images),
-        optimization=OptimizerSettings(warmup_fraction=0.2),
-        epochs=3,
-        batch_size=16,
-        workdir=tmp_path_factory.mktemp("runs") / "whole",
-    )
+from experiments.settings import DataSettings, NetworkSettings
 
 
 def run(settings):
@@ -65,14 +29,12 @@ def run(settings):
     return summary, console.file.getvalue()
 
 
-@pytest.fixture(scope="module")
-def whole(settings):
-    """An uninterrupted run."""
-    return run(settings)
-
-
 def variant(settings, workdir, **changes):
-    return dataclasses.replace(settings, workdir=workdir, **changes)
+    """`settings` with another folder, and changes to the run or its training."""
+    fields = {field.name for field in dataclasses.fields(settings)}
+    of_training = {name: changes.pop(name) for name in list(changes) if name not in fields}
+    training = dataclasses.replace(settings.training, **of_training)
+    return dataclasses.replace(settings, workdir=workdir, training=training, **changes)
 
 
 def snapshot(folder):
@@ -261,9 +223,11 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(settin
         ({"batch_size": 184}, "batch_size=184 must be at most the 180 training images"),
         ({"batch_size": 12}, "batch_size=12 must divide by the 8 devices: take 8 or 16"),
         ({"network": NetworkSettings(rank=10)}, "rank=10"),
-        ({"network": NetworkSettings(conv="subkernel", rank=2)}, "rank=2"),
+        ({"conv": "subkernel", "network": NetworkSettings(rank=2)}, "rank=2"),
+        ({"conv": "subkernel", "network": NetworkSettings(norm=True)}, "norm=True"),
+        ({"network": NetworkSettings(ranks=(1, 2))}, r"rank=\(1, 2\) must be one rank, or one for"),
         ({"network": NetworkSettings(width=0)}, "width=0"),
-        ({"network": NetworkSettings(dropout_rate=1.0)}, "dropout_rate=1.0"),
+        ({"dropout_rate": 1.0}, "dropout_rate=1.0"),
         ({"data": DataSettings(dataset="folder", data_dir=Path("missing"))}, "missing"),
         ({"data": DataSettings(dataset="silhouettes", image_size=9)}, "image_size=9|image-size=9"),
     ],
@@ -296,6 +260,6 @@ def test_command_fails_with_one_line(tmp_path):
 
 
 def test_subkernel_trains_in_bfloat16(settings, tmp_path):
-    network = NetworkSettings(conv="subkernel", width=4, dtype="bfloat16")
-    summary, _ = run(variant(settings, tmp_path / "run", network=network))
+    network = NetworkSettings(width=4, dtype="bfloat16")
+    summary, _ = run(variant(settings, tmp_path / "run", conv="subkernel", network=network))
     assert summary["conv"] == "subkernel" and summary["best_val_accuracy"] > 0.9

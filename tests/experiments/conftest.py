@@ -1,0 +1,56 @@
+"""A small run that the tests of several commands share."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from chansel_jax.optimizer import OptimizerSettings
+from experiments import train
+from experiments.settings import DataSettings, NetworkSettings, Settings, TrainingSettings
+
+COLOURS = {"blue": (60, 90, 200), "green": (60, 200, 90), "red": (200, 60, 60)}
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of noisy squares of three colours: 3 × 60 for training, 3 × 9 for validation."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 60), ("validation", 9)):
+        for name, colour in COLOURS.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.normal(colour, 20, (8, 8, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory):
+    """Prepared data sets stay out of the user's own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def settings(images, tmp_path_factory):
+    """Of a run of three epochs."""
+    return Settings(
+        network=NetworkSettings(width=4),
+        data=DataSettings(dataset="folder", data_dir=images),
+        training=TrainingSettings(
+            optimization=OptimizerSettings(warmup_fraction=0.2), epochs=3, batch_size=16
+        ),
+        workdir=tmp_path_factory.mktemp("runs") / "whole",
+    )
+
+
+@pytest.fixture(scope="session")
+def whole(settings):
+    """That run, uninterrupted: its summary and what was printed."""
+    console = Console(file=io.StringIO(), width=120)
+    return train.train_and_evaluate(settings, console), console.file.getvalue()

@@ -1,0 +1,243 @@
+"""The commands that train several networks, tiny; and what they write."""
+
+import dataclasses
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+
+from chansel_jax.counting import count_network
+from experiments import compare, compress, report, study
+from experiments.command_line import CommandError
+from experiments.settings import DataSettings, NetworkSettings, Settings
+from experiments.studies import STUDIES, data, overfit, width
+
+
+@pytest.fixture
+def console():
+    return Console(file=io.StringIO(), width=160)
+
+
+@pytest.fixture
+def one_epoch(settings):
+    return dataclasses.replace(settings.training, epochs=1)
+
+
+def assert_whole(folder, *names):
+    """Report, figures and results are there, and the page holds its pictures."""
+    for name in names:
+        with Image.open(folder / f"{name}.png") as picture:
+            picture.load()
+    page = (folder / "report.html").read_text()
+    assert len(re.findall('src="data:image/png;base64,', page)) == len(names)
+    assert "<table>" in page and "<script" not in page and "http" not in page.split("</style>")[1]
+    return (folder / "report.md").read_text(), json.loads((folder / "results.json").read_text())
+
+
+# Reports
+
+
+def test_page_shows_what_the_markdown_says(tmp_path):
+    table = report.table(["", "a"], [["x < y", "1"]])
+    text = f"{table}\n\n![one](one.png) <b>not bold</b>"
+    report.write(tmp_path, "A & B", text, {"one": Figure()})
+    page = (tmp_path / "report.html").read_text()
+    assert "<h1>A &amp; B</h1>" in page and "<td>x &lt; y</td>" in page
+    assert "&lt;b&gt;" in page and 'alt="one"' in page and "one.png" not in page
+    assert (tmp_path / "report.md").read_text().startswith("# A & B\n\n|  | a |\n| --- | ---: |\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "one.png",
+        "report.html",
+        "report.md",
+    ]
+
+
+# Comparison
+
+
+def test_comparison_of_both_convolutions(settings, one_epoch, tmp_path, console):
+    given = compare.Settings(
+        network=settings.network,
+        data=settings.data,
+        training=one_epoch,
+        seeds=(0, 1),
+        output=tmp_path,
+    )
+    compare.compare(given, console)
+    text, results = assert_whole(tmp_path, "curves", "confusion")
+    assert "| parameters | 11,599 | 2,127 |" in text and "seeds 0, 1" in text
+    assert "published" not in text  # the classes are others
+    for runs in results["networks"].values():
+        assert [run["seed"] for run in runs] == [0, 1]
+        assert runs[0]["params_sha256"] != runs[1]["params_sha256"]
+    values = [run["final_val_accuracy"] for run in results["networks"]["chansel"]]
+    row = next(line for line in text.splitlines() if "accuracy, last epoch" in line)
+    assert f"{np.mean(values):.2%} ± {np.std(values, ddof=1):.2%} |" in row
+    assert "--seeds=0,1" in results["command"] and str(tmp_path) not in results["command"]
+
+    again = Console(file=io.StringIO(), width=160)
+    assert compare.compare(given, again)["networks"] == results["networks"]
+    assert "compiled" not in again.file.getvalue()
+
+
+def test_published_figures_stand_beside_the_same_classes():
+    headings, *rows = compare.table([], ["dog", "cat", "bird"])
+    assert headings == [""] and len(rows) == len(compare.PUBLISHED["chansel"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": ()}, "seeds= must be"),
+        ({"seeds": (1, 1)}, "seeds=1,1 must be"),
+        ({"networks": ()}, "networks="),
+        ({"networks": ("chansel", "dense")}, "networks=chansel,dense: dense must be CONV"),
+    ],
+)
+def test_wrong_comparisons(changes, message):
+    with pytest.raises(ValueError, match=message):
+        compare.Settings(**changes)
+
+
+# Studies
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_row_of_a_study_is_a_network(name):
+    entries = STUDIES[name].entries(DataSettings(), 20)
+    assert len(entries) >= 3
+    described = {repr(settings) for settings in entries.values()}
+    assert len(described) == len(entries)
+    for settings in entries.values():
+        assert settings.training.epochs in (20, 20 * overfit.FEW_EPOCHS_FACTOR)
+
+
+def test_factors_change_one_thing_each():
+    entries = overfit.settings_of(DataSettings(), 20)
+    plain = entries["chansel, as the original"]
+    norm = entries["chansel, BatchNorm between the parts"]
+    assert norm == dataclasses.replace(plain, network=NetworkSettings(norm=True))
+    free = entries["subkernel, none"].training
+    assert (free.dropout_rate, free.optimization.weight_decay) == (0, 0)
+    assert (free.augmentation.crop_padding, free.augmentation.flip) == (0, False)
+    few = entries["chansel, 512 images, none"]
+    assert few.data.train_images == 512 and few.training.epochs == 100
+
+
+def test_published_recipe_keeps_its_shares_of_the_epochs():
+    for epochs, steps in ((200, (100, 150, 180)), (20, (10, 15, 18)), (2, (1, 2))):
+        (first, *_) = data.settings_of(DataSettings(), epochs).values()
+        assert first.training.optimization.step_epochs == steps
+
+
+def test_dense_networks_of_equal_cost():
+    assert width.parameters("chansel", 16) == 27363 and width.parameters("subkernel", 16) == 174787
+    widths = width.dense_widths()
+    for wanted in width.WIDTHS:
+        for cost in (width.parameters, width.multiply_adds):
+            nearest = min(abs(cost("subkernel", w) / cost("chansel", wanted) - 1) for w in widths)
+            assert nearest < 0.15
+
+
+def test_a_study_from_beginning_to_end(settings, one_epoch, monkeypatch, tmp_path, console):
+    def entries(data, epochs):
+        chosen = Settings(network=settings.network, data=data, training=one_epoch)
+        return {
+            "few, none / all": dataclasses.replace(
+                chosen, data=dataclasses.replace(data, train_images=32)
+            )
+        }
+
+    chosen = dataclasses.replace(
+        STUDIES["overfit"], entries=entries, published=[("theirs", "1 M", "99 %")]
+    )
+    monkeypatch.setitem(STUDIES, "overfit", chosen)
+    given = study.Settings("overfit", data=settings.data, epochs=1, output=tmp_path)
+    (outcome,) = study.study(given, console)
+    text, results = assert_whole(tmp_path, "figure")
+    assert outcome.runs[0].summary["images"] == {"train": 32, "validation": 27}
+    assert 0 < outcome.mean("plain_train_accuracy") <= 1
+    assert "| few, none / all | 2,127 |" in text and "of 100 at full length" in text
+    assert "| theirs (published) | 1 M |" in text
+    assert results["command"].startswith("python -m experiments.study overfit --dataset=folder")
+    assert "theirs (published)" in console.file.getvalue()
+
+
+def test_every_figure_can_be_drawn():
+    summary = {
+        name: 0.5
+        for name in (
+            *("final_val_accuracy", "final_train_loss", "plain_train_accuracy"),
+            *("parameters", "multiply_adds"),
+        )
+    }
+    row = {
+        name: 0.5 for name in ("epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy")
+    }
+    for name, chosen in STUDIES.items():
+        outcomes = [
+            study.Outcome(label, [study.Trained(None, summary, [row])])
+            for label in chosen.entries(DataSettings(), 5)
+        ]
+        figure = chosen.draw(outcomes)
+        drawn = [line for axes in figure.axes for line in axes.get_lines()]
+        assert drawn, name
+
+
+@pytest.mark.parametrize("changes", [{"epochs": 0}, {"seeds": (1, 1)}])
+def test_wrong_studies(changes):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))}=.* must be"):
+        study.Settings("rank", **changes)
+
+
+# Compression
+
+
+@pytest.fixture(scope="module")
+def dense(settings, tmp_path_factory):
+    """A run of the dense network."""
+    from experiments.train import train_and_evaluate
+
+    workdir = tmp_path_factory.mktemp("dense") / "run"
+    console = Console(file=io.StringIO())
+    train_and_evaluate(dataclasses.replace(settings, conv="subkernel", workdir=workdir), console)
+    return workdir
+
+
+def test_compression_from_beginning_to_end(dense, settings, one_epoch, tmp_path, console):
+    given = compress.Settings(
+        dense,
+        data_dir=settings.data.data_dir,
+        ranks=(9,),
+        energies=(0.6,),
+        training=one_epoch,
+        output=tmp_path / "out",
+    )
+    exact, cut = compress.compress(given, console)
+    text, results = assert_whole(tmp_path / "out", "accuracy")
+    assert exact.before == results["dense"]["accuracy"]
+    assert exact.parameters > results["dense"]["parameters"] > cut.parameters
+    rows = count_network(cut.network.config, (8, 8))
+    assert cut.parameters == sum(row.parameters for row in rows)
+    assert f"| rank 9 | {exact.parameters:,} | 4 4 4 4 4 8 8 8 8 9 9 9 |" in text
+    assert len(results["energies"]) == 12
+    for shares in results["energies"].values():
+        assert sum(shares) == pytest.approx(1)
+    again = Console(file=io.StringIO(), width=160)
+    assert [each.after for each in compress.compress(given, again)] == [exact.after, cut.after]
+    assert "compiled" not in again.file.getvalue()
+
+
+def test_compression_refuses(dense, settings, whole, images, tmp_path, console):
+    with pytest.raises(CommandError, match="is a run of --conv=chansel"):
+        compress.compress(compress.Settings(settings.workdir, data_dir=images), console)
+    given = compress.Settings(dense, data_dir=images, ranks=(0,), output=tmp_path / "out")
+    with pytest.raises(CommandError, match="rank=0 must be at least 1"):
+        compress.compress(given, console)
+    with pytest.raises(ValueError, match="name nothing to make"):
+        compress.Settings(dense, ranks=())

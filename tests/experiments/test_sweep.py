@@ -1,0 +1,85 @@
+"""Networks by name, figures over seeds, where overfitting begins."""
+
+import dataclasses
+
+import pytest
+
+from experiments import sweep
+from experiments.settings import NetworkSettings, Settings
+from experiments.sweep import Outcome, Trained, named, overfitting_epoch, run_all
+
+
+@pytest.mark.parametrize(
+    ("name", "conv", "width", "rank"),
+    [
+        ("subkernel", "subkernel", 20, 1),
+        ("subkernel-w6", "subkernel", 6, 1),
+        ("chansel", "chansel", 20, 3),
+        ("chansel-w32", "chansel", 32, 3),
+        ("chansel-r4", "chansel", 20, 4),
+        ("chansel-w8-r2", "chansel", 8, 2),
+    ],
+)
+def test_names(name, conv, width, rank):
+    given = Settings(network=NetworkSettings(width=20, rank=3, norm=True))
+    found = named(name, given)
+    assert (found.conv, found.network.width, found.network.rank) == (conv, width, rank)
+    assert found.network.norm == (conv == "chansel")
+
+
+@pytest.mark.parametrize("name", ["", "dense", "chansel-32", "chansel-w", "chansel-r2-w8", "x-w3"])
+def test_wrong_names(name):
+    with pytest.raises(ValueError, match="must be CONV"):
+        named(name, Settings())
+
+
+def test_mean_and_deviation_by_hand():
+    runs = [Trained(None, {"loss": loss}, []) for loss in (1.0, 3.0)]
+    assert Outcome("both", runs).spread("loss", ".2f") == "2.00 ± 1.41"
+    assert Outcome("one", runs[:1]).spread("loss", ".1f") == "1.0"
+    assert Outcome("one", runs[:1]).deviation("loss") == 0
+
+
+def history(losses):
+    return [{"epoch": i + 1, "val_loss": loss} for i, loss in enumerate(losses)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "epoch"),
+    [
+        ([5, 4, 3, 2, 1, 1, 1, 1, 1], None),
+        ([5, 4, 3, 2, 1, 2, 3, 4, 5, 6], 5),
+        ([3, 2, 2.0, 2, 2, 2.01, 2, 2], None),
+        ([1.0], None),
+        ([1.0, 2.0], None),
+    ],
+)
+def test_overfitting_begins_where_the_mean_of_five_is_lowest(losses, epoch):
+    assert overfitting_epoch(history(losses)) == epoch
+
+
+def test_every_network_from_one_seed_before_the_next(monkeypatch, tmp_path):
+    order = []
+
+    def train(settings, console):
+        order.append((settings.conv, settings.seed, settings.workdir.name))
+        settings.workdir.mkdir(parents=True)
+        (settings.workdir / "metrics.jsonl").write_text('{"epoch": 1}\n')
+        return {"loss": settings.seed}
+
+    class Console:
+        def print(self, *_, **__):
+            pass
+
+    monkeypatch.setattr(sweep, "train_and_evaluate", train)
+    dense = dataclasses.replace(Settings(), conv="subkernel")
+    entries = {"a, 1 / 5": Settings(), "b": dense}
+    outcomes = run_all(entries, (7, 9), tmp_path, Console())
+    assert order == [
+        ("chansel", 7, "a-1-5-seed7"),
+        ("subkernel", 7, "b-seed7"),
+        ("chansel", 9, "a-1-5-seed9"),
+        ("subkernel", 9, "b-seed9"),
+    ]
+    assert [(o.label, o.values("loss")) for o in outcomes] == [("a, 1 / 5", [7, 9]), ("b", [7, 9])]
+    assert outcomes[0].runs[0].history == [{"epoch": 1}]
