@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -80,22 +80,24 @@ def typed(name: str, settings: Any, recipes: Mapping[str, object] | None = None)
 
 
 def _flags(settings: Any, default: Any) -> list[str]:
-    flags = []
+    hints = get_type_hints(type(settings), include_extras=True)
+    flags, of_groups = [], []
     for field in dataclasses.fields(settings):
         value, usual = getattr(settings, field.name), getattr(default, field.name)
         flag = field.name.replace("_", "-")
+        required = field.default is dataclasses.MISSING
         if dataclasses.is_dataclass(value):
-            flags += _flags(value, usual)
-        elif field.default is dataclasses.MISSING:
-            flags.append("PATH" if isinstance(value, Path) else str(value))
-        elif value == usual or field.name in WRITTEN:
+            of_groups += _flags(value, usual)
+        elif tyro.conf.Positional in getattr(hints[field.name], "__metadata__", ()):
+            flags.append(str(value))
+        elif not required and (value == usual or field.name in WRITTEN):
             continue
         elif isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             flags.append(f"--{flag}={'PATH' if isinstance(value, Path) else text}")
-    return flags
+    return flags + of_groups
 
 
 def make_output(folder: Path) -> None:

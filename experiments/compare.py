@@ -18,8 +18,7 @@ from chansel_jax.records import write_json
 from experiments import figures, report
 from experiments.benchmarking import machine
 from experiments.command_line import make_output, run, typed
-from experiments.evaluate import score
-from experiments.runs import load_run
+from experiments.evaluate import recorded_scores
 from experiments.settings import (
     RECIPES,
     DataSettings,
@@ -93,7 +92,6 @@ def compare(settings: Settings, console: Console) -> dict[str, Any]:
     results = {
         "command": typed("compare", settings, RECIPES),
         "settings": dataclasses.asdict(settings.training),
-        "machine": machine.cpu_name(),
         "versions": machine.versions(),
         "networks": {outcome.label: [run.summary for run in outcome.runs] for outcome in outcomes},
     }
@@ -120,14 +118,12 @@ def confusion_of(
     """Each network's confusion matrix on the validation images, summed over the seeds."""
     found = {}
     for outcome in outcomes:
-        matrices = []
-        for trained in outcome.runs:
-            loaded = load_run(trained.workdir)
-            console.print(f"{trained.workdir.name}: ", end="", markup=False)
-            scores = score(loaded, "validation", settings.data.data_dir, False, console)
-            matrices.append(scores.confusion)
-        found[outcome.label] = sum(matrices)
-    return found, loaded.class_names
+        scores = [
+            recorded_scores(run.workdir, "validation", "best", settings.data.data_dir, console)
+            for run in outcome.runs
+        ]
+        found[outcome.label] = np.sum([each["confusion"] for each in scores], axis=0)
+    return found, tuple(scores[0]["class_names"])
 
 
 def table(outcomes: Sequence[Outcome], class_names: Sequence[str]) -> list[list[str]]:
@@ -177,12 +173,14 @@ def text(
     seeds = ", ".join(map(str, settings.seeds))
     epochs = settings.training.epochs
     images = outcomes[0].runs[0].summary["images"]
+    devices = " and ".join(sorted({run.summary["device"] for o in outcomes for run in o.runs}))
     return f"""\
 {images["train"]:,} images to train, {images["validation"]:,} to validate, {epochs} epochs, seeds \
 {seeds}: mean ± standard deviation over the seeds. Train losses are those of the training steps \
 (augmented images, dropout); all else is measured on all validation images after the epoch. The \
 overfitting epoch is that of the lowest validation loss (mean over five epochs), if it lies 2 % \
-higher later; one a seed. Nothing was selected on any other images than the validation ones.
+higher later; one a seed. Nothing was selected on any other images than the validation ones. \
+Seconds an epoch are those of the training steps on {devices}.
 
 {report.table(headings, rows)}
 

@@ -4,6 +4,8 @@ python -m experiments.evaluate --workdir=RUN
 """
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,21 +58,62 @@ def evaluate(settings: Settings, console: Console) -> Scores:
     output = settings.output or settings.workdir
     make_output(output)
     print_scores(found, trained, console)
-    records.write_json(
-        output / f"evaluation-{settings.split}.json",
-        {
-            "split": settings.split,
-            "epoch": trained.epoch,
-            "flip_average": settings.flip_average,
-            "class_names": trained.class_names,
-            **as_json(found),
-        },
-    )
+    write_scores(output, found, trained, settings.split, settings.flip_average)
     title = f"{settings.split}, epoch {trained.epoch}, {found.accuracy:.2%}"
     picture = output / f"confusion-{settings.split}.png"
     figures.save(figures.confusion_matrices({title: found.confusion}, trained.class_names), picture)
     console.print(f"written to {output}", markup=False)
     return found
+
+
+def recorded_scores(
+    workdir: Path,
+    split: str,
+    checkpoint: Literal["best", "last"],
+    data_dir: Path | None,
+    console: Console,
+) -> Mapping[str, Any]:
+    """What `evaluation-SPLIT.json` holds, for a checkpoint of a finished run; measured if needed.
+
+    Args:
+        workdir: the run's folder; its checkpoints may be gone if the file is there.
+        split: of its images.
+        checkpoint: that of lowest validation loss, or the last one.
+        data_dir: as in `Settings`.
+        console: takes the progress.
+
+    Raises:
+        CommandError: as `score`.
+    """
+    summary = json.loads((workdir / "summary.json").read_text())
+    epoch = summary["best_epoch" if checkpoint == "best" else "epochs"]
+    path = workdir / scores_name(split)
+    if path.is_file():
+        recorded = json.loads(path.read_text())
+        if recorded["epoch"] == epoch and not recorded["flip_average"]:
+            return recorded
+    trained = load_run(workdir, checkpoint)
+    console.print(f"{workdir.name}: ", end="", markup=False)
+    found = score(trained, split, data_dir, False, console)
+    write_scores(workdir, found, trained, split, False)
+    return json.loads(path.read_text())
+
+
+def scores_name(split: str) -> str:
+    """The file of the scores."""
+    return f"evaluation-{split}.json"
+
+
+def write_scores(folder: Path, found: Scores, trained: Run, split: str, flip_average: bool) -> None:
+    """Writes the scores as JSON, with what they were measured on."""
+    content = {
+        "split": split,
+        "epoch": trained.epoch,
+        "flip_average": flip_average,
+        "class_names": trained.class_names,
+        **as_json(found),
+    }
+    records.write_json(folder / scores_name(split), content)
 
 
 def score(

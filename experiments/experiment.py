@@ -11,7 +11,7 @@ import optax
 from chansel_jax import data, training
 from chansel_jax.optimizer import make_optimizer, make_schedule
 from chansel_jax.resnet import ResNet
-from experiments.settings import DataSettings, Settings, build_network
+from experiments.settings import DataSettings, Settings, build_network, decisive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +50,11 @@ class Experiment:
 
     def describe(self) -> dict[str, Any]:
         """All that decides the result: the settings, and the data's sizes and statistics."""
-        settings = dataclasses.asdict(self.settings)
-        del settings["workdir"], settings["resume"]
-        # Images may have moved; what they are is described below.
-        del settings["data"]["data_dir"]
         train_split = self.splits["train"]
         sizes = {name: len(split.labels) for name, split in self.dataset.splits.items()}
         begins_with = {"begins_with": self.begins_with} if self.begins_with else {}
         return {
-            "settings": settings,
+            "settings": decisive(self.settings),
             **begins_with,
             "data": {
                 "class_names": self.dataset.class_names,

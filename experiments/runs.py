@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from flax import nnx
 
 from chansel_jax import data
 from chansel_jax.checkpoint import CheckpointError, restore_network
@@ -22,14 +21,11 @@ Checkpoint = int | Literal["best", "last"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """A trained network, and what belongs to it.
+class Config:
+    """What a run was trained with.
 
     Attributes:
-        workdir: the run's folder.
-        settings: it was trained with, but for where its images lay.
-        network: with the parameters of one checkpoint.
-        epoch: of that checkpoint.
+        settings: all of them, but for where its images lay.
         class_names: of the logits.
         image_shape: `(H, W, C)`.
         digests: of the images of each split.
@@ -37,10 +33,7 @@ class Run:
         std: `(C,)`, their standard deviations.
     """
 
-    workdir: Path
     settings: Settings
-    network: ResNet
-    epoch: int
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     digests: Mapping[str, str]
@@ -48,8 +41,23 @@ class Run:
     std: np.ndarray
 
 
-def load_run(workdir: Path, epoch: Checkpoint = "best") -> Run:
-    """The run in `workdir` with the parameters of the checkpoint of `epoch`.
+@dataclasses.dataclass(frozen=True)
+class Run(Config):
+    """A trained network, and what belongs to it.
+
+    Attributes:
+        workdir: the run's folder.
+        network: with the parameters of one checkpoint.
+        epoch: of that checkpoint.
+    """
+
+    workdir: Path
+    network: ResNet
+    epoch: int
+
+
+def read_config(workdir: Path) -> Config:
+    """What `config.json` in `workdir` holds.
 
     Raises:
         CommandError: if there is none, or it cannot be read.
@@ -59,30 +67,32 @@ def load_run(workdir: Path, epoch: Checkpoint = "best") -> Run:
         raise CommandError(f"workdir={workdir} holds no run: there is no {path}")
     try:
         config = json.loads(path.read_text())
-        settings = settings_from(Settings, config["settings"])
         images = config["data"]
-        class_names = tuple(images["class_names"])
-        network = nnx.eval_shape(lambda: build_network(settings, len(class_names)))
-        mean, std = (np.asarray(images[name], np.float32) for name in ("mean", "std"))
-        shape = tuple(images["image_shape"])
+        return Config(
+            settings=settings_from(Settings, config["settings"]),
+            class_names=tuple(images["class_names"]),
+            image_shape=tuple(images["image_shape"]),
+            digests=images["digests"],
+            mean=np.asarray(images["mean"], np.float32),
+            std=np.asarray(images["std"], np.float32),
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CommandError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def load_run(workdir: Path, epoch: Checkpoint = "best") -> Run:
+    """The run in `workdir` with the parameters of the checkpoint of `epoch`.
+
+    Raises:
+        CommandError: if there is none, or it cannot be read.
+    """
+    config = read_config(workdir)
     try:
-        network = build_network(settings, len(class_names))
+        network = build_network(config.settings, len(config.class_names))
         epoch = restore_network(workdir / "checkpoints", network, epoch)
-    except CheckpointError as error:
+    except (ValueError, CheckpointError) as error:
         raise CommandError(error) from error
-    return Run(
-        workdir=workdir,
-        settings=settings,
-        network=network,
-        epoch=epoch,
-        class_names=class_names,
-        image_shape=shape,
-        digests=images["digests"],
-        mean=mean,
-        std=std,
-    )
+    return Run(**vars(config), workdir=workdir, network=network, epoch=epoch)
 
 
 def load_images(run: Run, data_dir: Path | None) -> tuple[data.Dataset, tuple[str, ...]]:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -97,7 +98,12 @@ RECIPES = {
     "short": TrainingSettings(),
     # Its epochs, dropout and batches; its optimiser is not known.
     "original": TrainingSettings(epochs=100),
-    "best": TrainingSettings(epochs=100),
+    "best": TrainingSettings(
+        optimization=OptimizerSettings(learning_rate=1e-2, warmup_fraction=0.1),
+        epochs=60,
+        label_smoothing=0.1,
+        dropout_rate=0.0,
+    ),
 }
 """Values of all `TrainingSettings`, by the name that `--recipe` takes."""
 
@@ -150,6 +156,14 @@ def checked_seeds(seeds: Sequence[int]) -> Sequence[int]:
     for seed in seeds:
         checked_seed(seed)
     return seeds
+
+
+def decisive(settings: Settings) -> dict[str, Any]:
+    """What decides a run's result, as nested JSON: all but where its files and images are."""
+    found = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    del found["workdir"], found["resume"]
+    del found["data"]["data_dir"]
+    return found
 
 
 def run_name(settings: Settings) -> str:

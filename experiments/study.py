@@ -18,8 +18,7 @@ from chansel_jax.records import write_json
 from experiments import report
 from experiments.benchmarking import machine
 from experiments.command_line import make_output, run, typed
-from experiments.evaluate import score
-from experiments.runs import load_run
+from experiments.evaluate import recorded_scores
 from experiments.settings import DataSettings, checked_seeds
 from experiments.studies import STUDIES
 from experiments.studies.study import Study
@@ -74,7 +73,6 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
         output / "results.json",
         {
             "command": command,
-            "machine": machine.cpu_name(),
             "versions": machine.versions(),
             "rows": {o.label: [run.summary for run in o.runs] for o in outcomes},
         },
@@ -96,9 +94,8 @@ def with_plain_train_scores(outcome: Outcome, data_dir: Path | None, console: Co
     """`outcome` with train loss and accuracy of the last checkpoints, on plain images."""
     runs = []
     for trained in outcome.runs:
-        console.print(f"{trained.workdir.name}: ", end="", markup=False)
-        found = score(load_run(trained.workdir, "last"), "train", data_dir, False, console)
-        plain = {"plain_train_loss": found.loss, "plain_train_accuracy": found.accuracy}
+        found = recorded_scores(trained.workdir, "train", "last", data_dir, console)
+        plain = {"plain_train_loss": found["loss"], "plain_train_accuracy": found["accuracy"]}
         runs.append(dataclasses.replace(trained, summary={**trained.summary, **plain}))
     return dataclasses.replace(outcome, runs=runs)
 

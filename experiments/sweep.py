@@ -1,6 +1,7 @@
 """Several networks, each trained from several seeds."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -12,7 +13,11 @@ from typing import Any
 from rich.console import Console
 
 from chansel_jax.records import Row
-from experiments.settings import Settings
+from chansel_jax.workdir import differences
+from experiments.command_line import CommandError
+from experiments.experiment import digest, load_data
+from experiments.runs import read_config
+from experiments.settings import DataSettings, Settings, decisive
 from experiments.train import train_and_evaluate
 
 NAME_FORMAT = "CONV[-wWIDTH][-rRANK]"
@@ -68,7 +73,8 @@ def run_all(
 ) -> list[Outcome]:
     """Trains every entry from every seed, under `folder`; what is done already stays.
 
-    All entries are trained from the first seed before any is from the next.
+    All entries are trained from the first seed before any is from the next. A finished run is taken
+    from its records, so it may come from another machine and needs no checkpoints.
 
     Args:
         entries: settings by label.
@@ -77,7 +83,8 @@ def run_all(
         console: takes the progress.
 
     Raises:
-        CommandError: as `train_and_evaluate`.
+        CommandError: as `train_and_evaluate`, or if a finished run is one of other settings or
+            images.
     """
     done: dict[str, list[Trained]] = {label: [] for label in entries}
     count = len(entries) * len(seeds)
@@ -86,11 +93,46 @@ def run_all(
             number = i * len(entries) + j + 1
             console.print(f"\n[{number}/{count}] {label}, seed {seed}", markup=False)
             workdir = folder / f"{folder_name(label)}-seed{seed}"
-            summary = train_and_evaluate(
-                dataclasses.replace(settings, seed=seed, workdir=workdir, resume="auto"), console
-            )
+            given = dataclasses.replace(settings, seed=seed, workdir=workdir, resume="auto")
+            if is_finished(given):
+                console.print(f"finished before: {workdir}", markup=False)
+                summary = json.loads((workdir / "summary.json").read_text())
+            else:
+                summary = train_and_evaluate(given, console)
             done[label].append(Trained(workdir, summary, read_history(workdir)))
     return [Outcome(label, runs) for label, runs in done.items()]
+
+
+def is_finished(settings: Settings) -> bool:
+    """Whether their workdir holds the records of a finished run of these settings and images.
+
+    Raises:
+        CommandError: if it is one of others.
+    """
+    workdir = settings.workdir
+    if not (workdir / "summary.json").is_file():
+        return False
+    config = read_config(workdir)
+    found = differences(
+        decisive(config.settings) | {"images": config.digests},
+        decisive(settings) | {"images": image_digests(settings.data)},
+    )
+    if found:
+        raise CommandError(f"the run in {workdir} has other settings ({'; '.join(found)})")
+    return True
+
+
+@functools.lru_cache(maxsize=1)
+def image_digests(settings: DataSettings) -> Mapping[str, str]:
+    """Of the images of each split.
+
+    Raises:
+        CommandError: if they cannot be had.
+    """
+    try:
+        return {name: digest(split) for name, split in load_data(settings).splits.items()}
+    except ValueError as error:
+        raise CommandError(error) from error
 
 
 def folder_name(label: str) -> str:

@@ -21,6 +21,7 @@ from chansel_jax.counting import count_network
 from chansel_jax.resnet import ResNet
 from chansel_jax.workdir import WorkdirError, claim
 from experiments import printing
+from experiments.benchmarking import machine
 from experiments.command_line import CommandError, run
 from experiments.experiment import Experiment, build
 from experiments.memory import hand_back_memory
@@ -67,6 +68,7 @@ def train_and_evaluate(
         "conv": settings.conv,
         "dataset": settings.data.dataset,
         "seed": settings.seed,
+        "device": device_name(),
         "images": {name: len(split.labels) for name, split in experiment.dataset.splits.items()},
         "parameters": sum(row.parameters for row in rows),
         "multiply_adds": sum(row.multiply_adds for row in rows),
@@ -76,6 +78,12 @@ def train_and_evaluate(
     records.write_json(workdir / "summary.json", summary)
     printing.print_summary(summary, workdir, console)
     return summary
+
+
+def device_name() -> str:
+    """What JAX computes on, as its maker calls it."""
+    device = jax.devices()[0]
+    return machine.cpu_name() if device.platform == "cpu" else device.device_kind
 
 
 def refuse_workdir_among_images(workdir: Path, settings: Settings) -> None:

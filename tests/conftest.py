@@ -1,12 +1,18 @@
 """What every test runs under."""
 
 import os
+import tempfile
 
 import jax
 
 # Eight devices stand in for a machine with several. On a few cores their threads, waiting for each
 # other in a sum over devices, could leave none to compute what they wait for: let there be more.
 os.environ.setdefault("PJRT_NPROC", "16")
+# The same functions are compiled for many tests, and in processes of their own too.
+compiled = tempfile.TemporaryDirectory(prefix="compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+jax.config.update("jax_compilation_cache_dir", compiled.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 # Both must be set before anything is computed.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

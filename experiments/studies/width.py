@@ -1,10 +1,11 @@
 """Width against rank, and both against dense networks of equal cost."""
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from chansel_jax.counting import count_network
+from chansel_jax.counting import LayerCount, count_network
 from chansel_jax.resnet import CONVS, ResNetConfig
 from experiments.settings import RECIPES, DataSettings, Settings, with_epochs
 from experiments.studies.study import Study
@@ -35,17 +36,18 @@ def dense_widths() -> list[int]:
 
 def parameters(conv: str, width: int) -> int:
     """Of ResNet-14 with three classes."""
-    return _cost(conv, width, lambda row: row.parameters)
+    return sum(row.parameters for row in _layers(conv, width))
 
 
 def multiply_adds(conv: str, width: int) -> int:
     """Of ResNet-14 for an image."""
-    return _cost(conv, width, lambda row: row.multiply_adds)
+    return sum(row.multiply_adds for row in _layers(conv, width))
 
 
-def _cost(conv: str, width: int, of: Callable) -> int:
+@functools.cache
+def _layers(conv: str, width: int) -> Sequence[LayerCount]:
     config = ResNetConfig(CONVS[conv], num_classes=3, blocks=(2, 2, 2), width=width, stem="plain")
-    return sum(of(row) for row in count_network(config, IMAGE_SIZE))
+    return count_network(config, IMAGE_SIZE)
 
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from chansel_jax.counting import count_network
-from experiments import compare, compress, report, study
+from experiments import compare, compress, report, study, sweep
 from experiments.command_line import CommandError
 from experiments.settings import DataSettings, NetworkSettings, Settings
 from experiments.studies import STUDIES, data, overfit, width
@@ -70,7 +71,7 @@ def test_comparison_of_both_convolutions(settings, one_epoch, tmp_path, console)
     )
     compare.compare(given, console)
     text, results = assert_whole(tmp_path, "curves", "confusion")
-    assert "| parameters | 11,599 | 2,127 |" in text and "seeds 0, 1" in text
+    assert "| parameters | 11,251 | 2,811 |" in text and "seeds 0, 1" in text
     assert "published" not in text  # the classes are others
     for runs in results["networks"].values():
         assert [run["seed"] for run in runs] == [0, 1]
@@ -80,9 +81,13 @@ def test_comparison_of_both_convolutions(settings, one_epoch, tmp_path, console)
     assert f"{np.mean(values):.2%} ± {np.std(values, ddof=1):.2%} |" in row
     assert "--seeds=0,1" in results["command"] and str(tmp_path) not in results["command"]
 
+    # Finished runs need their records only.
+    for folder in (tmp_path / "runs").glob("*/checkpoints"):
+        shutil.rmtree(folder)
     again = Console(file=io.StringIO(), width=160)
     assert compare.compare(given, again)["networks"] == results["networks"]
     assert "compiled" not in again.file.getvalue()
+    assert assert_whole(tmp_path, "curves", "confusion") == (text, results)
 
 
 def test_published_figures_stand_beside_the_same_classes():
@@ -162,7 +167,7 @@ def test_a_study_from_beginning_to_end(settings, one_epoch, monkeypatch, tmp_pat
     text, results = assert_whole(tmp_path, "figure")
     assert outcome.runs[0].summary["images"] == {"train": 32, "validation": 27}
     assert 0 < outcome.mean("plain_train_accuracy") <= 1
-    assert "| few, none / all | 2,127 |" in text and "of 100 at full length" in text
+    assert "| few, none / all | 2,811 |" in text and "of 100 at full length" in text
     assert "| theirs (published) | 1 M |" in text
     assert results["command"].startswith("python -m experiments.study overfit --dataset=folder")
     assert "theirs (published)" in console.file.getvalue()
@@ -181,7 +186,7 @@ def test_every_figure_can_be_drawn():
     }
     for name, chosen in STUDIES.items():
         outcomes = [
-            study.Outcome(label, [study.Trained(None, summary, [row])])
+            sweep.Outcome(label, [sweep.Trained(None, summary, [row])])
             for label in chosen.entries(DataSettings(), 5)
         ]
         figure = chosen.draw(outcomes)
@@ -226,6 +231,7 @@ def test_compression_from_beginning_to_end(dense, settings, one_epoch, tmp_path,
     assert cut.parameters == sum(row.parameters for row in rows)
     assert f"| rank 9 | {exact.parameters:,} | 4 4 4 4 4 8 8 8 8 9 9 9 |" in text
     assert len(results["energies"]) == 12
+    assert results["command"].startswith("python -m experiments.compress --workdir=PATH --ranks=9 ")
     for shares in results["energies"].values():
         assert sum(shares) == pytest.approx(1)
     again = Console(file=io.StringIO(), width=160)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from experiments import sweep
+from experiments.command_line import CommandError
 from experiments.settings import NetworkSettings, Settings
 from experiments.sweep import Outcome, Trained, named, overfitting_epoch, run_all
 
@@ -56,6 +57,17 @@ def history(losses):
 )
 def test_overfitting_begins_where_the_mean_of_five_is_lowest(losses, epoch):
     assert overfitting_epoch(history(losses)) == epoch
+
+
+def test_finished_run_is_one_of_the_same_settings_and_images(settings, whole, tmp_path):
+    assert sweep.is_finished(settings)
+    assert not sweep.is_finished(dataclasses.replace(settings, workdir=tmp_path))
+    others = dataclasses.replace(settings, seed=1, network=NetworkSettings(width=8))
+    with pytest.raises(CommandError, match=r"other settings \(width: 4 → 8; seed: 0 → 1\)"):
+        sweep.is_finished(others)
+    data = dataclasses.replace(settings.data, train_images=9)
+    with pytest.raises(CommandError, match=r"train_images: None → 9; train: \w+ → "):
+        sweep.is_finished(dataclasses.replace(settings, data=data))
 
 
 def test_every_network_from_one_seed_before_the_next(monkeypatch, tmp_path):

@@ -18,6 +18,7 @@ from rich.console import Console
 from chansel_jax import checkpoint
 from chansel_jax.optimizer import OptimizerSettings
 from experiments import train
+from experiments.benchmarking.machine import cpu_name
 from experiments.command_line import CommandError
 from experiments.settings import DataSettings, NetworkSettings
 
@@ -72,6 +73,7 @@ def test_summary_holds_the_runs_figures(settings, whole):
         "model": "resnet14",
         "conv": "chansel",
         "dataset": "folder",
+        "device": cpu_name(),
         "epochs": 3,
         "best_epoch": best["epoch"],
         "best_val_loss": best["val_loss"],
