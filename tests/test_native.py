@@ -23,6 +23,25 @@ REPOSITORY = Path(__file__).parents[1]
 COMPILED = [native] if native.available() else []  # nothing of it to test where it was not compiled
 CASE = Case("float32", in_channels=16, out_channels=16, rank=1)
 
+NETWORK = """
+import functools, jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from chansel_jax import ChannelSelectionConv, resnet14, training
+def gradients(lowering):
+    conv = functools.partial(ChannelSelectionConv, lowering=lowering)
+    network = resnet14(conv, num_classes=3, width=8, rngs=nnx.Rngs(0))
+    apply, tree = training.apply_function(network, train=True), training.network_tree(network)
+    images = jnp.asarray(np.random.default_rng(0).standard_normal((8, 16, 16, 3), np.float32))
+    def loss(params):
+        logits, stats = apply(params, tree["batch_stats"], images, jax.random.key(0))
+        return jnp.mean(jax.nn.logsumexp(logits, -1) - logits[:, 0]), stats
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(tree["params"])
+expected = gradients("grouped")
+for lowering in ("native", "auto"):
+    for e, a in zip(*map(jax.tree.leaves, (expected, gradients(lowering))), strict=True):
+        np.testing.assert_allclose(a, e, rtol=0, atol=1e-4 * max(abs(e).max(), 1e-2))
+print(jax.device_count())
+"""
 DIGEST = """
 import hashlib, jax, numpy as np
 from chansel_jax.selection import channel_selection
@@ -36,6 +55,24 @@ from pathlib import Path
 names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
 print(sum(name.startswith("tf_XLAEigen") for name in names))
 """
+
+
+def printed(program, **environment):
+    """The words that a process of its own, with one CPU device, prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("library", COMPILED)
+def test_a_network_of_it_like_one_of_grouped(library):
+    assert printed(NETWORK) == ["1"]
 
 
 @pytest.mark.parametrize("library", COMPILED)
@@ -66,18 +103,9 @@ def test_a_wrong_instruction_set(library):
 
 @pytest.mark.parametrize("library", COMPILED)
 def test_gradients_do_not_depend_on_the_number_of_threads(library):
-    def digest_and_threads(wanted):
-        environment = {**os.environ, "PJRT_NPROC": wanted, "JAX_PLATFORMS": "cpu"}
-        return subprocess.run(
-            [sys.executable, "-c", DIGEST + THREADS],
-            env=environment,
-            cwd=REPOSITORY,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.split()
-
-    (digest_of_one, one), (digest_of_five, five) = map(digest_and_threads, ("1", "5"))
+    (digest_of_one, one), (digest_of_five, five) = (
+        printed(DIGEST + THREADS, PJRT_NPROC=wanted) for wanted in ("1", "5")
+    )
     assert int(one) < int(five)
     assert len(digest_of_one) == len(hashlib.sha256().hexdigest())
     assert digest_of_one == digest_of_five

@@ -20,6 +20,7 @@ from chansel_jax.window import output_size
 RUNNABLE = [name for name in runnable(LOWERINGS) if name != "auto"]
 OTHERS = [name for name in RUNNABLE if name != "grouped"]
 ANY_DERIVATIVE = ["composed", "grouped"]
+TOLERANCES = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
 WINDOW = {"strides": (2, 1), "padding": ((1, 1), (0, 2)), "dilation": (1, 1)}
 
 
@@ -59,7 +60,7 @@ def assert_like_grouped(lowerings, operands, tolerance, **window):
         assert_close(actual, expected, tolerance)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES.items())
 @pytest.mark.parametrize(
     ("kernel_size", "strides", "padding", "dilation", "channels", "rank"),
     [
@@ -84,7 +85,7 @@ def test_like_grouped(kernel_size, strides, padding, dilation, channels, rank, d
 pads = st.tuples(st.integers(0, 4), st.integers(0, 4))
 
 
-@hypothesis.settings(max_examples=15, derandomize=True, deadline=None, database=None)
+@hypothesis.settings(max_examples=20, derandomize=True, deadline=None, database=None)
 @hypothesis.given(
     size=st.tuples(st.integers(1, 20), st.integers(1, 12)),
     kernel_size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
@@ -93,14 +94,15 @@ pads = st.tuples(st.integers(0, 4), st.integers(0, 4))
     dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     channels=st.tuples(st.integers(1, 35), st.integers(1, 35)),
     rank=st.integers(1, 3),
+    dtype=st.sampled_from(tuple(TOLERANCES)),
 )
-def test_any_shape_like_grouped(size, kernel_size, channels, rank, **window):
+def test_any_shape_like_grouped(size, kernel_size, channels, rank, dtype, **window):
     try:
         output_size(size, kernel_size, **window)
     except ValueError:
         hypothesis.reject()
-    operands = arrays(size, kernel_size, channels, rank=rank, **window)
-    assert_like_grouped(OTHERS, operands, 1e-5, **window)
+    operands = arrays(size, kernel_size, channels, rank=rank, dtype=dtype, **window)
+    assert_like_grouped(OTHERS, operands, TOLERANCES[dtype], **window)
 
 
 @pytest.mark.parametrize("lowering", RUNNABLE)

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from experiments.benchmarking.report import DTYPES, headline, three_digits
+from experiments.benchmarking.report import DTYPES, headline, three_digits, unit_of
 
 # By framework and convolution: channel selection is the darker of each pair.
 COLOURS = {
@@ -40,24 +40,25 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         layout="constrained",
     )
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    unit, scale = unit_of([bar for _, bars in panels for bar in bars])
     for axes, (case, bars) in zip(grid, panels, strict=False):
-        draw_bars(axes, bars)
+        draw_bars(axes, bars, scale)
         axes.set_title(_title(case), fontsize=9, loc="left")
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     for axes in grid[max(0, len(panels) - columns) :]:
-        axes.set_xlabel("milliseconds, median and 5th to 95th percentile")
+        axes.set_xlabel(f"{unit}, median and 5th to 95th percentile")
     figure.suptitle(f"{headline(results)}\n{results['machine']['device']}", fontsize=11)
     figure.legend(handles=_legend(panels), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120, format="png")
 
 
-def draw_bars(axes: Axes, bars: Sequence[Mapping[str, Any]]) -> None:
-    """A bar for each of `bars`, with its number."""
+def draw_bars(axes: Axes, bars: Sequence[Mapping[str, Any]], scale: float) -> None:
+    """A bar for each of `bars`, with its number, in seconds times `scale`."""
     longest = _longest(bars)
-    limit = 1e3 * MARGIN * longest
+    limit = scale * MARGIN * longest
     for place, bar in enumerate(bars):
-        median, p5, p95 = (bar["seconds"][name] * 1e3 for name in ("median", "p5", "p95"))
+        median, p5, p95 = (bar["seconds"][name] * scale for name in ("median", "p5", "p95"))
         cut = bar["seconds"]["p95"] > longest
         axes.barh(
             place,

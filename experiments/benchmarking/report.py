@@ -56,7 +56,10 @@ def print_report(results: Figures, console: Console) -> None:
 def markdown(results: Figures) -> str:
     """All of the report: what, tables, machine, command."""
     parts = [f"**{headline(results)}**"]
-    for table in tables(results):
+    shown = tables(results)
+    if results["what"] == "layer":
+        shown += [_case_table(case) for case in results["cases"]]
+    for table in shown:
         parts.append(f"{table.title}:\n\n{markdown_table(table.headings, table.rows)}")
     if found := failures(results):
         parts.append("\n".join(f"- {line}" for line in found))
@@ -83,8 +86,6 @@ def context(results: Figures) -> list[str]:
         threads += f", JAX on {machine['cpu_devices']} virtual devices"
     names = ("python", "jax", "flax", "torch")
     ceilings = results["ceilings"]
-    layer = results["what"] == "layer"
-    shown = "Median" if layer else "Median (5th–95th percentile)"
     products = ", ".join(
         f"{rate / 1e9:,.0f} GMAC/s of matrix products in {dtype}"
         for dtype, rate in ceilings["multiply_adds_per_second"].items()
@@ -93,16 +94,15 @@ def context(results: Figures) -> list[str]:
         f"{machine['device']}, {threads}; "
         + ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
         + f"; {results['date'][:10]}",
-        f"{shown} of {_rounds(results)} in which all contestants take turns; "
+        f"Median (5th–95th percentile) of {_rounds(results)} in which all contestants take turns; "
         "ratios are taken round by round",
+        f"Ceilings measured here: {products}, {ceilings['bytes_per_second'] / 1e9:,.0f} GB/s "
+        "copied; of ceiling: of the one that is used more",
+        "GMAC/s (10⁹ multiply-adds) and GB/s are counted from shapes: channel selection as its "
+        "two parts however computed, each layer's input and output once a product",
     ]
-    if not layer:
-        lines += [
-            f"Ceilings measured here: {products}, {ceilings['bytes_per_second'] / 1e9:,.0f} GB/s "
-            "copied; of ceiling: of the one that is used more",
-            "GMAC/s (10⁹ multiply-adds) and GB/s are counted from shapes: channel selection as its "
-            "two parts however computed, each layer's input and output once a product",
-        ]
+    if machine["platform"] == "gpu":
+        lines.append("MB: the peak on the device; JAX's includes its choice of kernels at start")
     if results["what"] == "epoch":
         loaders = machine["loader_workers"]
         where = f"{loaders} processes" if loaders else "the same process"
@@ -145,7 +145,7 @@ def tables(results: Figures) -> list[Table]:
 
 
 def _case_table(case: Figures) -> Table:
-    unit, scale = _unit(case["contestants"])
+    unit, scale = unit_of(case["contestants"])
     headings = ["", unit, "images/s", "GMAC/s", "GB/s", "of ceiling", "compile", "MB"]
     rows = []
     for each in case["contestants"]:
@@ -164,6 +164,8 @@ def _case_table(case: Figures) -> Table:
             ]
         )
     title = f"{UNITS[case['what']].capitalize()} in {DTYPES[case['dtype']]}"
+    if case["what"] == "layer":
+        title = case["title"]
     return Table(title, headings, rows, optional=("GMAC/s", "GB/s"))
 
 
@@ -225,7 +227,8 @@ def three_digits(value: float) -> str:
     return f"{value:,.{decimals}f}"
 
 
-def _unit(contestants: Sequence[Figures]) -> tuple[str, float]:
+def unit_of(contestants: Sequence[Figures]) -> tuple[str, float]:
+    """The unit of their times, and how many of it are a second."""
     fastest = min((each["seconds"]["median"] for each in contestants), default=0)
     return ("s", 1.0) if fastest >= 0.5 else ("ms", 1e3)
 

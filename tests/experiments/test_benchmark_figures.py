@@ -549,6 +549,7 @@ def test_layers_are_columns_and_contestants_rows():
     text = report.markdown(results("layer", [LAYER, other]))
     assert "|  | 8² 4→6 3×3/2 | 4² 2→2 1×1 |" in text
     assert "| JAX chansel auto | 1.50 | 1.50 |" in text
+    assert text.count("| JAX chansel auto | 1.50 (1.05–1.95) | ") == 2
 
 
 @pytest.mark.parametrize("width", [80, 160])
@@ -590,7 +591,7 @@ def test_every_bar_of_the_chart_has_its_number_inside():
         for median, p95 in [(1.0, 1.1), (1.2, 9.1), (1.4, 1.4), (20.0, 21.0)]
     ]
     axes = Figure().subplots()
-    chart.draw_bars(axes, bars)
+    chart.draw_bars(axes, bars, 1e3)
     _, limit = axes.get_xlim()
     numbers = {text.get_text(): text.xy[0] for text in axes.texts}
     assert list(numbers) == ["1,000", "1,200", "1,400", "20,000 ▸"]
