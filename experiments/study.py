@@ -17,7 +17,7 @@ from rich.console import Console
 from chansel_jax.records import write_json
 from experiments import report
 from experiments.benchmarking import machine
-from experiments.command_line import make_output, run, typed
+from experiments.command_line import CommandError, make_output, run, typed
 from experiments.evaluate import recorded_scores
 from experiments.settings import DataSettings, checked_seeds
 from experiments.studies import STUDIES
@@ -38,6 +38,8 @@ class Settings:
     """Of each training; by default the study's full length."""
     seeds: tuple[int, ...] = (0,)
     """Each row is trained from every one."""
+    only: str = ""
+    """Only the rows whose label contains this."""
     output: Path | None = None
     """Folder of the runs and of the report; by default runs/study-NAME."""
 
@@ -56,15 +58,19 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
     """Trains what is not trained yet and writes the report; returns what came out.
 
     Raises:
-        CommandError: if the data are wrong, or a training fails.
+        CommandError: if no row is chosen, the data are wrong, or a training fails.
     """
     chosen = STUDIES[settings.name]
     data, epochs = settings.data, settings.epochs or chosen.epochs
     if data.dataset == "dog_cat_bird":
         data = dataclasses.replace(data, dataset=chosen.dataset)
+    every = chosen.entries(data, epochs)
+    entries = {label: row for label, row in every.items() if settings.only in label}
+    if not entries:
+        raise CommandError(f"only={settings.only} is part of none of: {'; '.join(every)}")
     output = settings.output or Path("runs", f"study-{settings.name}")
     make_output(output)
-    outcomes = run_all(chosen.entries(data, epochs), settings.seeds, output / "runs", console)
+    outcomes = run_all(entries, settings.seeds, output / "runs", console)
     if chosen.plain_train_scores:
         console.print("\nplain training images:")
         outcomes = [with_plain_train_scores(o, data.data_dir, console) for o in outcomes]

@@ -9,17 +9,22 @@ from experiments.studies.study import Study
 from experiments.sweep import Outcome, entries
 
 RANKS = (1, 2, 3, 4, 6, 9)
+PREFIX = "chansel-r"
 
 
 def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
     """Every rank, and the dense network."""
     base = Settings(data=data, training=with_epochs(RECIPES["best"], epochs))
-    return entries(["subkernel", *(f"chansel-r{rank}" for rank in RANKS)], base)
+    return entries(["subkernel", *(f"{PREFIX}{rank}" for rank in RANKS)], base)
 
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:
     """Accuracy and train loss against the rank; the dense network is a line across."""
-    dense, *factored = outcomes
+    factored = {
+        int(outcome.label.removeprefix(PREFIX)): outcome
+        for outcome in outcomes
+        if outcome.label.startswith(PREFIX)
+    }
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     for axes, name, heading in zip(
         figure.subplots(1, 2),
@@ -27,11 +32,13 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
         ("validation accuracy, last epoch", "train loss, last epoch"),
         strict=True,
     ):
-        axes.axhline(dense.mean(name), color="tab:orange", label="dense")
+        for dense in outcomes:
+            if dense.label == "subkernel":
+                axes.axhline(dense.mean(name), color="tab:orange", label="dense")
         axes.errorbar(
-            RANKS,
-            [outcome.mean(name) for outcome in factored],
-            yerr=[outcome.deviation(name) for outcome in factored],
+            list(factored),
+            [outcome.mean(name) for outcome in factored.values()],
+            yerr=[outcome.deviation(name) for outcome in factored.values()],
             marker="o",
             capsize=3,
             label="channel selection",

@@ -155,22 +155,26 @@ def test_a_study_from_beginning_to_end(settings, one_epoch, monkeypatch, tmp_pat
         return {
             "few, none / all": dataclasses.replace(
                 chosen, data=dataclasses.replace(data, train_images=32)
-            )
+            ),
+            "all": chosen,
         }
 
     chosen = dataclasses.replace(
         STUDIES["overfit"], entries=entries, published=[("theirs", "1 M", "99 %")]
     )
     monkeypatch.setitem(STUDIES, "overfit", chosen)
-    given = study.Settings("overfit", data=settings.data, epochs=1, output=tmp_path)
+    given = study.Settings("overfit", data=settings.data, epochs=1, only="few", output=tmp_path)
     (outcome,) = study.study(given, console)
     text, results = assert_whole(tmp_path, "figure")
     assert outcome.runs[0].summary["images"] == {"train": 32, "validation": 27}
     assert 0 < outcome.mean("plain_train_accuracy") <= 1
     assert "| few, none / all | 2,811 |" in text and "of 100 at full length" in text
     assert "| theirs (published) | 1 M |" in text
-    assert results["command"].startswith("python -m experiments.study overfit --dataset=folder")
+    command = results["command"]
+    assert command.startswith("python -m experiments.study overfit --epochs=1 --only=few --dataset")
     assert "theirs (published)" in console.file.getvalue()
+    with pytest.raises(CommandError, match="only=many is part of none of: few, none / all; all"):
+        study.study(dataclasses.replace(given, only="many"), console)
 
 
 def test_every_figure_can_be_drawn():
@@ -189,9 +193,10 @@ def test_every_figure_can_be_drawn():
             sweep.Outcome(label, [sweep.Trained(None, summary, [row])])
             for label in chosen.entries(DataSettings(), 5)
         ]
-        figure = chosen.draw(outcomes)
-        drawn = [line for axes in figure.axes for line in axes.get_lines()]
-        assert drawn, name
+        for shown in (outcomes, outcomes[:1], outcomes[1:]):
+            figure = chosen.draw(shown)
+            drawn = [line for axes in figure.axes for line in axes.get_lines()]
+            assert drawn, name
 
 
 @pytest.mark.parametrize("changes", [{"epochs": 0}, {"seeds": (1, 1)}])
