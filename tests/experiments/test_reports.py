@@ -236,7 +236,7 @@ def test_compression_from_beginning_to_end(dense, settings, one_epoch, tmp_path,
     assert cut.parameters == sum(row.parameters for row in rows)
     assert f"| rank 9 | {exact.parameters:,} | 4 4 4 4 4 8 8 8 8 9 9 9 |" in text
     assert len(results["energies"]) == 12
-    assert results["command"].startswith("python -m experiments.compress --workdir=PATH --ranks=9 ")
+    assert results["command"].startswith("python -m experiments.compress --workdir=PATH ")
     for shares in results["energies"].values():
         assert sum(shares) == pytest.approx(1)
     again = Console(file=io.StringIO(), width=160)
