@@ -143,7 +143,8 @@ def restore_network(
     Args:
         directory: the `checkpoints` folder of a run.
         network: of the run's structure; it is changed in place.
-        epoch: of the checkpoint; `"best"` (the default) is that of lowest validation loss.
+        epoch: of the checkpoint; `"best"` (the default) is that of lowest validation loss, `"last"`
+            the latest.
 
     Returns:
         The checkpoint's epoch.

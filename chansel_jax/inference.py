@@ -10,13 +10,15 @@ from flax import nnx
 from chansel_jax.augmentation import normalise
 from chansel_jax.training import apply_function, network_tree
 
+BATCH_SIZE = 250
+
 
 def make_predict(
     network: nnx.Module,
     mean: np.ndarray,
     std: np.ndarray,
     *,
-    batch_size: int,
+    batch_size: int = BATCH_SIZE,
     flip_average: bool = False,
 ) -> Callable[[np.ndarray], np.ndarray]:
     """The function from images `(N, H, W, C)` uint8 to probabilities `(N, classes)` float32.
@@ -28,7 +30,7 @@ def make_predict(
         network: with the parameters to predict with.
         mean: `(C,)`, the channels' means over the training images, in units of the images.
         std: `(C,)`, their standard deviations.
-        batch_size: the most images that come at once.
+        batch_size: the most images that come at once; the function raises ValueError for more.
         flip_average: whether the probabilities of an image and of its mirror image are averaged.
     """
     apply, tree = apply_function(network, train=False), network_tree(network)
@@ -54,8 +56,12 @@ def make_predict(
 
 
 def predict_all(
-    predict: Callable[[np.ndarray], np.ndarray], images: np.ndarray, batch_size: int
+    predict: Callable[[np.ndarray], np.ndarray], images: np.ndarray, batch_size: int = BATCH_SIZE
 ) -> np.ndarray:
-    """Probabilities `(N, classes)` of all `images` `(N, H, W, C)`, batch by batch."""
+    """Probabilities `(N, classes)` of all `images` `(N, H, W, C)`, batch by batch.
+
+    Raises:
+        ValueError: if `predict` takes fewer than `batch_size` images at once.
+    """
     batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
     return np.concatenate([predict(batch) for batch in batches])

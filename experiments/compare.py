@@ -18,7 +18,6 @@ from chansel_jax.records import write_json
 from experiments import figures, report
 from experiments.benchmarking import machine
 from experiments.command_line import make_output, run, typed
-from experiments.evaluate import recorded_scores
 from experiments.settings import (
     RECIPES,
     DataSettings,
@@ -36,8 +35,8 @@ from experiments.sweep import (
 
 # Of the PyTorch write-up, on https://www.kaggle.com/competitions/dog-vs-cat-vs-bird.
 PUBLISHED = {
-    "chansel": ("27,363", "", "~80", "0.4761 (0.43)", "81.53 %", "", "", "8.51"),
-    "subkernel": ("174,787", "", "~80", "0.4012 (0.32)", "84.17 %", "", "", "4.81"),
+    "chansel": ("27,363", "", "~80", "0.4761 (0.43)", "", "", "", "81.53 %", "8.51"),
+    "subkernel": ("174,787", "", "~80", "0.4012 (0.32)", "", "", "", "84.17 %", "4.81"),
 }
 PUBLISHED_CLASSES = {"bird", "cat", "dog"}
 PUBLISHED_NOTE = """\
@@ -55,7 +54,7 @@ class Settings:
     networks: tuple[str, ...] = ("subkernel", "chansel")
     """Each CONV[-wWIDTH][-rRANK], as in chansel-w32 or chansel-r4."""
     network: NetworkSettings = NetworkSettings()
-    data: DataSettings = DataSettings()
+    data: DataSettings = DataSettings(dataset="dog_cat_bird")
     training: TrainingSettings = RECIPES["short"]
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each decides initial parameters, order, augmentation and dropout of a run."""
@@ -86,9 +85,9 @@ def compare(settings: Settings, console: Console) -> dict[str, Any]:
     output = settings.output or Path("runs", f"compare-{settings.data.dataset}")
     make_output(output)
     base = TrainSettings(network=settings.network, data=settings.data, training=settings.training)
-    outcomes = run_all(entries(settings.networks, base), settings.seeds, output / "runs", console)
-    console.print("\nthe checkpoints of lowest validation loss once more:")
-    confusions, class_names = confusion_of(outcomes, settings, console)
+    chosen, scored = entries(settings.networks, base), {"validation": "best"}
+    outcomes = run_all(chosen, settings.seeds, output / "runs", console, scored)
+    confusions, class_names = confusion_of(outcomes)
     results = {
         "command": typed("compare", settings, RECIPES),
         "settings": dataclasses.asdict(settings.training),
@@ -98,7 +97,7 @@ def compare(settings: Settings, console: Console) -> dict[str, Any]:
     write_json(output / "results.json", results)
     report.write(
         output,
-        f"{' and '.join(settings.networks)} on {settings.data.dataset}",
+        f"{' and '.join(settings.networks)} on {images_name(settings.data, class_names)}",
         text(outcomes, settings, class_names, results["command"]),
         {
             "curves": figures.curves({o.label: [r.history for r in o.runs] for o in outcomes}),
@@ -112,16 +111,16 @@ def compare(settings: Settings, console: Console) -> dict[str, Any]:
     return results
 
 
-def confusion_of(
-    outcomes: Sequence[Outcome], settings: Settings, console: Console
-) -> tuple[Mapping[str, np.ndarray], tuple[str, ...]]:
+def images_name(data: DataSettings, class_names: Sequence[str]) -> str:
+    """What the images are called: the data set, or the classes of a folder."""
+    return ", ".join(class_names) if data.dataset == "folder" else data.dataset
+
+
+def confusion_of(outcomes: Sequence[Outcome]) -> tuple[Mapping[str, np.ndarray], tuple[str, ...]]:
     """Each network's confusion matrix on the validation images, summed over the seeds."""
     found = {}
     for outcome in outcomes:
-        scores = [
-            recorded_scores(run.workdir, "validation", "best", settings.data.data_dir, console)
-            for run in outcome.runs
-        ]
+        scores = [run.scores["validation"] for run in outcome.runs]
         found[outcome.label] = np.sum([each["confusion"] for each in scores], axis=0)
     return found, tuple(scores[0]["class_names"])
 
@@ -129,9 +128,12 @@ def confusion_of(
 def table(outcomes: Sequence[Outcome], class_names: Sequence[str]) -> list[list[str]]:
     """The original's table with a column a network, and what it published for the same classes."""
     labels = [outcome.label for outcome in outcomes]
-    published = [label for label in labels if label in PUBLISHED]
-    if set(class_names) != PUBLISHED_CLASSES:
-        published = []
+    columns = [column(outcome) for outcome in outcomes]
+    published = [
+        label
+        for label, (parameters, *_) in zip(labels, columns, strict=True)
+        if set(class_names) == PUBLISHED_CLASSES and parameters == PUBLISHED.get(label, [""])[0]
+    ]
     headings = [
         "parameters",
         "multiply-adds",
@@ -140,9 +142,9 @@ def table(outcomes: Sequence[Outcome], class_names: Sequence[str]) -> list[list[
         "validation accuracy, epoch of lowest loss",
         "validation accuracy, last epoch",
         "highest validation accuracy of all epochs",
+        "score in the competition",
         "seconds an epoch",
     ]
-    columns = [column(outcome) for outcome in outcomes]
     first = ["", *labels, *(f"{label}, published" for label in published)]
     columns += [PUBLISHED[label] for label in published]
     return [first, *(list(row) for row in zip(headings, *columns, strict=True))]
@@ -160,6 +162,7 @@ def column(outcome: Outcome) -> list[str]:
         outcome.spread("val_accuracy_at_best", ".2%"),
         outcome.spread("final_val_accuracy", ".2%"),
         outcome.spread("best_val_accuracy", ".2%"),
+        "",
         outcome.spread("seconds_per_epoch", ".2f"),
     ]
 
@@ -176,11 +179,11 @@ def text(
     devices = " and ".join(sorted({run.summary["device"] for o in outcomes for run in o.runs}))
     return f"""\
 {images["train"]:,} images to train, {images["validation"]:,} to validate, {epochs} epochs, seeds \
-{seeds}: mean ± standard deviation over the seeds. Train losses are those of the training steps \
-(augmented images, dropout); all else is measured on all validation images after the epoch. The \
-overfitting epoch is that of the lowest validation loss (mean over five epochs), if it lies 2 % \
-higher later; one a seed. Nothing was selected on any other images than the validation ones. \
-Seconds an epoch are those of the training steps on {devices}.
+{seeds}: mean ± standard deviation over the seeds. Train losses are those of the training steps, \
+augmented and with dropout where the recipe has them; all else is measured on all validation \
+images after the epoch. The overfitting epoch is that of the lowest validation loss (mean over \
+five epochs), if it lies 2 % higher later; one a seed. Nothing was selected on any other images \
+than the validation ones. Seconds an epoch are those of the training steps on {devices}.
 
 {report.table(headings, rows)}
 

@@ -16,24 +16,21 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from chansel_jax import data
 from chansel_jax.counting import count_network
 from chansel_jax.factorize import component_energies, dense_layers, factorize
-from chansel_jax.inference import make_predict, predict_all
-from chansel_jax.metrics import scores
 from chansel_jax.optimizer import OptimizerSettings
 from chansel_jax.records import write_json
 from chansel_jax.resnet import ResNet
 from experiments import report
 from experiments.benchmarking import machine
 from experiments.command_line import CommandError, make_output, run, typed
+from experiments.evaluate import scores_of
 from experiments.runs import Checkpoint, Run, load_images, load_run
 from experiments.settings import Settings as TrainSettings
 from experiments.settings import TrainingSettings
 from experiments.sweep import folder_name
-from experiments.train import train_and_evaluate
+from experiments.train import device_name, train_and_evaluate
 
-BATCH_SIZE = 250
 COMPONENTS = 4  # of which the table shows the energy
 
 RECIPES = {
@@ -65,7 +62,8 @@ class Settings:
     """A network for each: every convolution with the least rank that keeps this share of its
     energy (squared singular values), above 0 and at most 1."""
     parameter_budgets: tuple[int, ...] = ()
-    """A network for each: the ranks that keep the most energy with at most so many parameters."""
+    """A network for each, with at most so many parameters: ranks grow one at a time, where the
+    share of a convolution's energy gained for a parameter is the largest."""
     training: TrainingSettings = RECIPES["fine-tuning"]
     output: Path | None = None
     """Folder of the fine-tuned runs and of the report; by default WORKDIR/compressed."""
@@ -73,6 +71,12 @@ class Settings:
     def __post_init__(self):
         if not (self.ranks or self.energies or self.parameter_budgets):
             raise ValueError("ranks=, energies= and parameter_budgets= name nothing to make")
+        for name, wrong in (
+            ("ranks", [rank for rank in self.ranks if rank < 1]),
+            ("energies", [energy for energy in self.energies if not 0 < energy <= 1]),
+        ):
+            if wrong:
+                raise ValueError(f"{name}={wrong[0]} must be at least 1, energies in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +118,13 @@ def compress(settings: Settings, console: Console) -> list[Compressed]:
         raise CommandError(f"the {' and '.join(others)} images are not those of the run")
     output = settings.output or settings.workdir / "compressed"
     make_output(output)
-    whole = accuracy(dense, dense.network, dataset)
+    validation = dataset.splits["validation"]
+    whole = scores_of(dense.network, dense, validation).accuracy
     console.print(f"dense network, epoch {dense.epoch}: {whole:.2%} of the validation images")
     networks = factorised(dense.network, settings)
     found = []
     for label, network in networks.items():
-        before = accuracy(dense, network, dataset)
+        before = scores_of(network, dense, validation).accuracy
         console.print(f"\n{label}: {before:.2%} before fine-tuning")
         summary = train_and_evaluate(
             fine_tuning(dense, settings, network, output / "runs" / folder_name(label)),
@@ -140,7 +145,7 @@ def factorised(network: ResNet, settings: Settings) -> dict[str, ResNet]:
     """
     asked = (
         {f"rank {rank}": {"rank": rank} for rank in settings.ranks}
-        | {f"energy {energy:g}": {"energy": energy} for energy in settings.energies}
+        | {f"energy {energy}": {"energy": energy} for energy in settings.energies}
         | {
             f"budget {budget}": {"parameter_budget": budget}
             for budget in settings.parameter_budgets
@@ -164,14 +169,6 @@ def fine_tuning(dense: Run, settings: Settings, network: ResNet, workdir: Path) 
         workdir=workdir,
         resume="auto",
     )
-
-
-def accuracy(dense: Run, network: ResNet, dataset: data.Dataset) -> float:
-    """Of `network` on the validation images."""
-    split = dataset.splits["validation"]
-    batch_size = min(BATCH_SIZE, len(split.labels))
-    predict = make_predict(network, dense.mean, dense.std, batch_size=batch_size)
-    return scores(predict_all(predict, split.images, batch_size), split.labels).accuracy
 
 
 def write_report(
@@ -201,7 +198,7 @@ def write_report(
         output / "results.json",
         {
             "command": command,
-            "machine": machine.cpu_name(),
+            "device": device_name(),
             "versions": machine.versions(),
             "dense": {"parameters": size, "epoch": dense.epoch, "accuracy": whole},
             "compressed": [as_json(each) for each in found],

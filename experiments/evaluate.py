@@ -9,18 +9,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from chansel_jax import records
+from chansel_jax.data import Split
 from chansel_jax.inference import make_predict, predict_all
 from chansel_jax.metrics import Scores, scores
+from chansel_jax.resnet import ResNet
 from experiments import figures
 from experiments.command_line import CommandError, make_output, run
+from experiments.experiment import digest
 from experiments.printing import LAYOUT
-from experiments.runs import Checkpoint, Run, load_images, load_run
-
-BATCH_SIZE = 250
+from experiments.runs import (
+    Checkpoint,
+    Config,
+    Run,
+    load_images,
+    load_run,
+    read_config,
+    read_records,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +64,13 @@ def evaluate(settings: Settings, console: Console) -> Scores:
         CommandError: if the run or the images cannot be had, or there is no such split.
     """
     trained = load_run(settings.workdir, settings.epoch)
-    found = score(trained, settings.split, settings.data_dir, settings.flip_average, console)
     output = settings.output or settings.workdir
     make_output(output)
+    found, images = score(
+        trained, settings.split, settings.data_dir, settings.flip_average, console
+    )
     print_scores(found, trained, console)
-    write_scores(output, found, trained, settings.split, settings.flip_average)
+    write_scores(output, found, trained, settings.split, images, settings.flip_average)
     title = f"{settings.split}, epoch {trained.epoch}, {found.accuracy:.2%}"
     picture = output / f"confusion-{settings.split}.png"
     figures.save(figures.confusion_matrices({title: found.confusion}, trained.class_names), picture)
@@ -83,19 +95,26 @@ def recorded_scores(
         console: takes the progress.
 
     Raises:
-        CommandError: as `score`.
+        CommandError: as `score`, or if the run's records cannot be read.
     """
-    summary = json.loads((workdir / "summary.json").read_text())
-    epoch = summary["best_epoch" if checkpoint == "best" else "epochs"]
+    summary = read_records(workdir).summary
+    wanted = {
+        "split": split,
+        "epoch": summary["best_epoch" if checkpoint == "best" else "epochs"],
+        "flip_average": False,
+        "images_sha256": read_config(workdir).digests.get(split),
+    }
     path = workdir / scores_name(split)
-    if path.is_file():
+    try:
         recorded = json.loads(path.read_text())
-        if recorded["epoch"] == epoch and not recorded["flip_average"]:
+        if wanted.items() <= recorded.items():
             return recorded
+    except (OSError, ValueError, AttributeError):
+        pass  # measured anew
     trained = load_run(workdir, checkpoint)
     console.print(f"{workdir.name}: ", end="", markup=False)
-    found = score(trained, split, data_dir, False, console)
-    write_scores(workdir, found, trained, split, False)
+    found, images = score(trained, split, data_dir, False, console)
+    write_scores(workdir, found, trained, split, images, False)
     return json.loads(path.read_text())
 
 
@@ -104,12 +123,15 @@ def scores_name(split: str) -> str:
     return f"evaluation-{split}.json"
 
 
-def write_scores(folder: Path, found: Scores, trained: Run, split: str, flip_average: bool) -> None:
+def write_scores(
+    folder: Path, found: Scores, trained: Run, split: str, images: Split, flip_average: bool
+) -> None:
     """Writes the scores as JSON, with what they were measured on."""
     content = {
         "split": split,
         "epoch": trained.epoch,
         "flip_average": flip_average,
+        "images_sha256": digest(images),
         "class_names": trained.class_names,
         **as_json(found),
     }
@@ -118,8 +140,8 @@ def write_scores(folder: Path, found: Scores, trained: Run, split: str, flip_ave
 
 def score(
     trained: Run, split: str, data_dir: Path | None, flip_average: bool, console: Console
-) -> Scores:
-    """The scores of a run's network on one split of its images.
+) -> tuple[Scores, Split]:
+    """The scores of a run's network on one split of its images, and that split.
 
     Raises:
         CommandError: if the images cannot be had, or there is no such split.
@@ -132,19 +154,18 @@ def score(
     if split in others:
         console.print(f"note: the {split} images are not those of the run")
     images = dataset.splits[split]
-    predict = make_predict(
-        trained.network,
-        trained.mean,
-        trained.std,
-        batch_size=min(BATCH_SIZE, len(images.labels)),
-        flip_average=flip_average,
-    )
-    found = scores(predict_all(predict, images.images, BATCH_SIZE), images.labels)
+    found = scores_of(trained.network, trained, images, flip_average)
     console.print(
         f"{split}, {len(images.labels):,} images, epoch {trained.epoch}: "
         f"loss {found.loss:.4f}, accuracy {found.accuracy:.2%}"
     )
-    return found
+    return found, images
+
+
+def scores_of(network: ResNet, config: Config, images: Split, flip_average: bool = False) -> Scores:
+    """The scores of a network that takes images normalised as those of `config`."""
+    predict = make_predict(network, config.mean, config.std, flip_average=flip_average)
+    return scores(predict_all(predict, images.images), images.labels)
 
 
 def print_scores(found: Scores, trained: Run, console: Console) -> None:
@@ -153,22 +174,27 @@ def print_scores(found: Scores, trained: Run, console: Console) -> None:
     table.add_column("class")
     for heading in ("images", "precision", "recall", *trained.class_names):
         table.add_column(heading, justify="right")
+    precision, recall = (_or_none(values) for values in (found.precision, found.recall))
     for i, name in enumerate(trained.class_names):
         counts = found.confusion[i]
-        shares = (f"{value:.2%}" for value in (found.precision[i], found.recall[i]))
+        shares = ("–" if v is None else f"{v:.2%}" for v in (precision[i], recall[i]))
         table.add_row(name, f"{counts.sum():,}", *shares, *(f"{count:,}" for count in counts))
     console.print(table)
 
 
 def as_json(found: Scores) -> dict[str, Any]:
-    """The scores in plain Python."""
+    """The scores in plain Python; None where a class was never met, or never predicted."""
     return {
         "loss": found.loss,
         "accuracy": found.accuracy,
-        "precision": found.precision.tolist(),
-        "recall": found.recall.tolist(),
+        "precision": _or_none(found.precision),
+        "recall": _or_none(found.recall),
         "confusion": found.confusion.tolist(),
     }
+
+
+def _or_none(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(value) else float(value) for value in values]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 python -m experiments.predict --workdir=RUN --images=FOLDER --output=submission.csv
 """
 
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -12,16 +13,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
 from chansel_jax.data import DataError
 from chansel_jax.data.image_files import read_image
-from chansel_jax.inference import make_predict
+from chansel_jax.inference import BATCH_SIZE, make_predict
 from experiments.command_line import CommandError, run
 from experiments.runs import Checkpoint, Run, load_run
-
-BATCH_SIZE = 250
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +63,15 @@ def predict(settings: Settings, console: Console) -> None:
         CommandError: if the run cannot be loaded, nothing can be written, there is no image; and,
             once all others are predicted and written, if a file is no image.
     """
+    if settings.output.is_dir() or not settings.output.name:
+        raise CommandError(f"output={settings.output} is a folder")
     files = find_files(settings.images)
     trained = load_run(settings.workdir, settings.epoch)
     console.print(f"{len(files):,} files, parameters of epoch {trained.epoch}")
     partial = settings.output.with_name(settings.output.name + ".partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", newline="", encoding="utf-8") as file:
+        with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(headings(settings, trained.class_names))
             written = 0
@@ -110,11 +112,20 @@ def find_files(root: Path) -> list[Path]:
 
 
 def row_names(files: Sequence[Path], root: Path) -> dict[Path, str]:
-    """What each file is called: its path below `root`, without extensions if all stay different."""
+    """What each file is called: its path below `root`, without an image's extension.
+
+    Images that would be called the same keep theirs.
+    """
+    extensions = Image.registered_extensions()
     whole = {path: path.relative_to(root) for path in files}
-    short = {path: name.with_suffix("") for path, name in whole.items()}
-    names = short if len(set(short.values())) == len(files) else whole
-    return {path: name.as_posix() for path, name in names.items()}
+    short = {
+        path: name.with_suffix("") if name.suffix.lower() in extensions else name
+        for path, name in whole.items()
+    }
+    count = collections.Counter(short.values())
+    return {
+        path: (name if count[name] == 1 else whole[path]).as_posix() for path, name in short.items()
+    }
 
 
 def predictions(
@@ -128,7 +139,6 @@ def predictions(
         trained.network,
         trained.mean,
         trained.std,
-        batch_size=BATCH_SIZE,
         flip_average=settings.flip_average,
     )
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from chansel_jax import data
 from chansel_jax.checkpoint import CheckpointError, restore_network
+from chansel_jax.records import Row
 from chansel_jax.resnet import ResNet
 from experiments.command_line import CommandError
 from experiments.experiment import digest, load_data
@@ -76,8 +77,40 @@ def read_config(workdir: Path) -> Config:
             mean=np.asarray(images["mean"], np.float32),
             std=np.asarray(images["std"], np.float32),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CommandError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """What a finished run reports.
+
+    Attributes:
+        summary: as in `summary.json`.
+        history: a row an epoch.
+    """
+
+    summary: Mapping[str, Any]
+    history: Sequence[Row]
+
+
+def read_records(workdir: Path) -> Records:
+    """Those of the finished run in `workdir`.
+
+    Raises:
+        CommandError: if they are not there, cannot be read, or are not of one whole run.
+    """
+    try:
+        summary = json.loads((workdir / "summary.json").read_text())
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        history = [json.loads(line) for line in lines]
+        if len(history) != summary["epochs"]:
+            raise ValueError(f"{len(history)} epochs of {summary['epochs']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CommandError(
+            f"the records of the run in {workdir} cannot be read ({type(error).__name__}: {error})"
+        ) from error
+    return Records(summary, history)
 
 
 def load_run(workdir: Path, epoch: Checkpoint = "best") -> Run:

@@ -7,7 +7,7 @@ where it stopped.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,11 +18,10 @@ from chansel_jax.records import write_json
 from experiments import report
 from experiments.benchmarking import machine
 from experiments.command_line import CommandError, make_output, run, typed
-from experiments.evaluate import recorded_scores
 from experiments.settings import DataSettings, checked_seeds
 from experiments.studies import STUDIES
 from experiments.studies.study import Study
-from experiments.sweep import Outcome, run_all
+from experiments.sweep import Outcome, image_digests, run_all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Settings:
     name: tyro.conf.Positional[Literal["overfit", "rank", "width", "data"]]
     """overfit: what keeps channel selection from fitting; rank: 1 to 9, beside the dense network;
     width: 16 to 44, beside dense networks of equal cost; data: both convolutions on CIFAR-10 with
-    BSConv's recipe (--dataset=cifar10 is the default there)."""
+    BSConv's recipe (which takes cifar10 for dog_cat_bird)."""
     data: DataSettings = DataSettings(dataset="dog_cat_bird")
     epochs: int | None = None
     """Of each training; by default the study's full length."""
@@ -41,7 +40,7 @@ class Settings:
     only: str = ""
     """Only the rows whose label contains this."""
     output: Path | None = None
-    """Folder of the runs and of the report; by default runs/study-NAME."""
+    """Folder of the runs and of the report; by default runs/study-NAME-DATASET."""
 
     def __post_init__(self):
         if self.epochs is not None and self.epochs < 1:
@@ -68,12 +67,11 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
     entries = {label: row for label, row in every.items() if settings.only in label}
     if not entries:
         raise CommandError(f"only={settings.only} is part of none of: {'; '.join(every)}")
-    output = settings.output or Path("runs", f"study-{settings.name}")
+    output = settings.output or Path("runs", f"study-{settings.name}-{data.dataset}")
     make_output(output)
-    outcomes = run_all(entries, settings.seeds, output / "runs", console)
-    if chosen.plain_train_scores:
-        console.print("\nplain training images:")
-        outcomes = [with_plain_train_scores(o, data.data_dir, console) for o in outcomes]
+    scored = {split: "last" for split in chosen.scored if split in image_digests(data)}
+    outcomes = run_all(entries, settings.seeds, output / "runs", console, scored)
+    outcomes = [with_scores(outcome) for outcome in outcomes]
     command = typed("study", settings)
     write_json(
         output / "results.json",
@@ -83,7 +81,7 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
             "rows": {o.label: [run.summary for run in o.runs] for o in outcomes},
         },
     )
-    rows = table(outcomes, chosen)
+    rows = table(outcomes, chosen, scored)
     report.write(
         output,
         chosen.question,
@@ -96,17 +94,22 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
     return outcomes
 
 
-def with_plain_train_scores(outcome: Outcome, data_dir: Path | None, console: Console) -> Outcome:
-    """`outcome` with train loss and accuracy of the last checkpoints, on plain images."""
+def with_scores(outcome: Outcome) -> Outcome:
+    """`outcome` with the scores in its summaries: `plain_SPLIT_loss`, `plain_SPLIT_accuracy`."""
     runs = []
     for trained in outcome.runs:
-        found = recorded_scores(trained.workdir, "train", "last", data_dir, console)
-        plain = {"plain_train_loss": found["loss"], "plain_train_accuracy": found["accuracy"]}
+        plain = {
+            f"plain_{split}_{name}": scores[name]
+            for split, scores in trained.scores.items()
+            for name in ("loss", "accuracy")
+        }
         runs.append(dataclasses.replace(trained, summary={**trained.summary, **plain}))
     return dataclasses.replace(outcome, runs=runs)
 
 
-def table(outcomes: Sequence[Outcome], chosen: Study) -> tuple[list[str], list[list[str]]]:
+def table(
+    outcomes: Sequence[Outcome], chosen: Study, scored: Collection[str]
+) -> tuple[list[str], list[list[str]]]:
     """Headings and rows."""
     columns = {
         "parameters": ("parameters", ","),
@@ -118,9 +121,10 @@ def table(outcomes: Sequence[Outcome], chosen: Study) -> tuple[list[str], list[l
         "lowest loss": ("best_val_loss", ".3f"),
         "highest accuracy": ("best_val_accuracy", ".2%"),
     }
-    if chosen.plain_train_scores:
+    if "train" in scored:
         columns["train loss"] = ("plain_train_loss", ".4f")
-        columns["train accuracy"] = ("plain_train_accuracy", ".2%")
+    for split in scored:
+        columns[f"{split} accuracy"] = (f"plain_{split}_accuracy", ".2%")
     rows = []
     for outcome in outcomes:
         first = outcome.runs[0].summary
@@ -134,7 +138,8 @@ def table(outcomes: Sequence[Outcome], chosen: Study) -> tuple[list[str], list[l
             ]
         )
     for label, parameters, accuracy in chosen.published:
-        cells = {"parameters": parameters, "accuracy": accuracy}
+        measured = "test accuracy" if "test" in scored else "accuracy"
+        cells = {"parameters": parameters, measured: accuracy}
         rows.append([f"{label} (published)", *(cells.get(name, "") for name in columns)])
     return ["", *columns], rows
 
@@ -147,20 +152,21 @@ def text(
     command: str,
 ) -> str:
     """The report."""
-    images = outcomes[0].runs[0].summary["images"]
-    most = max(max(outcome.values("epochs")) for outcome in outcomes)
+    images = outcomes[-1].runs[0].summary["images"]
     epochs = settings.epochs or chosen.epochs
+    most = max(max(outcome.values("epochs")) for outcome in outcomes)
+    longer = f" (up to {most} where there are few images)" if most > epochs else ""
     short = f", of {chosen.epochs} at full length" if epochs != chosen.epochs else ""
     seeds = ", ".join(map(str, settings.seeds))
     train = (
         "Train loss and accuracy are those of the plain training images after the last epoch"
-        if chosen.plain_train_scores
+        if "train" in chosen.scored
         else "The train loss is that of the last epoch's steps"
     )
     published = f"\n\nPublished: {chosen.published_note}." if chosen.published else ""
     return f"""\
-{images["validation"]:,} images to validate, {epochs} epochs{short} \
-(at most {most} where there are few images), seeds {seeds}. {train}; \
+{images["train"]:,} images to train, {images["validation"]:,} to validate, {epochs} epochs{short}\
+{longer}, seeds {seeds}. {train}; \
 validation loss and accuracy are those after the last epoch, and the lowest and highest of all.
 
 {report.table(*rows)}{published}

@@ -2,40 +2,37 @@
 
 import dataclasses
 import functools
-import json
 import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from flax import nnx
 from rich.console import Console
 
 from chansel_jax.records import Row
 from chansel_jax.workdir import differences
 from experiments.command_line import CommandError
+from experiments.evaluate import recorded_scores
 from experiments.experiment import digest, load_data
-from experiments.runs import read_config
-from experiments.settings import DataSettings, Settings, decisive
+from experiments.runs import Records, read_config, read_records
+from experiments.settings import DataSettings, Settings, build_network, decisive
 from experiments.train import train_and_evaluate
 
 NAME_FORMAT = "CONV[-wWIDTH][-rRANK]"
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """One run.
+class Trained(Records):
+    """A finished run.
 
     Attributes:
-        workdir: its folder.
-        summary: as in `summary.json`.
-        history: a row an epoch.
+        scores: by split, as in `evaluation-SPLIT.json`.
     """
 
-    workdir: Path
-    summary: Mapping[str, Any]
-    history: Sequence[Row]
+    scores: Mapping[str, Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +66,11 @@ class Outcome:
 
 
 def run_all(
-    entries: Mapping[str, Settings], seeds: Sequence[int], folder: Path, console: Console
+    entries: Mapping[str, Settings],
+    seeds: Sequence[int],
+    folder: Path,
+    console: Console,
+    score: Mapping[str, Literal["best", "last"]],
 ) -> list[Outcome]:
     """Trains every entry from every seed, under `folder`; what is done already stays.
 
@@ -81,11 +82,13 @@ def run_all(
         seeds: in place of theirs.
         folder: of the runs, each in its own, named after label and seed.
         console: takes the progress.
+        score: the checkpoint whose scores are wanted, by split.
 
     Raises:
-        CommandError: as `train_and_evaluate`, or if a finished run is one of other settings or
-            images.
+        CommandError: as `train_and_evaluate` and `recorded_scores`, or if an entry has wrong
+            settings, or a run in `folder` other ones.
     """
+    check_networks(entries)
     done: dict[str, list[Trained]] = {label: [] for label in entries}
     count = len(entries) * len(seeds)
     for i, seed in enumerate(seeds):
@@ -96,21 +99,34 @@ def run_all(
             given = dataclasses.replace(settings, seed=seed, workdir=workdir, resume="auto")
             if is_finished(given):
                 console.print(f"finished before: {workdir}", markup=False)
-                summary = json.loads((workdir / "summary.json").read_text())
             else:
-                summary = train_and_evaluate(given, console)
-            done[label].append(Trained(workdir, summary, read_history(workdir)))
+                train_and_evaluate(given, console)
+            scores = {
+                split: recorded_scores(workdir, split, checkpoint, given.data.data_dir, console)
+                for split, checkpoint in score.items()
+            }
+            done[label].append(Trained(**vars(read_records(workdir)), scores=scores))
     return [Outcome(label, runs) for label, runs in done.items()]
+
+
+def check_networks(entries: Mapping[str, Settings]) -> None:
+    """Raises `CommandError` if a network cannot be built; before anything long begins."""
+    for label, settings in entries.items():
+        try:
+            nnx.eval_shape(lambda settings=settings: build_network(settings, 2))
+        except ValueError as error:
+            raise CommandError(f"{label}: {error}") from error
 
 
 def is_finished(settings: Settings) -> bool:
     """Whether their workdir holds the records of a finished run of these settings and images.
 
     Raises:
-        CommandError: if it is one of others.
+        CommandError: if it holds a run of others, or one that cannot be read.
     """
     workdir = settings.workdir
-    if not (workdir / "summary.json").is_file():
+    finished = (workdir / "summary.json").is_file()
+    if not finished and not any((workdir / "checkpoints").glob("*")):
         return False
     config = read_config(workdir)
     found = differences(
@@ -118,8 +134,10 @@ def is_finished(settings: Settings) -> bool:
         decisive(settings) | {"images": image_digests(settings.data)},
     )
     if found:
-        raise CommandError(f"the run in {workdir} has other settings ({'; '.join(found)})")
-    return True
+        raise CommandError(
+            f"the run in {workdir} has other settings ({'; '.join(found)}): take another --output"
+        )
+    return finished
 
 
 @functools.lru_cache(maxsize=1)
@@ -138,11 +156,6 @@ def image_digests(settings: DataSettings) -> Mapping[str, str]:
 def folder_name(label: str) -> str:
     """`label` without spaces and other characters that a path should not have."""
     return re.sub(r"[^\w.-]+", "-", label).strip("-")
-
-
-def read_history(workdir: Path) -> list[Row]:
-    """The rows of `metrics.jsonl`."""
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def named(name: str, settings: Settings) -> Settings:
@@ -168,7 +181,11 @@ def named(name: str, settings: Settings) -> Settings:
 
 
 def entries(names: Sequence[str], settings: Settings) -> dict[str, Settings]:
-    """The settings of each name."""
+    """The settings of each name.
+
+    Raises:
+        ValueError: if a name is none.
+    """
     return {name: named(name, settings) for name in names}
 
 

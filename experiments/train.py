@@ -114,6 +114,8 @@ def train(
         state, history = restored[0], restored[1]["history"]
         console.print(f"resumed after epoch {len(history)} of {settings.training.epochs}")
     if len(history) < settings.training.epochs:
+        # An older one would be that of another run.
+        (workdir / "summary.json").unlink(missing_ok=True)
         step, evaluate = compile_functions(experiment, state, console)
         console.print(printing.EPOCH_HEADER)
     with records.MetricsWriter(workdir, history) as metrics:

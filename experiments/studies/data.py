@@ -55,6 +55,10 @@ STUDY = Study(
     entries=settings_of,
     draw=draw,
     dataset="cifar10",
+    scored=("test",),
     published=PUBLISHED,
-    published_note="Haase and Amthor (CVPR 2020), 200 epochs, on CIFAR-10's test images",
+    published_note=(
+        "Haase and Amthor (CVPR 2020), 200 epochs of all 50,000 training images, on CIFAR-10's "
+        "test images"
+    ),
 )

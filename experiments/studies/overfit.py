@@ -17,7 +17,7 @@ FEW_EPOCHS_FACTOR = 5
 NO_AUGMENTATION = {"crop_padding": 0, "flip": False}
 NO_WEIGHT_DECAY = {"weight_decay": 0.0}
 NO_DROPOUT = {"dropout_rate": 0.0}
-UNREGULARISED = NO_AUGMENTATION | NO_WEIGHT_DECAY | NO_DROPOUT
+UNREGULARISED = NO_AUGMENTATION | NO_WEIGHT_DECAY | NO_DROPOUT  # "no regularisers"
 
 FACTORS: Mapping[str, Mapping[str, Any]] = {
     "as the original": {},
@@ -31,9 +31,11 @@ FACTORS: Mapping[str, Mapping[str, Any]] = {
     "BatchNorm between the parts": {"norm": True},
     "twice the width": {"width": 32},
     "rank 4": {"rank": 4},
-    "none of the three regularisers": UNREGULARISED,
-    "the same, BatchNorm between": UNREGULARISED | {"norm": True},
-    "the same, twice the width": UNREGULARISED | {"width": 32},
+    "no regularisers": UNREGULARISED,
+    "no regularisers, BatchNorm between the parts": UNREGULARISED | {"norm": True},
+    "no regularisers, twice the width": UNREGULARISED | {"width": 32},
+    "no regularisers, BatchNorm, twice the width, rank 4": UNREGULARISED
+    | {"norm": True, "width": 32, "rank": 4},
 }
 """What is changed in the original's recipe, for channel selection on all images."""
 
@@ -48,9 +50,10 @@ def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
     )
     found = {}
     for conv in ("subkernel", "chansel"):
-        found[f"{conv}, {FEW} images, none"] = changed(few, UNREGULARISED | {"conv": conv})
+        label = f"{conv}, {FEW} images, no regularisers"
+        found[label] = changed(few, UNREGULARISED | {"conv": conv})
     found["subkernel, as the original"] = changed(base, {"conv": "subkernel"})
-    found["subkernel, none"] = changed(base, UNREGULARISED | {"conv": "subkernel"})
+    found["subkernel, no regularisers"] = changed(base, UNREGULARISED | {"conv": "subkernel"})
     for label, changes in FACTORS.items():
         found[f"chansel, {label}"] = changed(base, changes)
     return found
@@ -101,5 +104,5 @@ STUDY = Study(
     epochs=100,
     entries=settings_of,
     draw=draw,
-    plain_train_scores=True,
+    scored=("train",),
 )

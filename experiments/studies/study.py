@@ -19,8 +19,8 @@ class Study:
         entries: settings of each row, by label, for images and a number of epochs.
         draw: the figure of what came out.
         dataset: its images where none are asked for.
-        plain_train_scores: whether train loss and accuracy are measured on plain images, without
-            dropout, once a training has ended.
+        scored: splits, where there are such images, on which the last checkpoint is measured:
+            plain images, without dropout.
         published: rows to compare with: label, parameters, accuracy.
         published_note: where they are from.
     """
@@ -30,6 +30,6 @@ class Study:
     entries: Callable[[DataSettings, int], Mapping[str, Settings]]
     draw: Callable[[Sequence[Outcome]], Figure]
     dataset: str = "dog_cat_bird"
-    plain_train_scores: bool = False
+    scored: Sequence[str] = ()
     published: Sequence[tuple[str, str, str]] = ()
     published_note: str = ""

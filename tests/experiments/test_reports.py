@@ -4,7 +4,9 @@ import dataclasses
 import io
 import json
 import re
+import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +15,10 @@ from PIL import Image
 from rich.console import Console
 
 from chansel_jax.counting import count_network
-from experiments import compare, compress, report, study, sweep
-from experiments.command_line import CommandError
-from experiments.settings import DataSettings, NetworkSettings, Settings
+from chansel_jax.workdir import differences
+from experiments import compare, compress, evaluate, predict, report, study, sweep
+from experiments.command_line import CommandError, parse, typed
+from experiments.settings import DataSettings, NetworkSettings, Settings, decisive
 from experiments.studies import STUDIES, data, overfit, width
 
 
@@ -90,9 +93,29 @@ def test_comparison_of_both_convolutions(settings, one_epoch, tmp_path, console)
     assert assert_whole(tmp_path, "curves", "confusion") == (text, results)
 
 
-def test_published_figures_stand_beside_the_same_classes():
-    headings, *rows = compare.table([], ["dog", "cat", "bird"])
-    assert headings == [""] and len(rows) == len(compare.PUBLISHED["chansel"])
+@pytest.mark.parametrize(
+    ("parameters", "classes", "shown"),
+    [
+        (27363, ("dog", "cat", "bird"), True),
+        (97731, ("dog", "cat", "bird"), False),
+        (27363, ("dog", "cat", "cow"), False),
+    ],
+)
+def test_published_figures_stand_beside_the_same_network_and_classes(parameters, classes, shown):
+    summary = dict.fromkeys(
+        (
+            *("best_val_loss", "train_loss_at_best", "val_accuracy_at_best", "final_val_accuracy"),
+            *("best_val_accuracy", "seconds_per_epoch"),
+        ),
+        0.5,
+    )
+    summary |= {"parameters": parameters, "multiply_adds": 1}
+    run = sweep.Trained(summary, [{"epoch": 1, "val_loss": 0.5}], {})
+    headings, *rows = compare.table([sweep.Outcome("chansel", [run])], classes)
+    assert headings == ["", "chansel", *["chansel, published"] * shown]
+    cells = {row[0]: row[1:] for row in rows}
+    assert cells["validation accuracy, last epoch"] == ["50.00%", *[""] * shown]
+    assert cells["score in the competition"] == ["", *["81.53 %"] * shown]
 
 
 @pytest.mark.parametrize(
@@ -122,15 +145,18 @@ def test_every_row_of_a_study_is_a_network(name):
         assert settings.training.epochs in (20, 20 * overfit.FEW_EPOCHS_FACTOR)
 
 
-def test_factors_change_one_thing_each():
+def test_factors_change_what_they_say():
     entries = overfit.settings_of(DataSettings(), 20)
     plain = entries["chansel, as the original"]
+    for label, changes in overfit.FACTORS.items():
+        found = differences(decisive(plain), decisive(entries[f"chansel, {label}"]))
+        assert len(found) == len(changes), label
     norm = entries["chansel, BatchNorm between the parts"]
     assert norm == dataclasses.replace(plain, network=NetworkSettings(norm=True))
-    free = entries["subkernel, none"].training
+    free = entries["subkernel, no regularisers"].training
     assert (free.dropout_rate, free.optimization.weight_decay) == (0, 0)
     assert (free.augmentation.crop_padding, free.augmentation.flip) == (0, False)
-    few = entries["chansel, 512 images, none"]
+    few = entries["chansel, 512 images, no regularisers"]
     assert few.data.train_images == 512 and few.training.epochs == 100
 
 
@@ -190,7 +216,7 @@ def test_every_figure_can_be_drawn():
     }
     for name, chosen in STUDIES.items():
         outcomes = [
-            sweep.Outcome(label, [sweep.Trained(None, summary, [row])])
+            sweep.Outcome(label, [sweep.Trained(summary, [row], {})])
             for label in chosen.entries(DataSettings(), 5)
         ]
         for shown in (outcomes, outcomes[:1], outcomes[1:]):
@@ -247,8 +273,53 @@ def test_compression_from_beginning_to_end(dense, settings, one_epoch, tmp_path,
 def test_compression_refuses(dense, settings, whole, images, tmp_path, console):
     with pytest.raises(CommandError, match="is a run of --conv=chansel"):
         compress.compress(compress.Settings(settings.workdir, data_dir=images), console)
-    given = compress.Settings(dense, data_dir=images, ranks=(0,), output=tmp_path / "out")
-    with pytest.raises(CommandError, match="rank=0 must be at least 1"):
+    given = compress.Settings(dense, data_dir=images, ranks=(), parameter_budgets=(9,))
+    with pytest.raises(CommandError, match="parameter_budget=9 must be at least the 2811"):
         compress.compress(given, console)
-    with pytest.raises(ValueError, match="name nothing to make"):
-        compress.Settings(dense, ranks=())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ranks": ()}, "name nothing to make"),
+        ({"ranks": (2, 0)}, "ranks=0 must be at least 1"),
+        ({"energies": (0.5, 1.5)}, "energies=1.5 must be .* in "),
+    ],
+)
+def test_wrong_compressions(changes, message):
+    with pytest.raises(ValueError, match=message):
+        compress.Settings(None, **changes)
+
+
+# Command lines
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "expected"),
+    [
+        (evaluate, ["--workdir=r", "--epoch=3"], {"workdir": Path("r"), "epoch": 3}),
+        (evaluate, ["--workdir=r", "--epoch=last", "--split=test"], {"epoch": "last"}),
+        (
+            predict,
+            ["--workdir=r", "--images=i", "--columns=file,class", "--labels=index"],
+            {"images": Path("i"), "columns": ("file", "class"), "labels": "index"},
+        ),
+        (study, ["rank", "--seeds=0,1", "--only=r4"], {"name": "rank", "seeds": (0, 1)}),
+        (compare, ["--recipe=best", "--networks=chansel-w32"], {"networks": ("chansel-w32",)}),
+        (
+            compress,
+            ["--workdir=r", "--ranks=", "--energies=0.5,0.9", "--epochs=3"],
+            {"ranks": (), "energies": (0.5, 0.9)},
+        ),
+    ],
+)
+def test_flags_reach_the_settings_and_can_be_typed_again(module, words, expected):
+    name, recipes = module.__name__.split(".")[-1], getattr(module, "RECIPES", None)
+    settings = parse(module.Settings, name, words, recipes)
+    assert {key: getattr(settings, key) for key in expected} == expected
+    again = shlex.split(typed(name, settings, recipes))[3:]
+    found = parse(module.Settings, name, again, recipes)
+    for path in ("workdir", "images"):
+        if hasattr(settings, path):
+            found = dataclasses.replace(found, **{path: getattr(settings, path)})
+    assert found == settings

@@ -5,12 +5,14 @@ import dataclasses
 import io
 import json
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
 
+from chansel_jax.metrics import scores
 from experiments import evaluate, predict
 from experiments.command_line import CommandError
 from experiments.runs import load_images, load_run, settings_from
@@ -103,6 +105,35 @@ def test_evaluation_is_that_of_the_training(trained, settings, whole, tmp_path, 
     with Image.open(tmp_path / "confusion-validation.png") as picture:
         assert picture.format == "PNG"
     assert "27 images" in printed(console) and "not those of the run" not in printed(console)
+
+
+def test_recorded_scores_are_those_of_the_runs_own_images(copy, settings, images, console):
+    def recorded(checkpoint):
+        return evaluate.recorded_scores(copy, "validation", checkpoint, images, console)
+
+    path = copy / "evaluation-validation.json"
+    first = recorded("last")
+    assert first["epoch"] == 3 and json.loads(path.read_text()) == first
+    path.write_text(json.dumps({**first, "loss": 7.0}))
+    assert recorded("last")["loss"] == 7.0  # as recorded
+    for wrong in ({"images_sha256": "0"}, {"flip_average": True}, {"epoch": 1}):
+        path.write_text(json.dumps({**first, **wrong}))
+        assert recorded("last") == first  # measured anew
+    path.write_text("half")
+    assert recorded("last") == first
+    subprocess.run(["rm", "-r", str(copy / "checkpoints")], check=True)
+    assert recorded("last") == first
+    path.unlink()
+    with pytest.raises(CommandError, match="holds no checkpoint"):
+        recorded("last")
+
+
+def test_class_without_predictions_has_no_precision(trained, console):
+    run = load_run(trained)
+    found = scores(np.eye(3, dtype=np.float32)[[0, 0]], np.array([0, 1]))
+    assert evaluate.as_json(found)["precision"] == [0.5, None, None]
+    evaluate.print_scores(found, run, console)
+    assert "–" in printed(console) and "nan" not in printed(console)
 
 
 def test_evaluation_on_other_images_says_so(trained, images, tmp_path, console):
@@ -210,6 +241,25 @@ def test_nothing_is_written_where_nothing_can_be_predicted(trained, tmp_path, co
         predict.predict(predict.Settings(trained, folder, output), console)
     assert output.read_text() == "kept"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "submission.csv"]
+
+
+def test_a_file_beside_the_images_changes_no_names(trained, unlabelled, tmp_path, console):
+    (unlabelled / "000.json").write_text("{}")
+    with pytest.raises(CommandError, match="1 of 5 files are not predicted: 000.json"):
+        predict.predict(predict.Settings(trained, unlabelled, tmp_path / "s.csv"), console)
+    assert [row[0] for row in rows_of(tmp_path / "s.csv")] == [
+        "id",
+        "000",
+        "001",
+        "002",
+        "more/003",
+    ]
+
+
+@pytest.mark.parametrize("output", [Path(), Path("/")])
+def test_output_that_is_a_folder_is_refused_first(output, console):
+    with pytest.raises(CommandError, match=f"output={output} is a folder"):
+        predict.predict(predict.Settings(None, None, output), console)
 
 
 def test_output_that_cannot_be_written_is_named(trained, unlabelled, tmp_path, console):

@@ -1,11 +1,14 @@
 """Networks by name, figures over seeds, where overfitting begins."""
 
 import dataclasses
+import json
+import shutil
 
 import pytest
 
 from experiments import sweep
 from experiments.command_line import CommandError
+from experiments.runs import read_records
 from experiments.settings import NetworkSettings, Settings
 from experiments.sweep import Outcome, Trained, named, overfitting_epoch, run_all
 
@@ -35,7 +38,7 @@ def test_wrong_names(name):
 
 
 def test_mean_and_deviation_by_hand():
-    runs = [Trained(None, {"loss": loss}, []) for loss in (1.0, 3.0)]
+    runs = [Trained({"loss": loss}, [], {}) for loss in (1.0, 3.0)]
     assert Outcome("both", runs).spread("loss", ".2f") == "2.00 ± 1.41"
     assert Outcome("one", runs[:1]).spread("loss", ".1f") == "1.0"
     assert Outcome("one", runs[:1]).deviation("loss") == 0
@@ -65,9 +68,24 @@ def test_finished_run_is_one_of_the_same_settings_and_images(settings, whole, tm
     others = dataclasses.replace(settings, seed=1, network=NetworkSettings(width=8))
     with pytest.raises(CommandError, match=r"other settings \(width: 4 → 8; seed: 0 → 1\)"):
         sweep.is_finished(others)
+    copy = tmp_path / "copy"
+    shutil.copytree(settings.workdir, copy)
+    (copy / "metrics.jsonl").write_text("")
+    assert sweep.is_finished(dataclasses.replace(settings, workdir=copy))
+    with pytest.raises(CommandError, match=f"records of the run in {copy} .*0 epochs of 3"):
+        read_records(copy)
+    (copy / "summary.json").write_text("[]")
+    with pytest.raises(CommandError, match=f"records of the run in {copy} cannot be read"):
+        read_records(copy)
     data = dataclasses.replace(settings.data, train_images=9)
     with pytest.raises(CommandError, match=r"train_images: None → 9; train: \w+ → "):
         sweep.is_finished(dataclasses.replace(settings, data=data))
+
+
+def test_a_network_that_cannot_be_is_refused_before_any_training(tmp_path):
+    entries = sweep.entries(("chansel", "chansel-r10"), Settings())
+    with pytest.raises(CommandError, match="^chansel-r10: rank=10 must be "):
+        run_all(entries, (0,), tmp_path, None, {})
 
 
 def test_every_network_from_one_seed_before_the_next(monkeypatch, tmp_path):
@@ -77,7 +95,8 @@ def test_every_network_from_one_seed_before_the_next(monkeypatch, tmp_path):
         order.append((settings.conv, settings.seed, settings.workdir.name))
         settings.workdir.mkdir(parents=True)
         (settings.workdir / "metrics.jsonl").write_text('{"epoch": 1}\n')
-        return {"loss": settings.seed}
+        summary = {"epochs": 1, "loss": settings.seed}
+        (settings.workdir / "summary.json").write_text(json.dumps(summary))
 
     class Console:
         def print(self, *_, **__):
@@ -86,7 +105,7 @@ def test_every_network_from_one_seed_before_the_next(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, "train_and_evaluate", train)
     dense = dataclasses.replace(Settings(), conv="subkernel")
     entries = {"a, 1 / 5": Settings(), "b": dense}
-    outcomes = run_all(entries, (7, 9), tmp_path, Console())
+    outcomes = run_all(entries, (7, 9), tmp_path, Console(), {})
     assert order == [
         ("chansel", 7, "a-1-5-seed7"),
         ("subkernel", 7, "b-seed7"),
