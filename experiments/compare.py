@@ -147,7 +147,8 @@ def table(outcomes: Sequence[Outcome], class_names: Sequence[str]) -> list[list[
     ]
     first = ["", *labels, *(f"{label}, published" for label in published)]
     columns += [PUBLISHED[label] for label in published]
-    return [first, *(list(row) for row in zip(headings, *columns, strict=True))]
+    rows = (list(row) for row in zip(headings, *columns, strict=True))
+    return [first, *(row for row in rows if any(row[1:]))]
 
 
 def column(outcome: Outcome) -> list[str]:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from chansel_jax.counting import count_network
-from chansel_jax.factorize import component_energies, dense_layers, factorize
+from chansel_jax.factorize import component_energies, dense_layers, factorize, max_rank
 from chansel_jax.optimizer import OptimizerSettings
 from chansel_jax.records import write_json
 from chansel_jax.resnet import ResNet
@@ -71,12 +71,12 @@ class Settings:
     def __post_init__(self):
         if not (self.ranks or self.energies or self.parameter_budgets):
             raise ValueError("ranks=, energies= and parameter_budgets= name nothing to make")
-        for name, wrong in (
-            ("ranks", [rank for rank in self.ranks if rank < 1]),
-            ("energies", [energy for energy in self.energies if not 0 < energy <= 1]),
-        ):
-            if wrong:
-                raise ValueError(f"{name}={wrong[0]} must be at least 1, energies in (0, 1]")
+        for rank in self.ranks:
+            if rank < 1:
+                raise ValueError(f"ranks={rank} must be at least 1")
+        for energy in self.energies:
+            if not 0 < energy <= 1:
+                raise ValueError(f"energies={energy} must be in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,9 @@ def compress(settings: Settings, console: Console) -> list[Compressed]:
     """
     dense = load_run(settings.workdir, settings.epoch)
     if dense.settings.conv != "subkernel":
-        raise CommandError(f"workdir={settings.workdir} is a run of --conv={dense.settings.conv}")
+        raise CommandError(
+            f"workdir={settings.workdir} is a run of --conv={dense.settings.conv}, not subkernel"
+        )
     dataset, others = load_images(dense, settings.data_dir)
     if others:
         raise CommandError(f"the {' and '.join(others)} images are not those of the run")
@@ -151,6 +153,10 @@ def factorised(network: ResNet, settings: Settings) -> dict[str, ResNet]:
             for budget in settings.parameter_budgets
         }
     )
+    highest = max(max_rank(layer) for _, layer in dense_layers(network))
+    for rank in settings.ranks:
+        if rank > highest:
+            raise CommandError(f"ranks={rank} must be at most {highest}, at which nothing is cut")
     try:
         return {label: factorize(network, **choice) for label, choice in asked.items()}
     except ValueError as error:

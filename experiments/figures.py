@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from chansel_jax.records import Row
 
 DPI = 120
+FEW_EPOCHS = 5  # which lines alone would hardly show
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -36,11 +38,14 @@ def curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
             for split, colour in (("train", "tab:blue"), ("val", "tab:orange")):
                 values = np.array([[row[f"{split}_{figure_name}"] for row in run] for run in runs])
                 label = {"train": "train", "val": "validation"}[split]
-                axes.plot(epochs, values.mean(axis=0), color=colour, label=label, linewidth=1.2)
+                marker = "o" if len(epochs) < FEW_EPOCHS else None
+                mean = values.mean(axis=0)
+                axes.plot(epochs, mean, color=colour, label=label, linewidth=1.2, marker=marker)
                 axes.fill_between(
                     epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2
                 )
             axes.set(ylabel=heading)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.3)
         column[0].set_title(name)
         column[1].set_xlabel("epoch")

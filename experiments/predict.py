@@ -39,7 +39,8 @@ class Settings:
     labels: Literal["name", "index"] = "name"
     """Classes by name, or by number from 0 in the order of the run."""
     probabilities: bool = False
-    """In place of the class, a column for each class with its probability."""
+    """In place of the class, a column for each class with its probability; --columns gives the
+    first heading only."""
     flip_average: bool = False
     """Average the probabilities of every image and its mirror image."""
     epoch: Checkpoint = "best"
@@ -48,7 +49,9 @@ class Settings:
 
     def __post_init__(self):
         if len(self.columns) != 2 or len(set(self.columns)) != 2:
-            raise ValueError(f"columns={','.join(self.columns)} must be two different headings")
+            raise ValueError(
+                f"columns={','.join(self.columns)} must be two different headings, as in id,label"
+            )
 
 
 def main(settings: Settings) -> None:
@@ -173,15 +176,21 @@ def predictions(
 def headings(settings: Settings, class_names: Sequence[str]) -> list[str]:
     """The first row."""
     id_heading, label_heading = settings.columns
-    return [id_heading, *(class_names if settings.probabilities else [label_heading])]
+    if not settings.probabilities:
+        return [id_heading, label_heading]
+    return [id_heading, *(label_name(settings, class_names, i) for i in range(len(class_names)))]
+
+
+def label_name(settings: Settings, class_names: Sequence[str], label: int) -> str:
+    """What class number `label` is called."""
+    return class_names[label] if settings.labels == "name" else str(label)
 
 
 def cells(settings: Settings, trained: Run, probabilities: np.ndarray) -> list[str]:
     """A row's cells behind the file's name."""
     if settings.probabilities:
         return [f"{probability:.6f}" for probability in probabilities]
-    label = int(probabilities.argmax())
-    return [trained.class_names[label] if settings.labels == "name" else str(label)]
+    return [label_name(settings, trained.class_names, int(probabilities.argmax()))]
 
 
 def summary(paths: Sequence[Path], most: int = 5) -> str:

@@ -63,7 +63,7 @@ def terminal_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Ri
     """The same for the terminal."""
     rich = RichTable(**LAYOUT)
     for i, heading in enumerate(headings):
-        rich.add_column(heading, justify="right" if i else "left")
+        rich.add_column(heading, justify="right" if i else "left", overflow="fold")
     for row in rows:
         rich.add_row(*row)
     return rich

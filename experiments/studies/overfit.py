@@ -95,7 +95,7 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
     axes.set(xlabel="accuracy after the last epoch, % (plain images, no dropout)")
-    axes.legend(loc="lower left")
+    figure.legend(loc="outside upper right", ncols=2)
     return figure
 
 

@@ -115,7 +115,7 @@ def test_published_figures_stand_beside_the_same_network_and_classes(parameters,
     assert headings == ["", "chansel", *["chansel, published"] * shown]
     cells = {row[0]: row[1:] for row in rows}
     assert cells["validation accuracy, last epoch"] == ["50.00%", *[""] * shown]
-    assert cells["score in the competition"] == ["", *["81.53 %"] * shown]
+    assert cells.get("score in the competition") == (["", "81.53 %"] if shown else None)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +276,9 @@ def test_compression_refuses(dense, settings, whole, images, tmp_path, console):
     given = compress.Settings(dense, data_dir=images, ranks=(), parameter_budgets=(9,))
     with pytest.raises(CommandError, match="parameter_budget=9 must be at least the 2811"):
         compress.compress(given, console)
+    given = dataclasses.replace(given, ranks=(1, 10))
+    with pytest.raises(CommandError, match="ranks=10 must be at most 9"):
+        compress.compress(given, console)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +286,7 @@ def test_compression_refuses(dense, settings, whole, images, tmp_path, console):
     [
         ({"ranks": ()}, "name nothing to make"),
         ({"ranks": (2, 0)}, "ranks=0 must be at least 1"),
-        ({"energies": (0.5, 1.5)}, "energies=1.5 must be .* in "),
+        ({"energies": (0.5, 1.5)}, "energies=1.5 must be in "),
     ],
 )
 def test_wrong_compressions(changes, message):

@@ -205,6 +205,8 @@ def test_other_formats(trained, unlabelled, tmp_path, console):
     values = np.array([row[1:] for row in rows], float)
     np.testing.assert_allclose(values.sum(axis=1), 1, atol=2e-6)
     assert values.argmax(axis=1).tolist() == [2, 0, 1, 0]
+    predict.predict(dataclasses.replace(settings, probabilities=True, labels="index"), console)
+    assert rows_of(output)[0] == ["id", "0", "1", "2"]
 
 
 def test_names_keep_their_extensions_where_they_are_needed(trained, unlabelled, tmp_path, console):
