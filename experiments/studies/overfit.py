@@ -73,7 +73,7 @@ def changed(settings: Any, changes: Mapping[str, Any]) -> Any:
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:
     """Train accuracy on plain images, and validation accuracy, of every row."""
-    figure = Figure(figsize=(9, 0.8 + 0.34 * len(outcomes)), layout="constrained")
+    figure = Figure(figsize=(9, 1.1 + 0.34 * len(outcomes)), layout="constrained")
     axes = figure.add_subplot()
     places = range(len(outcomes))
     for name, label, colour, marker in (
@@ -92,7 +92,7 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
                 fontsize=7,
             )
     axes.set_yticks(places, [outcome.label for outcome in outcomes])
-    axes.invert_yaxis()
+    axes.set_ylim(len(outcomes) - 0.5, -0.7)  # the first on top, its number within
     axes.grid(alpha=0.3)
     axes.set(xlabel="accuracy after the last epoch, % (plain images, no dropout)")
     figure.legend(loc="outside upper right", ncols=2)
