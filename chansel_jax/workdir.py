@@ -33,8 +33,9 @@ def claim(
     config = json.loads(json.dumps(config))
     path = workdir / "config.json"
     aside = None
-    # Without a checkpoint there is nothing to resume, and nothing to lose.
-    holds_run = any(entry.name.isdigit() for entry in (workdir / "checkpoints").glob("*"))
+    # Without a checkpoint there is nothing to resume, and without a summary nothing to lose.
+    saved = any(entry.name.isdigit() for entry in (workdir / "checkpoints").glob("*"))
+    holds_run = saved or (workdir / "summary.json").is_file()
     if holds_run and resume == "never":
         aside = _rename_aside(workdir)
     elif holds_run:

@@ -13,12 +13,15 @@ CONFIG = {
 }
 
 
-@pytest.fixture
-def workdir(tmp_path):
-    """The folder of a run with `CONFIG`."""
+@pytest.fixture(params=["checkpoint", "summary"])
+def workdir(tmp_path, request):
+    """The folder of a run with `CONFIG`: one with a checkpoint, or a finished one without."""
     path = tmp_path / "runs" / "mine"
     claim(path, CONFIG, "auto")
-    save(path)
+    if request.param == "checkpoint":
+        save(path)
+    else:
+        (path / "summary.json").write_text("{}")
     return path
 
 
