@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
 
-from chansel_jax import depthwise
-from chansel_jax.dense import dense_conv
+from chansel_jax import dense, depthwise
 from chansel_jax.lowerings import checked_lowering
 from chansel_jax.selection import LOWERINGS, channel_selection, composed_kernel, weighted_sums
 from chansel_jax.window import Padding, output_size, padding_spec, pair, positive
@@ -108,11 +107,15 @@ class SubKernelConv(_Conv):
         precision: `jax.lax.Precision` of the products.
         kernel_init: initialiser of `kernel`; He's normal one by default.
         bias_init: initialiser of `bias`; zeros by default.
+        lowering: how it is computed, one of `SubKernelConv.LOWERINGS`; see
+            `chansel_jax.dense.dense_conv`. Default `"auto"`, the fastest.
         rngs: the stream `params` initialises the parameters.
 
     Raises:
         ValueError: naming the argument that is wrong, and its value.
     """
+
+    LOWERINGS: ClassVar[tuple[str, ...]] = dense.LOWERINGS
 
     def __init__(
         self,
@@ -129,6 +132,7 @@ class SubKernelConv(_Conv):
         precision: PrecisionLike = None,
         kernel_init: Initializer = he_normal,
         bias_init: Initializer = zeros,
+        lowering: str = "auto",
         rngs: nnx.Rngs,
     ):
         super().__init__(
@@ -145,11 +149,13 @@ class SubKernelConv(_Conv):
             bias_init=bias_init,
             rngs=rngs,
         )
+        self.lowering = checked_lowering(lowering, dense.LOWERINGS)
         shape = (*self.kernel_size, self.in_channels, self.out_channels)
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
 
     def _convolve(self, x: jax.Array) -> jax.Array:
-        return dense_conv(x, self.kernel[...].astype(x.dtype), **self._window())
+        kernel = self.kernel[...].astype(x.dtype)
+        return dense.dense_conv(x, kernel, **self._window(), lowering=self.lowering)
 
 
 class ChannelSelectionConv(_Conv):

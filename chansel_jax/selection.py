@@ -64,7 +64,7 @@ def channel_selection(
         lowering = fastest_layer(Case.of(x, depthwise))
     if lowering == "composed":
         kernel = composed_kernel(pointwise, depthwise).astype(x.dtype)
-        return dense_conv(x, kernel, **window, precision=precision)
+        return dense_conv(x, kernel, **window, lowering="lax", precision=precision)
     pointwise, depthwise = pointwise.astype(x.dtype), depthwise.astype(x.dtype)
     if lowering == "native":
         return native.channel_selection(x, pointwise, depthwise, **window)

@@ -73,7 +73,7 @@ def run_cases(settings: Settings, surveyed: Survey, console: Console) -> list[di
                 {conv: work_of(case, conv) for conv in settings.convs},
                 surveyed.ceilings,
                 schedule,
-                plan.default_lowering(),
+                plan.default_lowering("chansel"),
                 train_images and len(train_images.labels) // case.batch_size,
             )
         )

@@ -2,8 +2,9 @@
 
     python -m experiments.tune
 
-times one layer, forward and backward, for a list of shapes, and the depthwise part alone. Run it
-when nothing else runs; the lowerings take turns, so that a machine that drifts hits all alike.
+times one layer, forward and backward, for a list of shapes, its depthwise part alone, and the dense
+convolution. Run it when nothing else runs; the lowerings take turns, so that a machine that drifts
+hits all alike.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from chansel_jax import depthwise, lowerings, native, selection
+from chansel_jax import dense, depthwise, lowerings, native, selection
 from experiments.command_line import CommandError, run
 
 
@@ -95,7 +96,7 @@ class Result:
 
 
 def main(settings: Settings) -> None:
-    """Measures as `settings` say, and prints a table for the layer and one for its second part."""
+    """Measures as `settings` say, and prints a table for the layer, its second part, the dense."""
     console = Console(highlight=False)
     device = jax.devices()[0]
     console.print(f"{len(jax.devices())} × {device.device_kind}, jax {jax.__version__}")
@@ -105,6 +106,7 @@ def main(settings: Settings) -> None:
         for title, function, choices in (
             ("layer", time_layer, selection.LOWERINGS),
             ("depthwise part", time_depthwise, depthwise.LOWERINGS),
+            ("dense convolution", time_dense, dense.LOWERINGS),
         ):
             candidates = [c for c in lowerings.runnable(choices) if c != "auto"]
             try:
@@ -143,6 +145,21 @@ def time_depthwise(shape: Shape, candidates: list[str], dtype: str, settings: Se
         shape,
         time_calls(calls, (sums, kernel), settings.rounds),
         lowerings.fastest_depthwise(lowerings.Case.of(sums, kernel)),
+    )
+
+
+def time_dense(shape: Shape, candidates: list[str], dtype: str, settings: Settings) -> Result:
+    """The dense convolution of the same channels in every lowering."""
+    x, pointwise, kernel = operands(shape, dtype, settings.batch_size)
+    calls = {
+        name: functools.partial(dense.dense_conv, **window(shape), lowering=name)
+        for name in candidates
+    }
+    composed = selection.composed_kernel(pointwise, kernel)
+    return Result(
+        shape,
+        time_calls(calls, (x, composed), settings.rounds),
+        lowerings.fastest_dense(dense.case_of(x, composed)),
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from chansel_jax import native
-from chansel_jax.lowerings import Case, fastest_depthwise, fastest_layer
+from chansel_jax.lowerings import Case, fastest_dense, fastest_depthwise, fastest_layer
 from chansel_jax.selection import channel_selection
 
 REPOSITORY = Path(__file__).parents[1]
@@ -44,11 +44,14 @@ print(jax.device_count())
 """
 DIGEST = """
 import hashlib, jax, numpy as np
-from chansel_jax.selection import channel_selection
+from chansel_jax import native
 rng = np.random.default_rng(0)
-x, p, d = (rng.standard_normal(s, np.float32) for s in ((100, 9, 8, 5), (5, 7), (3, 3, 1, 7)))
-y, pull_back = jax.vjp(lambda *a: channel_selection(*a, lowering="native"), x, p, d)
-print(hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in (y, *pull_back(y)))).hexdigest())
+x, p, d, k = (
+    rng.standard_normal(s, np.float32) for s in ((100, 9, 8, 5), (5, 7), (3, 3, 1, 7), (3, 3, 5, 7))
+)
+for function, *operands in ((native.channel_selection, x, p, d), (native.dense_conv, x, k)):
+    y, pull_back = jax.vjp(function, *operands)
+    print(hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in (y, *pull_back(y)))).hexdigest())
 """
 THREADS = """
 from pathlib import Path
@@ -76,17 +79,21 @@ def test_a_network_of_it_like_one_of_grouped(library):
 
 
 @pytest.mark.parametrize("library", COMPILED)
-def test_instruction_sets_agree(library):
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [("channel_selection", [(21, 2 * 35), (3, 3, 2, 35)]), ("dense_conv", [(3, 3, 21, 35)])],
+)
+def test_instruction_sets_agree(library, name, kernels):
     rng = np.random.default_rng(0)
-    shapes = (3, 9, 8, 21), (21, 2 * 35), (3, 3, 2, 35), (3, 5, 8, 35)
+    shapes = (3, 9, 8, 21), *kernels, (3, 5, 8, 35)
     for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)):
-        x, p, d, dy = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
-        call = functools.partial(library.channel_selection, strides=(2, 1), padding=1)
+        *operands, dy = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+        call = functools.partial(getattr(library, name), strides=(2, 1), padding=1)
         results = {}
         for most in library.INSTRUCTION_SETS:
             library.limit_instruction_set(most)
             used = library.instruction_set()
-            y, pull_back = jax.vjp(call, x, p, d)
+            y, pull_back = jax.vjp(call, *operands)
             results[used] = [np.asarray(a, np.float64) for a in (y, *pull_back(dy))]
         assert "baseline" in results
         for result in results.values():
@@ -103,12 +110,12 @@ def test_a_wrong_instruction_set(library):
 
 @pytest.mark.parametrize("library", COMPILED)
 def test_gradients_do_not_depend_on_the_number_of_threads(library):
-    (digest_of_one, one), (digest_of_five, five) = (
+    (*digests_of_one, one), (*digests_of_five, five) = (
         printed(DIGEST + THREADS, PJRT_NPROC=wanted) for wanted in ("1", "5")
     )
     assert int(one) < int(five)
-    assert len(digest_of_one) == len(hashlib.sha256().hexdigest())
-    assert digest_of_one == digest_of_five
+    assert [len(digest) for digest in digests_of_one] == [len(hashlib.sha256().hexdigest())] * 2
+    assert digests_of_one == digests_of_five
 
 
 @pytest.mark.parametrize("library", COMPILED)
@@ -143,6 +150,12 @@ def test_shapes_that_do_not_fit_are_refused_before_memory_is_touched(library, sh
 
 
 @pytest.mark.parametrize("library", COMPILED)
+def test_a_dense_kernel_of_other_channels_is_refused_too(library):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="K_h, K_w, C_in, C_out"):
+        jax.block_until_ready(library.dense_conv(jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 5, 2))))
+
+
+@pytest.mark.parametrize("library", COMPILED)
 def test_want_of_memory_is_an_error_not_the_end(library):
     """A tile of more columns than there are addresses."""
     operands = [jnp.ones(shape) for shape in ((1, 4, 4, 2), (2, 64), (3, 3, 1, 64))]
@@ -153,6 +166,11 @@ def test_want_of_memory_is_an_error_not_the_end(library):
     # And the threads are still there.
     y = library.channel_selection(*operands)
     np.testing.assert_array_equal(y[0, 1, 1], 9 * 2)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
+        kernel = jnp.ones((3, 3, 2, 64))
+        call = functools.partial(library.dense_conv, padding=padding, strides=2**41)
+        jax.block_until_ready(call(operands[0], kernel))
+    np.testing.assert_array_equal(library.dense_conv(operands[0], kernel)[0, 1, 1], 9 * 2)
 
 
 @pytest.mark.parametrize("library", COMPILED)
@@ -209,6 +227,9 @@ def test_what_auto_chooses_on_a_cpu(monkeypatch, devices, instructions, widest):
         assert fastest_layer(case) == ("native" if fits else "shifted")
         assert fastest_layer(dataclasses.replace(case, dtype="float16")) == "shifted"
         assert fastest_depthwise(case) == "shifted"
+        dense = "native" if devices == 1 and instructions else "lax"
+        assert fastest_dense(case) == dense
+        assert fastest_dense(dataclasses.replace(case, dtype="float16")) == "lax"
 
 
 def test_what_auto_chooses_on_other_devices(monkeypatch):

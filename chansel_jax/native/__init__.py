@@ -1,9 +1,9 @@
-"""Channel selection in C++ for CPUs: pointwise and depthwise fused in cache.
+"""Channel selection and the dense convolution in C++ for CPUs.
 
 A small library of XLA custom calls, compiled when the package is installed where a C++ compiler is
-at hand. Each image's weighted sums stay in cache: forward reads the input and writes the output
-once, backward computes the sums anew instead of keeping them. Gradients are the same bit for bit
-for any number of threads.
+at hand. Of channel selection, each image's weighted sums stay in cache: forward reads the input and
+writes the output once, backward computes the sums anew instead of keeping them. Gradients are the
+same bit for bit for any number of threads.
 """
 
 import ctypes
@@ -88,20 +88,61 @@ def channel_selection(
             each other or memory is short.
         TypeError: under `jax.jvp`, and for second derivatives.
     """
+    _check_dtypes(x=x, pointwise=pointwise, depthwise=depthwise)
+    x, window = _canonical(x, depthwise.shape[:2], strides, padding, dilation)
+    return _channel_selection(x, pointwise, depthwise, window)
+
+
+def dense_conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    strides: int | tuple[int, int] = 1,
+    padding: Padding = "SAME",
+    dilation: int | tuple[int, int] = 1,
+) -> jax.Array:
+    """`chansel_jax.dense.dense_conv` in C++, on CPUs; all else as for `channel_selection`.
+
+    Args:
+        x: `(N, H, W, C_in)`, of a dtype among `DTYPES`.
+        kernel: `(K_h, K_w, C_in, C_out)`, of the dtype of `x`.
+        strides: steps between outputs in rows and columns. Default 1.
+        padding: as `chansel_jax.window.padding_spec` has it. Default `"SAME"`.
+        dilation: distance between a kernel's elements. Default 1.
+
+    Returns:
+        `(N, H_out, W_out, C_out)`, of the dtype of `x`.
+
+    Raises:
+        ValueError: if the dtypes differ or are none of `DTYPES`, or the window does not fit.
+        RuntimeError: if the library is not available, or when it runs, if the shapes do not fit
+            each other or memory is short.
+        TypeError: under `jax.jvp`, and for second derivatives.
+    """
+    _check_dtypes(x=x, kernel=kernel)
+    x, window = _canonical(x, kernel.shape[:2], strides, padding, dilation)
+    return _dense_conv(x, kernel, window)
+
+
+def _check_dtypes(**arrays: jax.Array) -> None:
     _compiled()
-    dtypes = {str(array.dtype) for array in (x, pointwise, depthwise)}
+    dtypes = {str(array.dtype) for array in arrays.values()}
     if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
         raise ValueError(
-            f"dtypes {sorted(dtypes)} of x, pointwise and depthwise must be one among {DTYPES}"
+            f"dtypes {sorted(dtypes)} of {', '.join(arrays)} must be one among {DTYPES}"
         )
+
+
+def _canonical(x, kernel_size, strides, padding, dilation):
+    """`x`, and the window as strides, pairs of padding, and dilation."""
     strides, dilation = pair("strides", strides), pair("dilation", dilation)
-    size, kernel_size = x.shape[1:3], depthwise.shape[:2]
+    size = x.shape[1:3]
     pads = padding_pairs(padding, size, kernel_size, strides, dilation)
     output_size(size, kernel_size, strides, padding, dilation)  # raises where it does not fit
     if kernel_size == (1, 1) and pads == ((0, 0), (0, 0)):
         # Only the pixels that are looked at, instead of sums over all.
         x, strides = x[:, :: strides[0], :: strides[1]], (1, 1)
-    return _channel_selection(x, pointwise, depthwise, (strides, pads, dilation))
+    return x, (strides, pads, dilation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -109,10 +150,9 @@ def _channel_selection(x, pointwise, depthwise, window):
     strides, pads, dilation = window
     size = output_size(x.shape[1:3], depthwise.shape[:2], strides, pads, dilation)
     shape = (x.shape[0], *size, depthwise.shape[3])
-    call = jax.ffi.ffi_call(
-        "chansel_forward", jax.ShapeDtypeStruct(shape, x.dtype), vmap_method="sequential"
+    return _call("chansel_forward", jax.ShapeDtypeStruct(shape, x.dtype), window)(
+        x, pointwise, depthwise
     )
-    return call(x, pointwise, depthwise, **_attributes(window))
 
 
 def _forward(x, pointwise, depthwise, window):
@@ -126,18 +166,13 @@ def _backward(window, operands, gradient):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _gradients(x, pointwise, depthwise, gradient, window):
     operands = x, pointwise, depthwise
-    call = jax.ffi.ffi_call(
-        "chansel_backward",
-        [jax.ShapeDtypeStruct(operand.shape, operand.dtype) for operand in operands],
-        vmap_method="sequential",
-    )
-    return tuple(call(*operands, gradient, **_attributes(window)))
+    return tuple(_call("chansel_backward", _like(operands), window)(*operands, gradient))
 
 
 def _refuse_second_derivatives(*_):
     raise TypeError(
-        "lowering='native' has first derivatives only; for second ones take lowering='shifted', "
-        "'grouped' or 'composed'"
+        "lowering='native' has first derivatives only; for others take "
+        "'grouped' or 'composed', of the dense convolution 'lax'"
     )
 
 
@@ -145,13 +180,49 @@ _gradients.defvjp(_refuse_second_derivatives, _refuse_second_derivatives)
 _channel_selection.defvjp(_forward, _backward)
 
 
-def _attributes(window) -> dict[str, np.ndarray]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dense_conv(x, kernel, window):
+    strides, pads, dilation = window
+    size = output_size(x.shape[1:3], kernel.shape[:2], strides, pads, dilation)
+    shape = (x.shape[0], *size, kernel.shape[3])
+    return _call("chansel_dense_forward", jax.ShapeDtypeStruct(shape, x.dtype), window)(x, kernel)
+
+
+def _dense_forward(x, kernel, window):
+    return _dense_conv(x, kernel, window), (x, kernel)
+
+
+def _dense_backward(window, operands, gradient):
+    return _dense_gradients(*operands, gradient, window)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dense_gradients(x, kernel, gradient, window):
+    # Two calls, so that XLA leaves out the one whose result nobody asks for: a network's first
+    # layer needs no gradient of the images.
+    x_like, kernel_like = _like((x, kernel))
+    return (
+        _call("chansel_dense_data_gradient", x_like, window)(kernel, gradient),
+        _call("chansel_dense_kernel_gradient", kernel_like, window)(x, gradient),
+    )
+
+
+_dense_gradients.defvjp(_refuse_second_derivatives, _refuse_second_derivatives)
+_dense_conv.defvjp(_dense_forward, _dense_backward)
+
+
+def _like(arrays) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
+
+
+def _call(name: str, result, window):
     strides, ((top, _), (left, _)), dilation = window
-    return {
-        "strides": np.array(strides, np.int64),
-        "padding": np.array((top, left), np.int64),
-        "dilation": np.array(dilation, np.int64),
-    }
+    return functools.partial(
+        jax.ffi.ffi_call(name, result, vmap_method="sequential"),
+        strides=np.array(strides, np.int64),
+        padding=np.array((top, left), np.int64),
+        dilation=np.array(dilation, np.int64),
+    )
 
 
 def _compiled() -> ctypes.CDLL:
@@ -182,6 +253,9 @@ def _library() -> ctypes.CDLL | str:
     for name, handler in (
         ("chansel_forward", library.ChanselForward),
         ("chansel_backward", library.ChanselBackward),
+        ("chansel_dense_forward", library.ChanselDenseForward),
+        ("chansel_dense_data_gradient", library.ChanselDenseDataGradient),
+        ("chansel_dense_kernel_gradient", library.ChanselDenseKernelGradient),
     ):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
     return library

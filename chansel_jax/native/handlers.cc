@@ -1,4 +1,5 @@
-// XLA custom calls on CPUs: channel selection forward and backward. See kernels.h.
+// XLA custom calls on CPUs: channel selection and the dense convolution, forward and backward. See
+// kernels.h and dense.h.
 
 #include <algorithm>
 #include <atomic>
@@ -23,6 +24,7 @@ namespace ffi = xla::ffi;
 namespace chansel {
 
 constexpr int64_t kTileBytes = 256 << 10;  // well within a core's second-level cache
+constexpr int64_t kLinesBytes = 24 << 10;  // of an image, read again for each block of a kernel
 // Groups of images, each with sums of its own for the kernels' gradients: enough to keep many
 // threads busy, but not so many that adding them up takes longer than computing them.
 constexpr int64_t kFewestGroups = 8, kMostGroups = 64, kPartialBytes = 8 << 20;
@@ -149,6 +151,7 @@ class Parallel {
 #define CHANSEL_VECTOR_BYTES 64
 namespace chansel {
 #include "kernels.h"
+#include "dense.h"
 }
 #undef CHANSEL_TARGET
 #undef CHANSEL_VECTOR_BYTES
@@ -160,6 +163,7 @@ namespace chansel {
 #define CHANSEL_VECTOR_BYTES 32
 namespace chansel {
 #include "kernels.h"
+#include "dense.h"
 }
 #undef CHANSEL_TARGET
 #undef CHANSEL_VECTOR_BYTES
@@ -170,6 +174,7 @@ namespace chansel {
 #define CHANSEL_VECTOR_BYTES 16
 namespace chansel {
 #include "kernels.h"
+#include "dense.h"
 }
 
 namespace chansel {
@@ -254,7 +259,7 @@ ffi::Error ForDtype(ffi::DataType dtype, const Run& run) {
   } catch (const std::exception&) {
     // No exception may reach XLA. Memory is all that can be wanting: std::bad_alloc, or
     // std::length_error where a buffer would be larger than any can be.
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "channel selection ran out of memory");
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "the convolution ran out of memory");
   }
 }
 
@@ -289,6 +294,61 @@ ffi::Error BackwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
     CHANSEL_CALL(Backward<S, C>(g, Data<S>(x), Data<S>(pointwise), Data<S>(depthwise), Data<S>(dy),
                                 Data<S>(*dx), Data<S>(*dpointwise), Data<S>(*ddepthwise),
                                 Parallel(pool)));
+  });
+}
+
+constexpr char kDenseMisfit[] =
+    "x, kernel and y must be (N, H, W, C_in), (K_h, K_w, C_in, C_out) and (N, H_out, W_out, C_out)";
+
+bool DenseFit(const ffi::AnyBuffer& x, const ffi::AnyBuffer& kernel, const ffi::AnyBuffer& y) {
+  auto xs = x.dimensions(), ks = kernel.dimensions(), ys = y.dimensions();
+  return xs.size() == 4 && ks.size() == 4 && ys.size() == 4 && ks[2] == xs[3] && ks[3] == ys[3] &&
+         ys[0] == xs[0] && xs[3] > 0 && ys[3] > 0;
+}
+
+Geometry DenseGeometry(const ffi::AnyBuffer& x, const ffi::AnyBuffer& kernel,
+                       const ffi::AnyBuffer& y, Numbers strides, Numbers padding,
+                       Numbers dilation) {
+  Geometry g = MakeGeometry(x, kernel, y, strides, padding, dilation);
+  g.rank = 1;
+  return g;
+}
+
+ffi::Error DenseForwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel,
+                               ffi::Result<ffi::AnyBuffer> y, Numbers strides, Numbers padding,
+                               Numbers dilation) {
+  if (!DenseFit(x, kernel, *y)) return ffi::Error::InvalidArgument(kDenseMisfit);
+  Geometry g = DenseGeometry(x, kernel, *y, strides, padding, dilation);
+  return ForDtype(x.element_type(), [&](auto storage, auto compute) {
+    using S = decltype(storage);
+    using C = decltype(compute);
+    CHANSEL_CALL(DenseForward<S, C>(g, Data<S>(x), Data<S>(kernel), Data<S>(*y), Parallel(pool)));
+  });
+}
+
+ffi::Error DenseDataGradientHandler(ffi::ThreadPool pool, ffi::AnyBuffer kernel, ffi::AnyBuffer dy,
+                                    ffi::Result<ffi::AnyBuffer> dx, Numbers strides,
+                                    Numbers padding, Numbers dilation) {
+  if (!DenseFit(*dx, kernel, dy)) return ffi::Error::InvalidArgument(kDenseMisfit);
+  Geometry g = DenseGeometry(*dx, kernel, dy, strides, padding, dilation);
+  return ForDtype(dy.element_type(), [&](auto storage, auto compute) {
+    using S = decltype(storage);
+    using C = decltype(compute);
+    CHANSEL_CALL(DenseDataGradient<S, C>(g, Data<S>(kernel), Data<S>(dy), Data<S>(*dx),
+                                         Parallel(pool)));
+  });
+}
+
+ffi::Error DenseKernelGradientHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dy,
+                                      ffi::Result<ffi::AnyBuffer> dkernel, Numbers strides,
+                                      Numbers padding, Numbers dilation) {
+  if (!DenseFit(x, *dkernel, dy)) return ffi::Error::InvalidArgument(kDenseMisfit);
+  Geometry g = DenseGeometry(x, *dkernel, dy, strides, padding, dilation);
+  return ForDtype(x.element_type(), [&](auto storage, auto compute) {
+    using S = decltype(storage);
+    using C = decltype(compute);
+    CHANSEL_CALL(DenseKernelGradient<S, C>(g, Data<S>(x), Data<S>(dy), Data<S>(*dkernel),
+                                           Parallel(pool)));
   });
 }
 
@@ -329,6 +389,36 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselBackward, chansel::BackwardHandler,
                                   .Ret<ffi::AnyBuffer>()  // dx
                                   .Ret<ffi::AnyBuffer>()  // dpointwise
                                   .Ret<ffi::AnyBuffer>()  // ddepthwise
+                                  .Attr<chansel::Numbers>("strides")
+                                  .Attr<chansel::Numbers>("padding")
+                                  .Attr<chansel::Numbers>("dilation"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselDenseForward, chansel::DenseForwardHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()  // x
+                                  .Arg<ffi::AnyBuffer>()  // kernel
+                                  .Ret<ffi::AnyBuffer>()  // y
+                                  .Attr<chansel::Numbers>("strides")
+                                  .Attr<chansel::Numbers>("padding")
+                                  .Attr<chansel::Numbers>("dilation"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselDenseDataGradient, chansel::DenseDataGradientHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()  // kernel
+                                  .Arg<ffi::AnyBuffer>()  // dy
+                                  .Ret<ffi::AnyBuffer>()  // dx
+                                  .Attr<chansel::Numbers>("strides")
+                                  .Attr<chansel::Numbers>("padding")
+                                  .Attr<chansel::Numbers>("dilation"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselDenseKernelGradient, chansel::DenseKernelGradientHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()  // x
+                                  .Arg<ffi::AnyBuffer>()  // dy
+                                  .Ret<ffi::AnyBuffer>()  // dkernel
                                   .Attr<chansel::Numbers>("strides")
                                   .Attr<chansel::Numbers>("padding")
                                   .Attr<chansel::Numbers>("dilation"));

@@ -506,27 +506,20 @@ void Forward(const Geometry& g, const S* x, const S* pointwise, const S* depthwi
   });
 }
 
-template <typename S, typename C>
-void Backward(const Geometry& g, const S* x, const S* pointwise, const S* depthwise, const S* dy,
-              S* dx, S* dpointwise, S* ddepthwise, const Parallel& parallel) {
-  const Layer<S, C> layer(g, pointwise, depthwise);
-  int64_t rows = std::max<int64_t>(1, layer.InputRowsPerUnit());  // none, in empty images
-  int64_t units = CeilDiv(g.h, rows);
-  // Sums over images are taken in groups that do not depend on the number of threads, and the
-  // groups added in order, so that the gradients are the same bit for bit however many there are.
-  int64_t size = layer.PointwiseSize() + layer.DepthwiseSize();
+// The sum over units of what add(unit, sum) adds to `size` numbers. Units are taken in groups that do
+// not depend on the number of threads, and the groups added in order, so that the sum is the same
+// bit for bit however many there are.
+template <typename C, typename Add>
+std::vector<C> SumOverGroups(int64_t units, int64_t size, const Parallel& parallel,
+                             const Add& add) {
   int64_t fitting = kPartialBytes / (size * int64_t(sizeof(C)));
-  int64_t groups = std::min(g.n * units, std::clamp(fitting, kFewestGroups, kMostGroups));
-  groups = std::max<int64_t>(1, groups);  // whose sums are zero if there are no images
+  int64_t groups = std::min(units, std::clamp(fitting, kFewestGroups, kMostGroups));
+  groups = std::max<int64_t>(1, groups);  // whose sums are zero if there are no units
   std::vector<C> partial(groups * size);
   parallel(groups, [&](int64_t group) {
-    C* pointwise_sum = partial.data() + group * size;
-    int64_t last = (group + 1) * g.n * units / groups;
-    for (int64_t unit = group * g.n * units / groups; unit < last; ++unit) {
-      int64_t image = unit / units, row = unit % units * rows;
-      layer.Backward(x + image * g.h * g.w * g.in, dy + image * g.out_h * g.out_w * g.out, row,
-                     std::min(row + rows, g.h), dx + image * g.h * g.w * g.in, pointwise_sum,
-                     pointwise_sum + layer.PointwiseSize());
+    int64_t last = (group + 1) * units / groups;
+    for (int64_t unit = group * units / groups; unit < last; ++unit) {
+      add(unit, partial.data() + group * size);
     }
   });
   constexpr int64_t kSlice = 4096;
@@ -536,8 +529,25 @@ void Backward(const Geometry& g, const S* x, const S* pointwise, const S* depthw
       for (int64_t i = slice * kSlice; i < last; ++i) partial[i] += partial[group * size + i];
     }
   });
-  layer.StorePointwise(partial.data(), dpointwise);
-  layer.StoreDepthwise(partial.data() + layer.PointwiseSize(), ddepthwise);
+  return partial;
+}
+
+template <typename S, typename C>
+void Backward(const Geometry& g, const S* x, const S* pointwise, const S* depthwise, const S* dy,
+              S* dx, S* dpointwise, S* ddepthwise, const Parallel& parallel) {
+  const Layer<S, C> layer(g, pointwise, depthwise);
+  int64_t rows = std::max<int64_t>(1, layer.InputRowsPerUnit());  // none, in empty images
+  int64_t units = CeilDiv(g.h, rows);
+  std::vector<C> sum = SumOverGroups<C>(
+      g.n * units, layer.PointwiseSize() + layer.DepthwiseSize(), parallel,
+      [&](int64_t unit, C* sum) {
+        int64_t image = unit / units, row = unit % units * rows;
+        layer.Backward(x + image * g.h * g.w * g.in, dy + image * g.out_h * g.out_w * g.out, row,
+                       std::min(row + rows, g.h), dx + image * g.h * g.w * g.in, sum,
+                       sum + layer.PointwiseSize());
+      });
+  layer.StorePointwise(sum.data(), dpointwise);
+  layer.StoreDepthwise(sum.data() + layer.PointwiseSize(), ddepthwise);
 }
 
 }  // namespace CHANSEL_TARGET

@@ -85,18 +85,17 @@ class Contestant:
     Attributes:
         framework: JAX or PyTorch.
         conv: the convolution.
-        variant: in JAX a lowering of channel selection (the dense convolution has none, `""`), in
-            PyTorch one of `TorchVariant`.
+        variant: in JAX a lowering, in PyTorch one of `TorchVariant`.
     """
 
     framework: Framework
     conv: Conv
-    variant: str = ""
+    variant: str
 
     @property
     def name(self) -> str:
         """As in `"JAX chansel grouped"`."""
-        return f"{self.framework} {self.conv} {self.variant}".strip()
+        return f"{self.framework} {self.conv} {self.variant}"
 
 
 @dataclasses.dataclass(frozen=True)

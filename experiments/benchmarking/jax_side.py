@@ -60,8 +60,7 @@ def make_runner(task: Task) -> Runner:
 
 def conv_of(contestant: Contestant) -> Callable[..., nnx.Module]:
     """The convolution, called as `nnx.Conv` is."""
-    conv = CONVS[contestant.conv]
-    return functools.partial(conv, lowering=contestant.variant) if contestant.variant else conv
+    return functools.partial(CONVS[contestant.conv], lowering=contestant.variant)
 
 
 def make_network(task: Task) -> ResNet:

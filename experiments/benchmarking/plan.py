@@ -7,12 +7,12 @@ from typing import get_args
 from flax import nnx
 
 from chansel_jax import data, training
-from chansel_jax.conv import ChannelSelectionConv
 from chansel_jax.optimizer import OptimizerSettings
 from chansel_jax.resnet import CONVS, PRESETS, PooledStem, ResNet
 from experiments.benchmarking.cases import (
     Case,
     Contestant,
+    Conv,
     Dtype,
     LayerShape,
     Machine,
@@ -108,11 +108,6 @@ def make_contestants(settings: Settings, machine: Machine, has_torch: bool) -> l
     Raises:
         PlanError: if there are none.
     """
-    lowerings = settings.lowerings
-    if lowerings is None:
-        epoch = settings.what == "epoch"
-        every = [name for name in ChannelSelectionConv.LOWERINGS if runs_on(name, machine)]
-        lowerings = (default_lowering(),) if epoch else every
     variants = settings.torch
     if variants is None:
         variants = [name for name in get_args(TorchVariant) if runs_on(name, machine)]
@@ -120,11 +115,27 @@ def make_contestants(settings: Settings, machine: Machine, has_torch: bool) -> l
     for conv in settings.convs:
         if has_torch:
             contestants += [Contestant("PyTorch", conv, variant) for variant in variants]
-        own = lowerings if conv == "chansel" else ("",)
+        own = make_lowerings(conv, settings, machine)
         contestants += [Contestant("JAX", conv, variant) for variant in own]
     if not contestants:
         raise PlanError("there is nothing to time: no lowering, no variant of PyTorch")
     return contestants
+
+
+def make_lowerings(conv: Conv, settings: Settings, machine: Machine) -> list[str]:
+    """Those of a convolution in JAX: those asked for that it has, all, or for epochs the default.
+
+    Where none of channel selection's lowerings that are asked for is one of the dense convolution,
+    that has its default one, to be compared with.
+    """
+    default = default_lowering(conv)
+    if settings.lowerings is None and settings.what == "epoch":
+        return [default]
+    every = [name for name in CONVS[conv].LOWERINGS if runs_on(name, machine)]
+    if settings.lowerings is None:
+        return every
+    chosen = [name for name in settings.lowerings if name in every]
+    return chosen if chosen or conv == "chansel" else [default]
 
 
 def runs_on(variant: str, machine: Machine) -> bool:
@@ -179,9 +190,9 @@ def load_train_images(settings: Settings) -> TrainImages | None:
     return TrainImages(split.images, split.labels, *training.channel_statistics(split.images))
 
 
-def default_lowering() -> str:
-    """The lowering of a `ChannelSelectionConv` that is given none."""
-    return nnx.eval_shape(lambda: ChannelSelectionConv(1, 1, 1, rngs=nnx.Rngs(0))).lowering
+def default_lowering(conv: Conv) -> str:
+    """The lowering of a layer of that convolution that is given none."""
+    return nnx.eval_shape(lambda: CONVS[conv](1, 1, 1, rngs=nnx.Rngs(0))).lowering
 
 
 def model_shapes(case: Case) -> list[LayerShape]:
@@ -206,7 +217,7 @@ def _block_shapes(block: nnx.Module, size: int) -> Iterator[LayerShape]:
         yield _shape(block.shortcut, size)
 
 
-def _shape(layer: ChannelSelectionConv, size: int) -> LayerShape:
+def _shape(layer: nnx.Module, size: int) -> LayerShape:
     kernel_size, stride = layer.kernel_size[0], layer.strides[0]
     return LayerShape(size, layer.in_channels, layer.out_channels, kernel_size, stride)
 

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from chansel_jax.conv import ChannelSelectionConv
+from chansel_jax.resnet import CONVS
 from experiments.benchmarking.cases import Conv, Dtype, LayerShape, TorchVariant, What
 
 SHAPE_FORMAT = "SIZExC_INxC_OUTxKERNELxSTRIDE"
@@ -58,7 +58,8 @@ class Settings:
     convs: tuple[Conv, ...] = ("chansel", "subkernel")
     """Channel selection, the ordinary dense convolution, or both."""
     lowerings: tuple[str, ...] | None = None
-    """Lowerings of JAX's channel selection; by default all, with --what=epoch the default one."""
+    """Lowerings of JAX's layers, of each convolution those that it has; by default all, with
+    --what=epoch the default one."""
     torch: tuple[TorchVariant, ...] | None = None
     """Variants of PyTorch; by default all that the device has. Empty (--torch=) for JAX alone."""
     rounds: int = 20
@@ -93,11 +94,11 @@ class Settings:
             raise ValueError(f"seed={self.seed} must be in [0, 2**32)")
         if not self.convs:
             raise ValueError("convs= must name at least one convolution")
-        unknown = set(self.lowerings or ()) - set(ChannelSelectionConv.LOWERINGS)
+        known = dict.fromkeys(name for conv in CONVS.values() for name in conv.LOWERINGS)
+        unknown = set(self.lowerings or ()) - set(known)
         if unknown:
             raise ValueError(
-                f"lowerings={','.join(self.lowerings)} may name "
-                f"{', '.join(ChannelSelectionConv.LOWERINGS)} only"
+                f"lowerings={','.join(self.lowerings)} may name {', '.join(known)} only"
             )
         for shape in self.shapes:
             parse_shape(shape)

@@ -59,7 +59,7 @@ def test_step_is_compared_timed_and_written(tmp_path):
     names = {each["name"] for each in case["contestants"]}
     assert names == {
         "JAX chansel shifted",
-        "JAX subkernel",
+        "JAX subkernel auto",
         "PyTorch chansel eager",
         "PyTorch subkernel eager",
     }
@@ -139,7 +139,7 @@ def test_epochs_with_their_data_on_two_devices(images, tmp_path):
     (case,) = results["cases"]
     assert (case["image_size"], case["num_classes"]) == (8, 2)
     assert {each["name"] for each in case["contestants"]} == {
-        "JAX subkernel",
+        "JAX subkernel auto",
         "PyTorch subkernel channels_last",
     }
     for each in case["contestants"]:

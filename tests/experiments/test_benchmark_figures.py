@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from chansel_jax import ChannelSelectionConv, resnet14, training
+from chansel_jax import resnet14, training
 from chansel_jax.data import DATASETS
-from chansel_jax.resnet import PRESETS
+from chansel_jax.resnet import CONVS, PRESETS
 from chansel_jax.torch_weights import from_torch, to_torch
 from experiments.benchmark import default_output
 from experiments.benchmarking import (
@@ -60,7 +60,8 @@ STEP = Case("step", "resnet14", 4, 32, 3, "float32")
 LAYER = dataclasses.replace(STEP, what="layer", layer=LayerShape(8, 4, 6, 3, 2))
 AUTO = Contestant("JAX", "chansel", "auto")
 GROUPED = Contestant("JAX", "chansel", "grouped")
-DENSE = Contestant("JAX", "subkernel")
+DENSE = Contestant("JAX", "subkernel", "auto")
+LAX = Contestant("JAX", "subkernel", "lax")
 EAGER = Contestant("PyTorch", "chansel", "eager")
 CHANNELS_LAST = Contestant("PyTorch", "chansel", "channels_last")
 TORCH_DENSE = Contestant("PyTorch", "subkernel", "eager")
@@ -123,7 +124,8 @@ def test_nothing_or_an_unknown_lowering_is_refused(convs, lowerings, named):
 
 
 def test_every_lowering_of_the_library_is_taken():
-    assert Settings(lowerings=ChannelSelectionConv.LOWERINGS).lowerings
+    names = ("auto", "composed", "grouped", "shifted", "native", "lax")
+    assert Settings(lowerings=names).lowerings
 
 
 @pytest.mark.parametrize(
@@ -218,8 +220,8 @@ def test_first_of_each_convolution_is_pytorchs_eager_one():
     contestants = plan.make_contestants(Settings(), CPU, has_torch=True)
     for conv in ("chansel", "subkernel"):
         assert [c for c in contestants if c.conv == conv][0].variant == "eager"
-    lowerings = [c.variant for c in contestants if (c.framework, c.conv) == ("JAX", "chansel")]
-    assert tuple(lowerings) == ChannelSelectionConv.LOWERINGS
+        lowerings = [c.variant for c in contestants if (c.framework, c.conv) == ("JAX", conv)]
+        assert tuple(lowerings) == CONVS[conv].LOWERINGS
     assert not any(c.variant == "max_autotune" for c in contestants)
     assert len(set(contestants)) == len(contestants)
 
@@ -239,11 +241,16 @@ def test_contestants_are_those_asked_for():
     with pytest.raises(plan.PlanError, match="nothing to time"):
         nothing = dataclasses.replace(chosen, lowerings=(), torch=())
         plan.make_contestants(nothing, CPU, has_torch=True)
+    both = Settings(lowerings=("grouped", "native"), torch=())
+    names = [c.name for c in plan.make_contestants(both, CPU, has_torch=True)]
+    assert names == ["JAX chansel grouped", "JAX chansel native", "JAX subkernel native"]
+    one = Settings(lowerings=("grouped",), torch=())
+    assert plan.make_contestants(one, CPU, has_torch=True) == [GROUPED, DENSE]
 
 
 def test_epoch_by_default_takes_the_default_lowering_alone():
     contestants = plan.make_contestants(Settings(what="epoch"), CPU, has_torch=False)
-    assert contestants == [Contestant("JAX", "chansel", plan.default_lowering()), DENSE]
+    assert contestants == [AUTO, DENSE]
 
 
 def test_what_does_not_fit_the_machine_is_named():
@@ -451,20 +458,24 @@ def test_ratios_take_the_default_lowering_and_pytorchs_fastest():
         timing(AUTO, 4.0, 4.0),
         timing(GROUPED, 2.0, 2.0),
         timing(DENSE, 8.0, 8.0),
+        timing(LAX, 32.0, 32.0),
         timing(EAGER, 5.0, 5.0),
         timing(CHANNELS_LAST, 1.0, 1.0),
         timing(TORCH_DENSE, 16.0, 16.0),
     ]
     found = {r["name"]: (r["denominator"], r["median"]) for r in figures.ratios(timings, "auto")}
     assert found == {
-        "JAX chansel auto / JAX subkernel": (DENSE.name, 0.5),
+        "JAX chansel auto / fastest JAX subkernel": (DENSE.name, 0.5),
+        "JAX chansel auto / JAX subkernel lax": (LAX.name, 0.125),
         "JAX chansel auto / fastest PyTorch chansel": (CHANNELS_LAST.name, 4),
         "JAX chansel auto / fastest PyTorch subkernel": (TORCH_DENSE.name, 1 / 4),
         "JAX chansel auto / JAX chansel grouped": (GROUPED.name, 2),
-        "JAX subkernel / fastest PyTorch subkernel": (TORCH_DENSE.name, 0.5),
+        "fastest JAX subkernel / fastest PyTorch subkernel": (TORCH_DENSE.name, 0.5),
         "PyTorch chansel / subkernel, fastest each": (TORCH_DENSE.name, 1 / 16),
     }
     assert figures.ratios(timings[:1], "auto") == []
+    lax_alone = figures.ratios([timings[0], timing(LAX, 32.0, 32.0)], "auto")
+    assert [r["name"] for r in lax_alone] == ["JAX chansel auto / fastest JAX subkernel"]
 
 
 def test_epochs_by_hand():
@@ -529,7 +540,7 @@ def results(what="step", cases=None):
 def test_markdown_has_figures_machine_and_command():
     text = report.markdown(results())
     assert "| JAX chansel auto | 1.50 (1.05–1.95) | 2,667 |" in text
-    assert "| JAX chansel auto / JAX subkernel | 0.375 (0.263–0.487) |" in text
+    assert "| JAX chansel auto / JAX subkernel auto | 0.375 (0.263–0.487) |" in text
     assert "- JAX chansel grouped could not run: RuntimeError: [no] compiler" in text
     assert "Some CPU, 2 cores; python 3.11.1, jax 0.10; 2030-01-02" in text
     assert "float32 (TF32 off)" in text and "cores 50 % busy" in text
@@ -541,7 +552,7 @@ def test_markdown_has_figures_machine_and_command():
 def test_epochs_are_the_originals_table():
     text = report.markdown(results("epoch"))
     assert "| run | 1 | 2 | s an epoch |" in text
-    assert "| JAX subkernel | 0.00400 | 0.00400 | 0.00400 ± 0 |" in text
+    assert "| JAX subkernel auto | 0.00400 | 0.00400 | 0.00400 ± 0 |" in text
 
 
 def test_layers_are_columns_and_contestants_rows():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from chansel_jax import depthwise, selection
+from chansel_jax import dense, depthwise, selection
 from chansel_jax.lowerings import runnable
 from experiments import tune
 from experiments.command_line import CommandError
@@ -28,13 +28,14 @@ def test_measures_every_lowering_of_every_shape(monkeypatch, capsys):
         for title, choices in (
             ("layer", selection.LOWERINGS),
             ("depthwise part", depthwise.LOWERINGS),
+            ("dense convolution", dense.LOWERINGS),
         ):
             table = printed.partition(f"{title}, {dtype}, forward + backward, ms")[2]
             names = [name for name in runnable(choices) if name != "auto"]
             header = next(line for line in table.splitlines() if "fastest" in line)
             assert [name for name in names if name in header] == names
             assert "6² 3→4, 3×3" in table and "5² 2→3, 1×1 /2 rank 2" in table
-    assert len(re.findall(r"auto is the fastest for [0-2] of 2 shapes", printed)) == 4
+    assert len(re.findall(r"auto is the fastest for [0-2] of 2 shapes", printed)) == 6
 
 
 def test_what_is_hopeless_is_timed_once():

@@ -1,0 +1,381 @@
+// The dense convolution and its gradients, for one instruction set; included after kernels.h.
+//
+// All three are products of matrices whose factors are never gathered: pixels of a row lie at a
+// fixed distance in the padded image, and the taps of a row of the kernel, times the input
+// channels, lie side by side.
+
+namespace CHANSEL_TARGET {
+
+// Part of a product's depth: pixel p's factors are a[p * pitch] ... and the matrix's rows start at
+// `row`.
+template <typename C>
+struct Run {
+  const C* a;
+  int64_t row, depth;
+};
+
+// out (PIXELS, VECTORS * lanes) = the runs' products with one panel, added up.
+template <int PIXELS, int VECTORS, typename C>
+CHANSEL_INLINE void RunsBlock(const Run<C>* runs, int64_t count, int64_t offset, int64_t pitch,
+                              const C* panel, C* out, int64_t out_pitch) {
+  Vec<C> sum[PIXELS][VECTORS] = {};
+  for (const Run<C>* run = runs; run < runs + count; ++run) {
+    const C* a = run->a + offset;
+    const C* b = panel + run->row * VECTORS * kLanes<C>;
+    for (int64_t k = 0; k < run->depth; ++k, ++a, b += VECTORS * kLanes<C>) {
+      Vec<C> row[VECTORS];
+      CHANSEL_UNROLL
+      for (int v = 0; v < VECTORS; ++v) Load(b + v * kLanes<C>, row[v]);
+      CHANSEL_UNROLL
+      for (int p = 0; p < PIXELS; ++p) {
+        CHANSEL_UNROLL
+        for (int v = 0; v < VECTORS; ++v) sum[p][v] += a[p * pitch] * row[v];
+      }
+    }
+  }
+  CHANSEL_UNROLL
+  for (int p = 0; p < PIXELS; ++p) {
+    CHANSEL_UNROLL
+    for (int v = 0; v < VECTORS; ++v) Store(sum[p][v], out + p * out_pitch + v * kLanes<C>);
+  }
+}
+
+// Pixels first ... last - 1, in blocks of PIXELS as long as they last, then of half as many.
+template <int PIXELS, int VECTORS, typename C>
+CHANSEL_INLINE void RunsPanel(const Run<C>* runs, int64_t count, int64_t pitch, int64_t first,
+                              int64_t last, const C* panel, C* out, int64_t out_pitch) {
+  for (; first + PIXELS <= last; first += PIXELS) {
+    RunsBlock<PIXELS, VECTORS>(runs, count, first * pitch, pitch, panel, out + first * out_pitch,
+                               out_pitch);
+  }
+  if constexpr (PIXELS > 1) {
+    RunsPanel<PIXELS / 2, VECTORS>(runs, count, pitch, first, last, panel, out, out_pitch);
+  }
+}
+
+// sum (ROWS, VECTORS * lanes) += over lines and pixels: transposed a (ROWS) * b (VECTORS * lanes).
+template <typename C>
+struct Lines {
+  const C *a, *b;
+  int64_t count, pixels, a_line, a_pitch, b_line, b_pitch;
+};
+
+template <int ROWS, int VECTORS, typename C>
+CHANSEL_INLINE void LinesBlock(const Lines<C>& lines, int64_t row, int64_t column, C* out,
+                               int64_t out_pitch) {
+  Vec<C> sum[ROWS][VECTORS];
+  CHANSEL_UNROLL
+  for (int i = 0; i < ROWS; ++i) {
+    CHANSEL_UNROLL
+    for (int v = 0; v < VECTORS; ++v) Load(out + i * out_pitch + v * kLanes<C>, sum[i][v]);
+  }
+  for (int64_t line = 0; line < lines.count; ++line) {
+    const C* a = lines.a + line * lines.a_line + row;
+    const C* b = lines.b + line * lines.b_line + column;
+    for (int64_t p = 0; p < lines.pixels; ++p, a += lines.a_pitch, b += lines.b_pitch) {
+      Vec<C> factor[VECTORS];
+      CHANSEL_UNROLL
+      for (int v = 0; v < VECTORS; ++v) Load(b + v * kLanes<C>, factor[v]);
+      CHANSEL_UNROLL
+      for (int i = 0; i < ROWS; ++i) {
+        CHANSEL_UNROLL
+        for (int v = 0; v < VECTORS; ++v) sum[i][v] += a[i] * factor[v];
+      }
+    }
+  }
+  CHANSEL_UNROLL
+  for (int i = 0; i < ROWS; ++i) {
+    CHANSEL_UNROLL
+    for (int v = 0; v < VECTORS; ++v) Store(sum[i][v], out + i * out_pitch + v * kLanes<C>);
+  }
+}
+
+// out (rows, columns) += the lines' products, in blocks of ROWS rows, then of half as many.
+template <int ROWS, int VECTORS, typename C>
+CHANSEL_INLINE void LinesPanel(const Lines<C>& lines, int64_t row, int64_t rows, int64_t column,
+                               C* out, int64_t out_pitch) {
+  for (; row + ROWS <= rows; row += ROWS) {
+    LinesBlock<ROWS, VECTORS>(lines, row, column, out + row * out_pitch + column, out_pitch);
+  }
+  if constexpr (ROWS > 1) {
+    LinesPanel<ROWS / 2, VECTORS>(lines, row, rows, column, out, out_pitch);
+  }
+}
+
+template <typename S, typename C>
+class DenseLayer {
+ public:
+  explicit DenseLayer(const Geometry& geometry)
+      : g(geometry),
+        padded_in(RoundUp(g.in, kLanes<C>)),
+        padded_out(RoundUp(g.out, kLanes<C>)),
+        taps(g.kernel_h * g.kernel_w),
+        // The columns of a tile: those that any tap reads, and those of the image.
+        tile_width(std::max((g.out_w - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1,
+                            g.left + g.w)),
+        gradient_left(std::max<int64_t>(
+            0, CeilDiv((g.kernel_w - 1) * g.dilation_w - g.left, g.stride_w))),
+        gradient_width(gradient_left +
+                       std::max(g.out_w, CeilDiv(g.w + g.left, g.stride_w))) {}
+
+  // The kernel (taps * in, out) in panels, for Forward.
+  std::vector<C> Panels(const S* kernel) const {
+    std::vector<C> panels(taps * g.in * padded_out, C(0));
+    for (int64_t k = 0; k < taps * g.in; ++k) {
+      for (int64_t o = 0; o < g.out; ++o) {
+        panels[PanelIndex<C>(k, o, taps * g.in, padded_out)] = ToCompute(*kernel++);
+      }
+    }
+    return panels;
+  }
+
+  // The kernel as (taps * out, in) in panels, for DataGradient.
+  std::vector<C> TransposedPanels(const S* kernel) const {
+    std::vector<C> panels(taps * g.out * padded_in, C(0));
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      for (int64_t i = 0; i < g.in; ++i) {
+        for (int64_t o = 0; o < g.out; ++o) {
+          panels[PanelIndex<C>(tap * g.out + o, i, taps * g.out, padded_in)] = ToCompute(*kernel++);
+        }
+      }
+    }
+    return panels;
+  }
+
+  int64_t OutputRowsPerUnit(int64_t tile_bytes) const {
+    int64_t input_rows = tile_bytes / (tile_width * g.in * sizeof(C));
+    int64_t rows = (input_rows - (g.kernel_h - 1) * g.dilation_h) / g.stride_h;
+    return std::clamp(rows, std::min<int64_t>(4, g.out_h), g.out_h);
+  }
+
+  int64_t InputRowsPerUnit() const {
+    int64_t output_rows = kTileBytes / (gradient_width * g.out * sizeof(C));
+    int64_t rows = output_rows * g.stride_h - (g.kernel_h - 1) * g.dilation_h;
+    return std::clamp(rows, std::min<int64_t>(4, g.h), g.h);
+  }
+
+  // y[:, first:last] of one image.
+  void Forward(const S* x, const C* panels, int64_t first, int64_t last, S* y) const {
+    Scratch<C>& scratch = ThreadScratch<C>();
+    const C* tile = FillImage(x, first, last, scratch);
+    WriteRows<S, C>(
+        (last - first) * g.out_w, g.out, padded_out, scratch.line, y + first * g.out_w * g.out,
+        [&](C* lines) {
+          ForPanels(padded_out, taps * g.in, panels, [&](auto vectors, int64_t c, const C* panel) {
+            for (int64_t i = 0; i < last - first; ++i) {
+              std::vector<Run<C>>& runs = ThreadRuns<C>();
+              runs.clear();
+              for (int64_t a = 0; a < g.kernel_h; ++a) {
+                const C* row = tile + (i * g.stride_h + a * g.dilation_h) * tile_width * g.in;
+                AddRuns(row, a * g.kernel_w * g.in, runs);
+              }
+              RunsPanel<kBlock, vectors>(runs.data(), runs.size(), g.stride_w * g.in, 0, g.out_w,
+                                         panel, lines + i * g.out_w * padded_out + c, padded_out);
+            }
+          });
+        });
+  }
+
+  // dx[:, first:last] of one image.
+  void DataGradient(const S* dy, const C* panels, int64_t first, int64_t last, S* dx) const {
+    Scratch<C>& scratch = ThreadScratch<C>();
+    int64_t first_out = std::max<int64_t>(
+        0, CeilDiv(first + g.top - (g.kernel_h - 1) * g.dilation_h, g.stride_h));
+    int64_t last_out = std::min(g.out_h, (last - 1 + g.top) / g.stride_h + 1);
+    const C* tile = FillOutputGradient(dy, first_out, last_out, scratch);
+    WriteRows<S, C>(
+        (last - first) * g.w, g.in, padded_in, scratch.line, dx + first * g.w * g.in,
+        [&](C* lines) {
+          ForPanels(padded_in, taps * g.out, panels, [&](auto vectors, int64_t c, const C* panel) {
+            for (int64_t row = first; row < last; ++row) {
+              // Columns that are a stride apart meet the same taps.
+              for (int64_t phase = 0; phase < std::min(g.stride_w, g.w); ++phase) {
+                const auto& runs = GradientRuns(tile, first_out, row, phase);
+                C* to = lines + ((row - first) * g.w + phase) * padded_in + c;
+                RunsPanel<kBlock, vectors>(runs.data(), runs.size(), g.out, 0,
+                                           CeilDiv(g.w - phase, g.stride_w), panel, to,
+                                           g.stride_w * padded_in);
+              }
+            }
+          });
+        });
+  }
+
+  // What the outputs [:, first:last] of one image add to the kernel's gradient (taps * in,
+  // padded_out).
+  void AddKernelGradient(const S* x, const S* dy, int64_t first, int64_t last, C* sum) const {
+    Scratch<C>& scratch = ThreadScratch<C>();
+    const C* tile = FillImage(x, first, last, scratch);
+    int64_t pixels = (last - first) * g.out_w;
+    const S* from = dy + first * g.out_w * g.out;
+    const C* gradient;
+    if (g.out == padded_out) {
+      gradient = AsCompute(from, pixels * g.out, scratch.output_gradient);
+    } else {
+      C* padded = Grow(scratch.output_gradient, pixels * padded_out);
+      PadRows(from, pixels, g.out, padded_out, padded);
+      gradient = padded;
+    }
+    for (int64_t a = 0; a < g.kernel_h; ++a) {
+      std::vector<Run<C>>& runs = ThreadRuns<C>();
+      runs.clear();
+      AddRuns(tile + a * g.dilation_h * tile_width * g.in, a * g.kernel_w * g.in, runs);
+      for (const Run<C>& run : runs) {
+        Lines<C> lines{run.a,
+                       gradient,
+                       last - first,
+                       g.out_w,
+                       g.stride_h * tile_width * g.in,
+                       g.stride_w * g.in,
+                       g.out_w * padded_out,
+                       padded_out};
+        C* to = sum + run.row * padded_out;
+        ForPanels(padded_out, 0, sum, [&](auto vectors, int64_t c, const C*) {
+          LinesPanel<kBlock, vectors>(lines, 0, run.depth, c, to, padded_out);
+        });
+      }
+    }
+  }
+
+  int64_t KernelSize() const { return taps * g.in * padded_out; }
+
+  void StoreKernel(const C* from, S* to) const {
+    for (int64_t k = 0; k < taps * g.in; ++k, from += padded_out) {
+      for (int64_t o = 0; o < g.out; ++o) *to++ = ToStorage<S>(from[o]);
+    }
+  }
+
+ private:
+  template <typename T>
+  static std::vector<Run<T>>& ThreadRuns() {
+    static thread_local std::vector<Run<T>> runs;
+    return runs;
+  }
+
+  // Calls body(vectors, first column, panel) for each panel of a matrix (depth, columns).
+  template <typename Body>
+  static void ForPanels(int64_t columns, int64_t depth, const C* panels, const Body& body) {
+    constexpr int64_t kPanel = 2 * kLanes<C>;
+    int64_t c = 0;
+    for (; c + kPanel <= columns; c += kPanel) {
+      body(std::integral_constant<int, 2>(), c, panels + c * depth);
+    }
+    if (c < columns) body(std::integral_constant<int, 1>(), c, panels + c * depth);
+  }
+
+  // One row of taps as runs: one, where they lie side by side.
+  void AddRuns(const C* tile_row, int64_t first, std::vector<Run<C>>& runs) const {
+    if (g.dilation_w == 1) {
+      runs.push_back({tile_row, first, g.kernel_w * g.in});
+    } else {
+      for (int64_t b = 0; b < g.kernel_w; ++b) {
+        runs.push_back({tile_row + b * g.dilation_w * g.in, first + b * g.in, g.in});
+      }
+    }
+  }
+
+  // The taps that input row `row` and its columns phase, phase + stride_w, ... meet.
+  const std::vector<Run<C>>& GradientRuns(const C* tile, int64_t first_out, int64_t row,
+                                          int64_t phase) const {
+    std::vector<Run<C>>& runs = ThreadRuns<C>();
+    runs.clear();
+    for (int64_t a = 0; a < g.kernel_h; ++a) {
+      int64_t offset = row + g.top - a * g.dilation_h;
+      if (offset < 0 || offset % g.stride_h || offset / g.stride_h >= g.out_h) continue;
+      const C* line = tile + (offset / g.stride_h - first_out) * gradient_width * g.out;
+      for (int64_t b = 0; b < g.kernel_w; ++b) {
+        int64_t q = phase + g.left - b * g.dilation_w;
+        if (q % g.stride_w) continue;
+        runs.push_back({line + (gradient_left + q / g.stride_w) * g.out,
+                        (a * g.kernel_w + b) * g.out, g.out});
+      }
+    }
+    return runs;
+  }
+
+  // The input rows that outputs first ... last - 1 read, with zeros around the image.
+  const C* FillImage(const S* x, int64_t first, int64_t last, Scratch<C>& scratch) const {
+    int64_t top = first * g.stride_h - g.top;
+    int64_t rows = (last - 1 - first) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1;
+    if constexpr (std::is_same_v<S, C>) {
+      if (tile_width == g.w && top >= 0 && top + rows <= g.h) return x + top * g.w * g.in;
+    }
+    int64_t width = tile_width * g.in;
+    C* tile = Grow(scratch.image, rows * width);
+    for (int64_t row = 0; row < rows; ++row) {
+      FillRow(x, top + row, g.h, g.w * g.in, g.left * g.in, width, tile + row * width);
+    }
+    return tile;
+  }
+
+  // Rows first ... last - 1 of the output's gradient, with zeros to the left and to the right.
+  const C* FillOutputGradient(const S* dy, int64_t first, int64_t last,
+                              Scratch<C>& scratch) const {
+    int64_t width = gradient_width * g.out;
+    C* tile = Grow(scratch.output_gradient, std::max<int64_t>(0, last - first) * width);
+    for (int64_t i = first; i < last; ++i) {
+      FillRow(dy, i, g.out_h, g.out_w * g.out, gradient_left * g.out, width,
+              tile + (i - first) * width);
+    }
+    return tile;
+  }
+
+  // Row `row` of `rows` rows of `count` numbers from `left` on, zero before, behind and beyond.
+  static void FillRow(const S* rows_of, int64_t row, int64_t rows, int64_t count, int64_t left,
+                      int64_t width, C* to) {
+    if (row < 0 || row >= rows) {
+      std::fill(to, to + width, C(0));
+      return;
+    }
+    std::fill(to, to + left, C(0));
+    PadRows(rows_of + row * count, 1, count, width - left, to + left);
+  }
+
+  const Geometry g;
+  const int64_t padded_in, padded_out, taps, tile_width, gradient_left, gradient_width;
+};
+
+template <typename S, typename C>
+void DenseForward(const Geometry& g, const S* x, const S* kernel, S* y, const Parallel& parallel) {
+  const DenseLayer<S, C> layer(g);
+  const std::vector<C> panels = layer.Panels(kernel);
+  int64_t rows = layer.OutputRowsPerUnit(kTileBytes);
+  int64_t units = CeilDiv(g.out_h, rows);
+  parallel(g.n * units, [&](int64_t unit) {
+    int64_t image = unit / units, first = unit % units * rows;
+    layer.Forward(x + image * g.h * g.w * g.in, panels.data(), first,
+                  std::min(first + rows, g.out_h), y + image * g.out_h * g.out_w * g.out);
+  });
+}
+
+template <typename S, typename C>
+void DenseDataGradient(const Geometry& g, const S* kernel, const S* dy, S* dx,
+                       const Parallel& parallel) {
+  const DenseLayer<S, C> layer(g);
+  const std::vector<C> panels = layer.TransposedPanels(kernel);
+  int64_t rows = std::max<int64_t>(1, layer.InputRowsPerUnit());  // none, in empty images
+  int64_t units = CeilDiv(g.h, rows);
+  parallel(g.n * units, [&](int64_t unit) {
+    int64_t image = unit / units, first = unit % units * rows;
+    layer.DataGradient(dy + image * g.out_h * g.out_w * g.out, panels.data(), first,
+                       std::min(first + rows, g.h), dx + image * g.h * g.w * g.in);
+  });
+}
+
+template <typename S, typename C>
+void DenseKernelGradient(const Geometry& g, const S* x, const S* dy, S* dkernel,
+                         const Parallel& parallel) {
+  const DenseLayer<S, C> layer(g);
+  int64_t rows = layer.OutputRowsPerUnit(kLinesBytes);
+  int64_t units = CeilDiv(g.out_h, rows);
+  std::vector<C> sum = SumOverGroups<C>(
+      g.n * units, layer.KernelSize(), parallel, [&](int64_t unit, C* sum) {
+        int64_t image = unit / units, first = unit % units * rows;
+        layer.AddKernelGradient(x + image * g.h * g.w * g.in,
+                                dy + image * g.out_h * g.out_w * g.out, first,
+                                std::min(first + rows, g.out_h), sum);
+      });
+  layer.StoreKernel(sum.data(), dkernel);
+}
+
+}  // namespace CHANSEL_TARGET
