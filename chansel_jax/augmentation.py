@@ -1,4 +1,4 @@
-"""Random crop, flip and normalisation, as pure functions on the device."""
+"""Random crop, flip, cutout and normalisation, as pure functions on the device."""
 
 import functools
 
@@ -44,3 +44,30 @@ def random_crop_flip(key: jax.Array, images: jax.Array, *, padding: int, flip: b
         mirrored = jax.random.bernoulli(flip_key, shape=(count, 1, 1, 1))
         images = jnp.where(mirrored, images[:, :, ::-1], images)
     return images
+
+
+def cutout(key: jax.Array, images: jax.Array, *, size: int) -> jax.Array:
+    """Sets a square of every image, at a random place, to zero: of normalised images, the mean.
+
+    As in DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout"
+    (2017), the square's centre is any pixel, so that at the border only a part of it is seen.
+
+    Args:
+        key: decides the places; equal keys give equal results.
+        images: `(N, H, W, C)`, any dtype.
+        size: pixels each way of the square; 0 leaves the images as they are.
+
+    Returns:
+        Images of the shape and dtype of `images`.
+    """
+    if not size:
+        return images
+
+    def inside(key, pixels):
+        first = jax.random.randint(key, (len(images), 1), 0, pixels) - size // 2
+        places = jnp.arange(pixels)[None]
+        return (places >= first) & (places < first + size)
+
+    keys = jax.random.split(key)
+    rows, columns = map(inside, keys, images.shape[1:3])
+    return jnp.where(rows[:, :, None, None] & columns[:, None, :, None], 0, images)

@@ -20,7 +20,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from chansel_jax.augmentation import normalise, random_crop_flip
+from chansel_jax.augmentation import cutout, normalise, random_crop_flip
 from chansel_jax.data import Split
 
 Tree = Any
@@ -105,10 +105,13 @@ class Augmentation:
     """Pixels of black added on each side before a random crop; 0 crops nothing."""
     flip: bool = True
     """Whether images are mirrored left to right at random."""
+    cutout: int = 0
+    """Pixels each way of a square, at a random place, that is set to the mean; 0 cuts nothing."""
 
     def __post_init__(self):
-        if self.crop_padding < 0:
-            raise ValueError(f"crop_padding={self.crop_padding} must not be negative")
+        for name in ("crop_padding", "cutout"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 
 
 def data_mesh() -> Mesh:
@@ -222,6 +225,7 @@ def make_train_step(
                 flip=augmentation.flip,
             )
             images, labels = normalise(images, split.mean, split.std), split.labels[index]
+            images = cutout(jax.random.fold_in(augment_key, 1), images, size=augmentation.cutout)
 
         def loss_function(params):
             logits, batch_stats = apply(params, state.batch_stats, images, dropout_key)

@@ -100,6 +100,7 @@ RECIPES = {
     "original": TrainingSettings(epochs=100),
     "best": TrainingSettings(
         optimization=OptimizerSettings(learning_rate=1e-2, warmup_fraction=0.1),
+        augmentation=Augmentation(cutout=12),
         epochs=60,
         label_smoothing=0.1,
         dropout_rate=0.0,

@@ -9,10 +9,12 @@ import torch
 # Eight devices stand in for a machine with several. On a few cores their threads, waiting for each
 # other in a sum over devices, could leave none to compute what they wait for: let there be more.
 os.environ.setdefault("PJRT_NPROC", "16")
-# The same functions are compiled for many tests, and in processes of their own too.
-compiled = tempfile.TemporaryDirectory(prefix="compiled-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
-jax.config.update("jax_compilation_cache_dir", compiled.name)
+# The same functions are compiled for many tests, and in processes of their own too, those of
+# pytest-xdist among them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 # On a processor without AVX-512, oneDNN's float32 convolutions were off by 7e-4, and with one core
 # wrote beyond their arrays: PyTorch's own are the reference.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from chansel_jax.augmentation import normalise, random_crop_flip
+from chansel_jax.augmentation import cutout, normalise, random_crop_flip
 
 COUNT, PADDING = 1024, 2
 
@@ -113,3 +113,34 @@ def test_batch_sharded_over_devices_gives_the_same(images):
     assert len(alone.sharding.device_set) == 1
     assert sharded.sharding.is_equivalent_to(sharding, images.ndim)
     np.testing.assert_array_equal(alone, sharded)
+
+
+# Cutout
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 20])
+def test_cutout_sets_one_square_to_zero(images, size):
+    results = np.asarray(cutout(jax.random.key(4), images, size=size))
+    assert results.dtype == images.dtype
+    kept = (results == images).all(axis=-1)
+    np.testing.assert_array_equal(results[~kept], 0)  # the images have no zeros of their own
+    _, height, width, _ = images.shape
+    centres = set()
+    for cut in ~kept:
+        rows, columns = np.flatnonzero(cut.any(axis=1)), np.flatnonzero(cut.any(axis=0))
+        np.testing.assert_array_equal(cut, np.outer(cut.any(axis=1), cut.any(axis=0)))
+        for seen, pixels in ((rows, height), (columns, width)):
+            first, last = seen[0], seen[-1]
+            assert len(seen) == last - first + 1 <= size
+            # Less than the whole square is seen at the border only.
+            assert len(seen) == size or first == 0 or last == pixels - 1
+        centres.add((rows[0], rows[-1], columns[0], columns[-1]))
+    if size <= 3:
+        assert len(centres) == height * width  # every pixel was a centre
+
+
+def test_no_cutout_and_equal_keys(images):
+    np.testing.assert_array_equal(cutout(jax.random.key(0), images, size=0), images)
+    first, again, other = (cutout(jax.random.key(k), images, size=3) for k in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()

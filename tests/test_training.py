@@ -243,6 +243,7 @@ def test_batch_that_does_not_divide_is_refused(batch_size, nearest):
         training.make_evaluate(small_network(), mesh=training.data_mesh(), batch_size=batch_size)
 
 
-def test_negative_crop_padding_is_refused():
-    with pytest.raises(ValueError, match="crop_padding=-1"):
-        training.Augmentation(crop_padding=-1)
+@pytest.mark.parametrize("name", ["crop_padding", "cutout"])
+def test_negative_pixels_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=-1"):
+        training.Augmentation(**{name: -1})
