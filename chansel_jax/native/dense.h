@@ -1,106 +1,10 @@
-// The dense convolution and its gradients, for one instruction set; included after kernels.h.
+// The dense convolution and its gradients; included after products.h.
 //
 // All three are products of matrices whose factors are never gathered: pixels of a row lie at a
 // fixed distance in the padded image, and the taps of a row of the kernel, times the input
 // channels, lie side by side.
 
 namespace CHANSEL_TARGET {
-
-// Part of a product's depth: pixel p's factors are a[p * pitch] ... and the matrix's rows start at
-// `row`.
-template <typename C>
-struct Run {
-  const C* a;
-  int64_t row, depth;
-};
-
-// out (PIXELS, VECTORS * lanes) = the runs' products with one panel, added up.
-template <int PIXELS, int VECTORS, typename C>
-CHANSEL_INLINE void RunsBlock(const Run<C>* runs, int64_t count, int64_t offset, int64_t pitch,
-                              const C* panel, C* out, int64_t out_pitch) {
-  Vec<C> sum[PIXELS][VECTORS] = {};
-  for (const Run<C>* run = runs; run < runs + count; ++run) {
-    const C* a = run->a + offset;
-    const C* b = panel + run->row * VECTORS * kLanes<C>;
-    for (int64_t k = 0; k < run->depth; ++k, ++a, b += VECTORS * kLanes<C>) {
-      Vec<C> row[VECTORS];
-      CHANSEL_UNROLL
-      for (int v = 0; v < VECTORS; ++v) Load(b + v * kLanes<C>, row[v]);
-      CHANSEL_UNROLL
-      for (int p = 0; p < PIXELS; ++p) {
-        CHANSEL_UNROLL
-        for (int v = 0; v < VECTORS; ++v) sum[p][v] += a[p * pitch] * row[v];
-      }
-    }
-  }
-  CHANSEL_UNROLL
-  for (int p = 0; p < PIXELS; ++p) {
-    CHANSEL_UNROLL
-    for (int v = 0; v < VECTORS; ++v) Store(sum[p][v], out + p * out_pitch + v * kLanes<C>);
-  }
-}
-
-// Pixels first ... last - 1, in blocks of PIXELS as long as they last, then of half as many.
-template <int PIXELS, int VECTORS, typename C>
-CHANSEL_INLINE void RunsPanel(const Run<C>* runs, int64_t count, int64_t pitch, int64_t first,
-                              int64_t last, const C* panel, C* out, int64_t out_pitch) {
-  for (; first + PIXELS <= last; first += PIXELS) {
-    RunsBlock<PIXELS, VECTORS>(runs, count, first * pitch, pitch, panel, out + first * out_pitch,
-                               out_pitch);
-  }
-  if constexpr (PIXELS > 1) {
-    RunsPanel<PIXELS / 2, VECTORS>(runs, count, pitch, first, last, panel, out, out_pitch);
-  }
-}
-
-// sum (ROWS, VECTORS * lanes) += over lines and pixels: transposed a (ROWS) * b (VECTORS * lanes).
-template <typename C>
-struct Lines {
-  const C *a, *b;
-  int64_t count, pixels, a_line, a_pitch, b_line, b_pitch;
-};
-
-template <int ROWS, int VECTORS, typename C>
-CHANSEL_INLINE void LinesBlock(const Lines<C>& lines, int64_t row, int64_t column, C* out,
-                               int64_t out_pitch) {
-  Vec<C> sum[ROWS][VECTORS];
-  CHANSEL_UNROLL
-  for (int i = 0; i < ROWS; ++i) {
-    CHANSEL_UNROLL
-    for (int v = 0; v < VECTORS; ++v) Load(out + i * out_pitch + v * kLanes<C>, sum[i][v]);
-  }
-  for (int64_t line = 0; line < lines.count; ++line) {
-    const C* a = lines.a + line * lines.a_line + row;
-    const C* b = lines.b + line * lines.b_line + column;
-    for (int64_t p = 0; p < lines.pixels; ++p, a += lines.a_pitch, b += lines.b_pitch) {
-      Vec<C> factor[VECTORS];
-      CHANSEL_UNROLL
-      for (int v = 0; v < VECTORS; ++v) Load(b + v * kLanes<C>, factor[v]);
-      CHANSEL_UNROLL
-      for (int i = 0; i < ROWS; ++i) {
-        CHANSEL_UNROLL
-        for (int v = 0; v < VECTORS; ++v) sum[i][v] += a[i] * factor[v];
-      }
-    }
-  }
-  CHANSEL_UNROLL
-  for (int i = 0; i < ROWS; ++i) {
-    CHANSEL_UNROLL
-    for (int v = 0; v < VECTORS; ++v) Store(sum[i][v], out + i * out_pitch + v * kLanes<C>);
-  }
-}
-
-// out (rows, columns) += the lines' products, in blocks of ROWS rows, then of half as many.
-template <int ROWS, int VECTORS, typename C>
-CHANSEL_INLINE void LinesPanel(const Lines<C>& lines, int64_t row, int64_t rows, int64_t column,
-                               C* out, int64_t out_pitch) {
-  for (; row + ROWS <= rows; row += ROWS) {
-    LinesBlock<ROWS, VECTORS>(lines, row, column, out + row * out_pitch + column, out_pitch);
-  }
-  if constexpr (ROWS > 1) {
-    LinesPanel<ROWS / 2, VECTORS>(lines, row, rows, column, out, out_pitch);
-  }
-}
 
 template <typename S, typename C>
 class DenseLayer {
@@ -161,16 +65,11 @@ class DenseLayer {
     WriteRows<S, C>(
         (last - first) * g.out_w, g.out, padded_out, scratch.line, y + first * g.out_w * g.out,
         [&](C* lines) {
-          ForPanels(padded_out, taps * g.in, panels, [&](auto vectors, int64_t c, const C* panel) {
+          ForPanels<C>(padded_out, [&](auto vectors, int64_t c) {
             for (int64_t i = 0; i < last - first; ++i) {
-              std::vector<Run<C>>& runs = ThreadRuns<C>();
-              runs.clear();
-              for (int64_t a = 0; a < g.kernel_h; ++a) {
-                const C* row = tile + (i * g.stride_h + a * g.dilation_h) * tile_width * g.in;
-                AddRuns(row, a * g.kernel_w * g.in, runs);
-              }
-              RunsPanel<kBlock, vectors>(runs.data(), runs.size(), g.stride_w * g.in, 0, g.out_w,
-                                         panel, lines + i * g.out_w * padded_out + c, padded_out);
+              ProductPanel<kBlock, vectors>(
+                  OutputRuns(tile + i * g.stride_h * tile_width * g.in), 0, g.out_w,
+                  panels + c * taps * g.in, lines + i * g.out_w * padded_out + c, padded_out);
             }
           });
         });
@@ -186,15 +85,14 @@ class DenseLayer {
     WriteRows<S, C>(
         (last - first) * g.w, g.in, padded_in, scratch.line, dx + first * g.w * g.in,
         [&](C* lines) {
-          ForPanels(padded_in, taps * g.out, panels, [&](auto vectors, int64_t c, const C* panel) {
+          ForPanels<C>(padded_in, [&](auto vectors, int64_t c) {
             for (int64_t row = first; row < last; ++row) {
               // Columns that are a stride apart meet the same taps.
               for (int64_t phase = 0; phase < std::min(g.stride_w, g.w); ++phase) {
-                const auto& runs = GradientRuns(tile, first_out, row, phase);
-                C* to = lines + ((row - first) * g.w + phase) * padded_in + c;
-                RunsPanel<kBlock, vectors>(runs.data(), runs.size(), g.out, 0,
-                                           CeilDiv(g.w - phase, g.stride_w), panel, to,
-                                           g.stride_w * padded_in);
+                ProductPanel<kBlock, vectors>(
+                    GradientRuns(tile, first_out, row, phase), 0,
+                    CeilDiv(g.w - phase, g.stride_w), panels + c * taps * g.out,
+                    lines + ((row - first) * g.w + phase) * padded_in + c, g.stride_w * padded_in);
               }
             }
           });
@@ -216,24 +114,17 @@ class DenseLayer {
       PadRows(from, pixels, g.out, padded_out, padded);
       gradient = padded;
     }
-    for (int64_t a = 0; a < g.kernel_h; ++a) {
-      std::vector<Run<C>>& runs = ThreadRuns<C>();
-      runs.clear();
-      AddRuns(tile + a * g.dilation_h * tile_width * g.in, a * g.kernel_w * g.in, runs);
-      for (const Run<C>& run : runs) {
-        Lines<C> lines{run.a,
-                       gradient,
-                       last - first,
-                       g.out_w,
-                       g.stride_h * tile_width * g.in,
-                       g.stride_w * g.in,
-                       g.out_w * padded_out,
-                       padded_out};
-        C* to = sum + run.row * padded_out;
-        ForPanels(padded_out, 0, sum, [&](auto vectors, int64_t c, const C*) {
-          LinesPanel<kBlock, vectors>(lines, 0, run.depth, c, to, padded_out);
-        });
-      }
+    const Runs<C> runs = OutputRuns(tile);
+    for (const Run<C>* run = runs.first; run < runs.first + runs.count; ++run) {
+      const Lines<C> lines{run->a,
+                           gradient,
+                           last - first,
+                           g.out_w,
+                           g.stride_h * tile_width * g.in,
+                           runs.pitch,
+                           g.out_w * padded_out,
+                           padded_out};
+      AddOuterProduct(lines, run->depth, padded_out, sum + run->row * padded_out);
     }
   }
 
@@ -246,39 +137,30 @@ class DenseLayer {
   }
 
  private:
-  template <typename T>
-  static std::vector<Run<T>>& ThreadRuns() {
-    static thread_local std::vector<Run<T>> runs;
+  // Of this thread, until it asks again.
+  static std::vector<Run<C>>& EmptyRuns() {
+    static thread_local std::vector<Run<C>> runs;
+    runs.clear();
     return runs;
   }
 
-  // Calls body(vectors, first column, panel) for each panel of a matrix (depth, columns).
-  template <typename Body>
-  static void ForPanels(int64_t columns, int64_t depth, const C* panels, const Body& body) {
-    constexpr int64_t kPanel = 2 * kLanes<C>;
-    int64_t c = 0;
-    for (; c + kPanel <= columns; c += kPanel) {
-      body(std::integral_constant<int, 2>(), c, panels + c * depth);
-    }
-    if (c < columns) body(std::integral_constant<int, 1>(), c, panels + c * depth);
-  }
-
-  // One row of taps as runs: one, where they lie side by side.
-  void AddRuns(const C* tile_row, int64_t first, std::vector<Run<C>>& runs) const {
-    if (g.dilation_w == 1) {
-      runs.push_back({tile_row, first, g.kernel_w * g.in});
-    } else {
-      for (int64_t b = 0; b < g.kernel_w; ++b) {
-        runs.push_back({tile_row + b * g.dilation_w * g.in, first + b * g.in, g.in});
+  // What an output row reads, whose first tap is in the tile's row at `top`; the taps of a row of
+  // the kernel are one run where they lie side by side.
+  Runs<C> OutputRuns(const C* top) const {
+    std::vector<Run<C>>& runs = EmptyRuns();
+    int64_t together = g.dilation_w == 1 ? g.kernel_w : 1;
+    for (int64_t a = 0; a < g.kernel_h; ++a) {
+      for (int64_t b = 0; b < g.kernel_w; b += together) {
+        runs.push_back({top + (a * g.dilation_h * tile_width + b * g.dilation_w) * g.in,
+                        (a * g.kernel_w + b) * g.in, together * g.in});
       }
     }
+    return {runs.data(), int64_t(runs.size()), g.stride_w * g.in};
   }
 
   // The taps that input row `row` and its columns phase, phase + stride_w, ... meet.
-  const std::vector<Run<C>>& GradientRuns(const C* tile, int64_t first_out, int64_t row,
-                                          int64_t phase) const {
-    std::vector<Run<C>>& runs = ThreadRuns<C>();
-    runs.clear();
+  Runs<C> GradientRuns(const C* tile, int64_t first_out, int64_t row, int64_t phase) const {
+    std::vector<Run<C>>& runs = EmptyRuns();
     for (int64_t a = 0; a < g.kernel_h; ++a) {
       int64_t offset = row + g.top - a * g.dilation_h;
       if (offset < 0 || offset % g.stride_h || offset / g.stride_h >= g.out_h) continue;
@@ -290,7 +172,7 @@ class DenseLayer {
                         (a * g.kernel_w + b) * g.out, g.out});
       }
     }
-    return runs;
+    return {runs.data(), int64_t(runs.size()), g.out};
   }
 
   // The input rows that outputs first ... last - 1 read, with zeros around the image.

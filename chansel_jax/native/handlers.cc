@@ -1,5 +1,5 @@
 // XLA custom calls on CPUs: channel selection and the dense convolution, forward and backward. See
-// kernels.h and dense.h.
+// selection.h and dense.h.
 
 #include <algorithm>
 #include <atomic>
@@ -150,7 +150,8 @@ class Parallel {
 #define CHANSEL_TARGET avx512
 #define CHANSEL_VECTOR_BYTES 64
 namespace chansel {
-#include "kernels.h"
+#include "products.h"
+#include "selection.h"
 #include "dense.h"
 }
 #undef CHANSEL_TARGET
@@ -162,7 +163,8 @@ namespace chansel {
 #define CHANSEL_TARGET avx2
 #define CHANSEL_VECTOR_BYTES 32
 namespace chansel {
-#include "kernels.h"
+#include "products.h"
+#include "selection.h"
 #include "dense.h"
 }
 #undef CHANSEL_TARGET
@@ -173,7 +175,8 @@ namespace chansel {
 #define CHANSEL_TARGET baseline
 #define CHANSEL_VECTOR_BYTES 16
 namespace chansel {
-#include "kernels.h"
+#include "products.h"
+#include "selection.h"
 #include "dense.h"
 }
 

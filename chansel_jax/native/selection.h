@@ -1,8 +1,4 @@
-// Channel selection, pointwise and depthwise fused in cache, for one instruction set.
-//
-// Included several times by handlers.cc, each time with another CHANSEL_TARGET (a namespace) and
-// CHANSEL_VECTOR_BYTES (what a register of that instruction set holds); so there is no include
-// guard. Vectors are the compiler's own (GCC and Clang); no intrinsics.
+// Channel selection, pointwise and depthwise fused in cache; included after products.h.
 //
 // Within a tile, the M = C_out * R weighted sums of a pixel lie rank by rank, and the output
 // channels of each rank are padded with zeros to a whole number of vectors:
@@ -10,190 +6,6 @@
 // so that every inner loop runs over whole vectors.
 
 namespace CHANSEL_TARGET {
-
-// ---------------------------------------------------------------- vectors
-
-template <typename C>
-struct Vector {
-  typedef C type __attribute__((vector_size(CHANSEL_VECTOR_BYTES)));
-  typedef C unaligned __attribute__((vector_size(CHANSEL_VECTOR_BYTES), aligned(alignof(C)),
-                                     may_alias));
-};
-
-template <typename C>
-constexpr int64_t kLanes = CHANSEL_VECTOR_BYTES / sizeof(C);
-
-template <typename C>
-using Vec = typename Vector<C>::type;
-
-template <typename C>
-CHANSEL_INLINE void Load(const C* from, Vec<C>& to) {
-  to = *reinterpret_cast<const typename Vector<C>::unaligned*>(from);
-}
-
-template <typename C>
-CHANSEL_INLINE void Store(const Vec<C>& from, C* to) {
-  *reinterpret_cast<typename Vector<C>::unaligned*>(to) = from;
-}
-
-// Registers are 32 with 64-byte vectors, else 16: how many pixels a block of accumulators spans.
-constexpr int kBlock = CHANSEL_VECTOR_BYTES == 64 ? 8 : 4;
-
-// ---------------------------------------------------------------- storage
-
-// Rows of the arrays' own type as the type of computation: as they are where both are the same.
-template <typename S, typename C>
-const C* AsCompute(const S* from, int64_t count, std::vector<C>& scratch) {
-  if constexpr (std::is_same_v<S, C>) {
-    return from;
-  } else {
-    Grow(scratch, count);
-    for (int64_t i = 0; i < count; ++i) scratch[i] = ToCompute(from[i]);
-    return scratch.data();
-  }
-}
-
-// Has write(rows) compute rows of padded_columns, and stores the first `columns` of each: directly
-// where nothing is padded and no type differs.
-template <typename S, typename C, typename Write>
-void WriteRows(int64_t rows, int64_t columns, int64_t padded_columns, std::vector<C>& scratch,
-               S* to, const Write& write) {
-  if constexpr (std::is_same_v<S, C>) {
-    if (columns == padded_columns) return write(to);
-  }
-  C* from = Grow(scratch, rows * padded_columns);
-  write(from);
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t i = 0; i < columns; ++i) {
-      to[row * columns + i] = ToStorage<S>(from[row * padded_columns + i]);
-    }
-  }
-}
-
-// Rows of `columns` as rows of padded_columns, zero beyond.
-template <typename S, typename C>
-void PadRows(const S* from, int64_t rows, int64_t columns, int64_t padded_columns, C* to) {
-  if constexpr (std::is_same_v<S, C>) {
-    if (columns == padded_columns) {
-      std::copy(from, from + rows * columns, to);
-      return;
-    }
-  }
-  for (int64_t row = 0; row < rows; ++row, from += columns, to += padded_columns) {
-    for (int64_t i = 0; i < columns; ++i) to[i] = ToCompute(from[i]);
-    std::fill(to + columns, to + padded_columns, C(0));
-  }
-}
-
-// ---------------------------------------------------------------- matrix products
-
-// out (PIXELS, VECTORS * lanes) = a (PIXELS, depth) * b (depth, VECTORS * lanes)
-template <int PIXELS, int VECTORS, typename C>
-CHANSEL_INLINE void ProductBlock(const C* a, int64_t a_pitch, const C* b, int64_t depth, C* out,
-                                 int64_t out_pitch) {
-  Vec<C> sum[PIXELS][VECTORS] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<C> row[VECTORS];
-    CHANSEL_UNROLL
-    for (int v = 0; v < VECTORS; ++v) Load(b + (k * VECTORS + v) * kLanes<C>, row[v]);
-    CHANSEL_UNROLL
-    for (int p = 0; p < PIXELS; ++p) {
-      CHANSEL_UNROLL
-      for (int v = 0; v < VECTORS; ++v) sum[p][v] += a[p * a_pitch + k] * row[v];
-    }
-  }
-  CHANSEL_UNROLL
-  for (int p = 0; p < PIXELS; ++p) {
-    CHANSEL_UNROLL
-    for (int v = 0; v < VECTORS; ++v) Store(sum[p][v], out + p * out_pitch + v * kLanes<C>);
-  }
-}
-
-// In blocks of PIXELS as long as they last, then of half as many, and so on.
-template <int PIXELS, int VECTORS, typename C>
-CHANSEL_INLINE void ProductPanel(const C* a, int64_t a_pitch, int64_t pixels, const C* b,
-                                 int64_t depth, C* out, int64_t out_pitch) {
-  int64_t p = 0;
-  for (; p + PIXELS <= pixels; p += PIXELS) {
-    ProductBlock<PIXELS, VECTORS>(a + p * a_pitch, a_pitch, b, depth, out + p * out_pitch,
-                                  out_pitch);
-  }
-  if constexpr (PIXELS > 1) {
-    ProductPanel<PIXELS / 2, VECTORS>(a + p * a_pitch, a_pitch, pixels - p, b, depth,
-                                      out + p * out_pitch, out_pitch);
-  }
-}
-
-// out (pixels, columns) = a (pixels, depth) * panels (depth, columns), columns whole vectors.
-// A panel holds two vectors of columns, the last one perhaps one, contiguous over the depth.
-template <typename C>
-void Product(const C* a, int64_t a_pitch, int64_t pixels, const C* panels, int64_t depth,
-             int64_t columns, C* out, int64_t out_pitch) {
-  constexpr int64_t kPanel = 2 * kLanes<C>;
-  int64_t c = 0;
-  for (; c + kPanel <= columns; c += kPanel) {
-    ProductPanel<kBlock, 2>(a, a_pitch, pixels, panels + c * depth, depth, out + c, out_pitch);
-  }
-  if (c < columns) {
-    ProductPanel<kBlock, 1>(a, a_pitch, pixels, panels + c * depth, depth, out + c, out_pitch);
-  }
-}
-
-// Where element (k, column) of a matrix (depth, columns) lies in its panels.
-template <typename C>
-int64_t PanelIndex(int64_t k, int64_t column, int64_t depth, int64_t columns) {
-  constexpr int64_t kPanel = 2 * kLanes<C>;
-  int64_t start = column / kPanel * kPanel;
-  return start * depth + k * std::min(kPanel, columns - start) + column - start;
-}
-
-// sum (ROWS, VECTORS * lanes) += transposed a (pixels, ROWS) * b (pixels, VECTORS * lanes)
-template <int ROWS, int VECTORS, typename C>
-CHANSEL_INLINE void OuterBlock(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch,
-                               int64_t pixels, C* out, int64_t out_pitch) {
-  Vec<C> sum[ROWS][VECTORS];
-  CHANSEL_UNROLL
-  for (int i = 0; i < ROWS; ++i) {
-    CHANSEL_UNROLL
-    for (int v = 0; v < VECTORS; ++v) Load(out + i * out_pitch + v * kLanes<C>, sum[i][v]);
-  }
-  for (int64_t p = 0; p < pixels; ++p) {
-    Vec<C> row[VECTORS];
-    CHANSEL_UNROLL
-    for (int v = 0; v < VECTORS; ++v) Load(b + p * b_pitch + v * kLanes<C>, row[v]);
-    CHANSEL_UNROLL
-    for (int i = 0; i < ROWS; ++i) {
-      CHANSEL_UNROLL
-      for (int v = 0; v < VECTORS; ++v) sum[i][v] += a[p * a_pitch + i] * row[v];
-    }
-  }
-  CHANSEL_UNROLL
-  for (int i = 0; i < ROWS; ++i) {
-    CHANSEL_UNROLL
-    for (int v = 0; v < VECTORS; ++v) Store(sum[i][v], out + i * out_pitch + v * kLanes<C>);
-  }
-}
-
-// out (rows, columns) += transposed a (pixels, rows) * b (pixels, columns), columns whole vectors.
-template <typename C>
-void AddOuterProduct(const C* a, int64_t rows, const C* b, int64_t b_pitch, int64_t columns,
-                     int64_t pixels, C* out) {
-  for (int64_t c = 0; c < columns;) {
-    bool two = c + 2 * kLanes<C> <= columns;
-    int64_t i = 0;
-    for (; i + kBlock <= rows; i += kBlock) {
-      C* to = out + i * columns + c;
-      two ? OuterBlock<kBlock, 2>(a + i, rows, b + c, b_pitch, pixels, to, columns)
-          : OuterBlock<kBlock, 1>(a + i, rows, b + c, b_pitch, pixels, to, columns);
-    }
-    for (; i < rows; ++i) {
-      C* to = out + i * columns + c;
-      two ? OuterBlock<1, 2>(a + i, rows, b + c, b_pitch, pixels, to, columns)
-          : OuterBlock<1, 1>(a + i, rows, b + c, b_pitch, pixels, to, columns);
-    }
-    c += (two ? 2 : 1) * kLanes<C>;
-  }
-}
 
 // ---------------------------------------------------------------- one layer
 
@@ -264,11 +76,10 @@ class Layer {
     }
     int64_t pixels = (last - first) * g.w;
     const C* image = AsCompute(x + first * g.w * g.in, pixels * g.in, scratch.image);
-    AddOuterProduct(image, g.in, dz, sums, sums, pixels, pointwise_sum);
+    AddOuterProduct(Lines<C>{image, dz, 1, pixels, 0, g.in, 0, sums}, g.in, sums, pointwise_sum);
     WriteRows<S, C>(pixels, g.in, padded_in, scratch.image_gradient, dx + first * g.w * g.in,
                     [&](C* rows) {
-                      Product(dz, sums, pixels, transposed_pointwise.data(), sums, padded_in, rows,
-                              padded_in);
+                      Product(dz, pixels, sums, transposed_pointwise.data(), padded_in, rows);
                     });
   }
 
@@ -334,7 +145,7 @@ class Layer {
       std::fill(tile, image, C(0));
       std::fill(image + g.w * sums, tile + tile_width * sums, C(0));
       const C* pixels = AsCompute(x + (top + row) * g.w * g.in, g.w * g.in, scratch.image);
-      Product(pixels, g.in, g.w, panels.data(), g.in, sums, image, sums);
+      Product(pixels, g.w, g.in, panels.data(), sums, image);
     }
   }
 
@@ -504,32 +315,6 @@ void Forward(const Geometry& g, const S* x, const S* pointwise, const S* depthwi
     layer.Forward(x + image * g.h * g.w * g.in, first, std::min(first + rows, g.out_h),
                   y + image * g.out_h * g.out_w * g.out);
   });
-}
-
-// The sum over units of what add(unit, sum) adds to `size` numbers. Units are taken in groups that do
-// not depend on the number of threads, and the groups added in order, so that the sum is the same
-// bit for bit however many there are.
-template <typename C, typename Add>
-std::vector<C> SumOverGroups(int64_t units, int64_t size, const Parallel& parallel,
-                             const Add& add) {
-  int64_t fitting = kPartialBytes / (size * int64_t(sizeof(C)));
-  int64_t groups = std::min(units, std::clamp(fitting, kFewestGroups, kMostGroups));
-  groups = std::max<int64_t>(1, groups);  // whose sums are zero if there are no units
-  std::vector<C> partial(groups * size);
-  parallel(groups, [&](int64_t group) {
-    int64_t last = (group + 1) * units / groups;
-    for (int64_t unit = group * units / groups; unit < last; ++unit) {
-      add(unit, partial.data() + group * size);
-    }
-  });
-  constexpr int64_t kSlice = 4096;
-  parallel(CeilDiv(size, kSlice), [&](int64_t slice) {
-    int64_t last = std::min(size, (slice + 1) * kSlice);
-    for (int64_t group = 1; group < groups; ++group) {
-      for (int64_t i = slice * kSlice; i < last; ++i) partial[i] += partial[group * size + i];
-    }
-  });
-  return partial;
 }
 
 template <typename S, typename C>

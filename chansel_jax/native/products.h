@@ -1,0 +1,253 @@
+// Matrix products of rows of pixels, for one instruction set.
+//
+// This and the headers beside it are included several times by handlers.cc, each time with another
+// CHANSEL_TARGET (a namespace) and CHANSEL_VECTOR_BYTES (what a register of that instruction set
+// holds); so there are no include guards. Vectors are the compiler's own (GCC and Clang); no
+// intrinsics.
+
+namespace CHANSEL_TARGET {
+
+// ---------------------------------------------------------------- vectors
+
+template <typename C>
+struct Vector {
+  typedef C type __attribute__((vector_size(CHANSEL_VECTOR_BYTES)));
+  typedef C unaligned __attribute__((vector_size(CHANSEL_VECTOR_BYTES), aligned(alignof(C)),
+                                     may_alias));
+};
+
+template <typename C>
+constexpr int64_t kLanes = CHANSEL_VECTOR_BYTES / sizeof(C);
+
+template <typename C>
+using Vec = typename Vector<C>::type;
+
+template <typename C>
+CHANSEL_INLINE void Load(const C* from, Vec<C>& to) {
+  to = *reinterpret_cast<const typename Vector<C>::unaligned*>(from);
+}
+
+template <typename C>
+CHANSEL_INLINE void Store(const Vec<C>& from, C* to) {
+  *reinterpret_cast<typename Vector<C>::unaligned*>(to) = from;
+}
+
+// Registers are 32 with 64-byte vectors, else 16: how many pixels a block of accumulators spans.
+constexpr int kBlock = CHANSEL_VECTOR_BYTES == 64 ? 8 : 4;
+
+// ---------------------------------------------------------------- storage
+
+// Rows of the arrays' own type as the type of computation: as they are where both are the same.
+template <typename S, typename C>
+const C* AsCompute(const S* from, int64_t count, std::vector<C>& scratch) {
+  if constexpr (std::is_same_v<S, C>) {
+    return from;
+  } else {
+    Grow(scratch, count);
+    for (int64_t i = 0; i < count; ++i) scratch[i] = ToCompute(from[i]);
+    return scratch.data();
+  }
+}
+
+// Has write(rows) compute rows of padded_columns, and stores the first `columns` of each: directly
+// where nothing is padded and no type differs.
+template <typename S, typename C, typename Write>
+void WriteRows(int64_t rows, int64_t columns, int64_t padded_columns, std::vector<C>& scratch,
+               S* to, const Write& write) {
+  if constexpr (std::is_same_v<S, C>) {
+    if (columns == padded_columns) return write(to);
+  }
+  C* from = Grow(scratch, rows * padded_columns);
+  write(from);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < columns; ++i) {
+      to[row * columns + i] = ToStorage<S>(from[row * padded_columns + i]);
+    }
+  }
+}
+
+// Rows of `columns` as rows of padded_columns, zero beyond.
+template <typename S, typename C>
+void PadRows(const S* from, int64_t rows, int64_t columns, int64_t padded_columns, C* to) {
+  if constexpr (std::is_same_v<S, C>) {
+    if (columns == padded_columns) {
+      std::copy(from, from + rows * columns, to);
+      return;
+    }
+  }
+  for (int64_t row = 0; row < rows; ++row, from += columns, to += padded_columns) {
+    for (int64_t i = 0; i < columns; ++i) to[i] = ToCompute(from[i]);
+    std::fill(to + columns, to + padded_columns, C(0));
+  }
+}
+
+// ---------------------------------------------------------------- products
+
+// A matrix (depth, columns), columns whole vectors, lies in panels: of two vectors of columns, the
+// last one perhaps of one, each contiguous over the depth. Where element (k, column) lies:
+template <typename C>
+int64_t PanelIndex(int64_t k, int64_t column, int64_t depth, int64_t columns) {
+  constexpr int64_t kPanel = 2 * kLanes<C>;
+  int64_t start = column / kPanel * kPanel;
+  return start * depth + k * std::min(kPanel, columns - start) + column - start;
+}
+
+// Calls body(vectors, first column) for each panel.
+template <typename C, typename Body>
+CHANSEL_INLINE void ForPanels(int64_t columns, const Body& body) {
+  constexpr int64_t kPanel = 2 * kLanes<C>;
+  int64_t c = 0;
+  for (; c + kPanel <= columns; c += kPanel) body(std::integral_constant<int, 2>(), c);
+  if (c < columns) body(std::integral_constant<int, 1>(), c);
+}
+
+// A part of a product's depth: the factors of pixel p are a[p * pitch] ... a[p * pitch + depth - 1],
+// and meet the matrix's rows from `row` on.
+template <typename C>
+struct Run {
+  const C* a;
+  int64_t row, depth;
+};
+
+template <typename C>
+struct Runs {
+  const Run<C>* first;
+  int64_t count, pitch;
+};
+
+// out (PIXELS, VECTORS * lanes) = the sum of the runs' products with one panel, from pixel p on.
+template <int PIXELS, int VECTORS, typename C>
+CHANSEL_INLINE void ProductBlock(const Runs<C>& runs, int64_t p, const C* panel, C* out,
+                                 int64_t out_pitch) {
+  Vec<C> sum[PIXELS][VECTORS] = {};
+  const int64_t pitch = runs.pitch;
+  for (const Run<C>* run = runs.first; run < runs.first + runs.count; ++run) {
+    const C* a = run->a + p * pitch;
+    const C* b = panel + run->row * VECTORS * kLanes<C>;
+    for (int64_t k = 0; k < run->depth; ++k, ++a, b += VECTORS * kLanes<C>) {
+      Vec<C> row[VECTORS];
+      CHANSEL_UNROLL
+      for (int v = 0; v < VECTORS; ++v) Load(b + v * kLanes<C>, row[v]);
+      CHANSEL_UNROLL
+      for (int i = 0; i < PIXELS; ++i) {
+        CHANSEL_UNROLL
+        for (int v = 0; v < VECTORS; ++v) sum[i][v] += a[i * pitch] * row[v];
+      }
+    }
+  }
+  CHANSEL_UNROLL
+  for (int i = 0; i < PIXELS; ++i) {
+    CHANSEL_UNROLL
+    for (int v = 0; v < VECTORS; ++v) Store(sum[i][v], out + (p + i) * out_pitch + v * kLanes<C>);
+  }
+}
+
+// Pixels p ... pixels - 1, in blocks of PIXELS as long as they last, then of half as many, and so on.
+template <int PIXELS, int VECTORS, typename C>
+CHANSEL_INLINE void ProductPanel(const Runs<C>& runs, int64_t p, int64_t pixels, const C* panel,
+                                 C* out, int64_t out_pitch) {
+  for (; p + PIXELS <= pixels; p += PIXELS) {
+    ProductBlock<PIXELS, VECTORS>(runs, p, panel, out, out_pitch);
+  }
+  if constexpr (PIXELS > 1) {
+    ProductPanel<PIXELS / 2, VECTORS>(runs, p, pixels, panel, out, out_pitch);
+  }
+}
+
+// out (pixels, columns) = a (pixels, depth) * the matrix (depth, columns) in panels.
+template <typename C>
+void Product(const C* a, int64_t pixels, int64_t depth, const C* panels, int64_t columns, C* out) {
+  const Run<C> run{a, 0, depth};
+  ForPanels<C>(columns, [&](auto vectors, int64_t c) {
+    ProductPanel<kBlock, vectors>(Runs<C>{&run, 1, depth}, 0, pixels, panels + c * depth, out + c,
+                                  columns);
+  });
+}
+
+// Lines of pixels of two arrays.
+template <typename C>
+struct Lines {
+  const C *a, *b;
+  int64_t count, pixels, a_line, a_pitch, b_line, b_pitch;
+};
+
+// out (ROWS, VECTORS * lanes) += the sum over pixels of a (ROWS) times b (VECTORS * lanes), from
+// that row of a and that column of b on.
+template <int ROWS, int VECTORS, typename C>
+CHANSEL_INLINE void OuterBlock(const Lines<C>& lines, int64_t row, int64_t column, C* out,
+                               int64_t out_pitch) {
+  Vec<C> sum[ROWS][VECTORS];
+  CHANSEL_UNROLL
+  for (int i = 0; i < ROWS; ++i) {
+    CHANSEL_UNROLL
+    for (int v = 0; v < VECTORS; ++v) Load(out + i * out_pitch + v * kLanes<C>, sum[i][v]);
+  }
+  for (int64_t line = 0; line < lines.count; ++line) {
+    const C* a = lines.a + line * lines.a_line + row;
+    const C* b = lines.b + line * lines.b_line + column;
+    for (int64_t p = 0; p < lines.pixels; ++p, a += lines.a_pitch, b += lines.b_pitch) {
+      Vec<C> factor[VECTORS];
+      CHANSEL_UNROLL
+      for (int v = 0; v < VECTORS; ++v) Load(b + v * kLanes<C>, factor[v]);
+      CHANSEL_UNROLL
+      for (int i = 0; i < ROWS; ++i) {
+        CHANSEL_UNROLL
+        for (int v = 0; v < VECTORS; ++v) sum[i][v] += a[i] * factor[v];
+      }
+    }
+  }
+  CHANSEL_UNROLL
+  for (int i = 0; i < ROWS; ++i) {
+    CHANSEL_UNROLL
+    for (int v = 0; v < VECTORS; ++v) Store(sum[i][v], out + i * out_pitch + v * kLanes<C>);
+  }
+}
+
+template <int ROWS, int VECTORS, typename C>
+CHANSEL_INLINE void OuterPanel(const Lines<C>& lines, int64_t row, int64_t rows, int64_t column,
+                               C* out, int64_t out_pitch) {
+  for (; row + ROWS <= rows; row += ROWS) {
+    OuterBlock<ROWS, VECTORS>(lines, row, column, out + row * out_pitch + column, out_pitch);
+  }
+  if constexpr (ROWS > 1) {
+    OuterPanel<ROWS / 2, VECTORS>(lines, row, rows, column, out, out_pitch);
+  }
+}
+
+// out (rows, columns) += the sum over pixels of a (rows) times b (columns), columns whole vectors.
+template <typename C>
+void AddOuterProduct(const Lines<C>& lines, int64_t rows, int64_t columns, C* out) {
+  ForPanels<C>(columns, [&](auto vectors, int64_t c) {
+    OuterPanel<kBlock, vectors>(lines, 0, rows, c, out, columns);
+  });
+}
+
+// ---------------------------------------------------------------- sums over images
+
+// The sum over units of what add(unit, sum) adds to `size` numbers. Units are taken in groups that do
+// not depend on the number of threads, and the groups added in order, so that the sum is the same
+// bit for bit however many there are.
+template <typename C, typename Add>
+std::vector<C> SumOverGroups(int64_t units, int64_t size, const Parallel& parallel,
+                             const Add& add) {
+  int64_t fitting = kPartialBytes / (size * int64_t(sizeof(C)));
+  int64_t groups = std::min(units, std::clamp(fitting, kFewestGroups, kMostGroups));
+  groups = std::max<int64_t>(1, groups);  // whose sums are zero if there are no units
+  std::vector<C> partial(groups * size);
+  parallel(groups, [&](int64_t group) {
+    int64_t last = (group + 1) * units / groups;
+    for (int64_t unit = group * units / groups; unit < last; ++unit) {
+      add(unit, partial.data() + group * size);
+    }
+  });
+  constexpr int64_t kSlice = 4096;
+  parallel(CeilDiv(size, kSlice), [&](int64_t slice) {
+    int64_t last = std::min(size, (slice + 1) * kSlice);
+    for (int64_t group = 1; group < groups; ++group) {
+      for (int64_t i = slice * kSlice; i < last; ++i) partial[i] += partial[group * size + i];
+    }
+  });
+  return partial;
+}
+
+}  // namespace CHANSEL_TARGET
