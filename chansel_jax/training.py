@@ -225,7 +225,8 @@ def make_train_step(
                 flip=augmentation.flip,
             )
             images, labels = normalise(images, split.mean, split.std), split.labels[index]
-            images = cutout(jax.random.fold_in(augment_key, 1), images, size=augmentation.cutout)
+            # `split` in the function above has made the keys 0 and 1 of this one.
+            images = cutout(jax.random.fold_in(augment_key, 2), images, size=augmentation.cutout)
 
         def loss_function(params):
             logits, batch_stats = apply(params, state.batch_stats, images, dropout_key)

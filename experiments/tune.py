@@ -96,7 +96,7 @@ class Result:
 
 
 def main(settings: Settings) -> None:
-    """Measures as `settings` say, and prints a table for the layer, its second part, the dense."""
+    """Measures as `settings` say, and prints tables: layer, depthwise part, dense convolution."""
     console = Console(highlight=False)
     device = jax.devices()[0]
     console.print(f"{len(jax.devices())} × {device.device_kind}, jax {jax.__version__}")

@@ -105,7 +105,8 @@ def test_batch_sharded_over_devices_gives_the_same(images):
     @jax.jit
     def augment(key, images):
         images = random_crop_flip(key, images, padding=PADDING, flip=True)
-        return normalise(images, jnp.float32([100, 50]), jnp.float32([60, 30]))
+        images = normalise(images, jnp.float32([100, 50]), jnp.float32([60, 30]))
+        return cutout(jax.random.fold_in(key, 2), images, size=2)
 
     key = jax.random.key(4)
     alone = augment(key, jax.device_put(images, jax.devices()[0]))

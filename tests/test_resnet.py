@@ -356,3 +356,15 @@ def test_wrong_number_of_blocks():
     config = nnx.eval_shape(lambda: small()).config
     with pytest.raises(ValueError, match="blocks=0"):
         dataclasses.replace(config, blocks=(2, 0))
+
+
+def test_other_derivatives_on_one_cpu(monkeypatch):
+    """As the README says: no convolution of the network in a lowering of C++."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    conv = functools.partial(ChannelSelectionConv, lowering="composed")
+    network = resnet14(conv, num_classes=3, width=4, rngs=nnx.Rngs(0))
+    network.stem.conv.lowering = "lax"
+    network.eval()
+    images = jnp.ones((2, 8, 8, 3))
+    logits, tangent = jax.jvp(network, (images,), (images,))
+    assert tangent.shape == logits.shape and jnp.abs(tangent).max() > 0

@@ -179,6 +179,8 @@ def test_dropout_and_augmentation_change_the_loss(split):
     still = Run(split, augmentation=STILL).take(1)[1]
     assert Run(split, small_network(dropout_rate=0.5), augmentation=STILL).take(1)[1] != still
     assert Run(split).take(1)[1] != still
+    cut = training.Augmentation(crop_padding=0, flip=False, cutout=3)
+    assert Run(split, augmentation=cut).take(1)[1] != still
 
 
 def test_every_epoch_visits_every_image_in_another_order(run):

@@ -9,6 +9,7 @@ same bit for bit for any number of threads.
 import ctypes
 import functools
 import importlib.machinery
+import math
 import re
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from chansel_jax.window import Padding, output_size, padding_pairs, pair
 
 DTYPES = ("float32", "float64", "bfloat16")
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+MOST_NUMBERS = 2**48
 
 
 def available() -> bool:
@@ -83,13 +85,14 @@ def channel_selection(
         `(N, H_out, W_out, C_out)`, of the dtype of `x`.
 
     Raises:
-        ValueError: if the dtypes differ or are none of `DTYPES`, or the window does not fit.
+        ValueError: if the dtypes differ or are none of `DTYPES`, the window does not fit, or it is
+            larger than any memory.
         RuntimeError: if the library is not available, or when it runs, if the shapes do not fit
             each other or memory is short.
         TypeError: under `jax.jvp`, and for second derivatives.
     """
     _check_dtypes(x=x, pointwise=pointwise, depthwise=depthwise)
-    x, window = _canonical(x, depthwise.shape[:2], strides, padding, dilation)
+    x, window = _canonical(x, depthwise.shape[:2], pointwise.shape, strides, padding, dilation)
     return _channel_selection(x, pointwise, depthwise, window)
 
 
@@ -114,13 +117,14 @@ def dense_conv(
         `(N, H_out, W_out, C_out)`, of the dtype of `x`.
 
     Raises:
-        ValueError: if the dtypes differ or are none of `DTYPES`, or the window does not fit.
+        ValueError: if the dtypes differ or are none of `DTYPES`, the window does not fit, or it is
+            larger than any memory.
         RuntimeError: if the library is not available, or when it runs, if the shapes do not fit
             each other or memory is short.
         TypeError: under `jax.jvp`, and for second derivatives.
     """
     _check_dtypes(x=x, kernel=kernel)
-    x, window = _canonical(x, kernel.shape[:2], strides, padding, dilation)
+    x, window = _canonical(x, kernel.shape[:2], kernel.shape[2:], strides, padding, dilation)
     return _dense_conv(x, kernel, window)
 
 
@@ -133,12 +137,23 @@ def _check_dtypes(**arrays: jax.Array) -> None:
         )
 
 
-def _canonical(x, kernel_size, strides, padding, dilation):
-    """`x`, and the window as strides, pairs of padding, and dilation."""
+def _canonical(x, kernel_size, channels, strides, padding, dilation):
+    """`x`, and the window as strides, pairs of padding, and dilation.
+
+    Raises:
+        ValueError: if the window does not fit, or sizes in bytes might exceed 64 bits.
+    """
     strides, dilation = pair("strides", strides), pair("dilation", dilation)
     size = x.shape[1:3]
     pads = padding_pairs(padding, size, kernel_size, strides, dilation)
     output_size(size, kernel_size, strides, padding, dilation)  # raises where it does not fit
+    padded = [pixels + sum(pad) for pixels, pad in zip(size, pads, strict=True)]
+    if math.prod(padded) * max(channels) > MOST_NUMBERS:
+        raise ValueError(
+            f"padding={padding!r}: an image of {padded[0]} × {padded[1]} pixels, padded, and "
+            f"{max(channels)} channels is more than any memory holds"
+        )
+    strides = tuple(map(min, strides, padded))  # farther steps find no second output either
     if kernel_size == (1, 1) and pads == ((0, 0), (0, 0)):
         # Only the pixels that are looked at, instead of sums over all.
         x, strides = x[:, :: strides[0], :: strides[1]], (1, 1)

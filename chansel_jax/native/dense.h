@@ -54,7 +54,7 @@ class DenseLayer {
 
   int64_t InputRowsPerUnit() const {
     int64_t output_rows = kTileBytes / (gradient_width * g.out * sizeof(C));
-    int64_t rows = output_rows * g.stride_h - (g.kernel_h - 1) * g.dilation_h;
+    int64_t rows = std::min(output_rows, g.out_h) * g.stride_h - (g.kernel_h - 1) * g.dilation_h;
     return std::clamp(rows, std::min<int64_t>(4, g.h), g.h);
   }
 

@@ -125,17 +125,17 @@ def make_contestants(settings: Settings, machine: Machine, has_torch: bool) -> l
 def make_lowerings(conv: Conv, settings: Settings, machine: Machine) -> list[str]:
     """Those of a convolution in JAX: those asked for that it has, all, or for epochs the default.
 
-    Where none of channel selection's lowerings that are asked for is one of the dense convolution,
-    that has its default one, to be compared with.
+    Where it has none of those that are asked for, it is compared in its default one.
     """
-    default = default_lowering(conv)
-    if settings.lowerings is None and settings.what == "epoch":
-        return [default]
-    every = [name for name in CONVS[conv].LOWERINGS if runs_on(name, machine)]
-    if settings.lowerings is None:
-        return every
-    chosen = [name for name in settings.lowerings if name in every]
-    return chosen if chosen or conv == "chansel" else [default]
+    default = [default_lowering(conv)]
+    if settings.lowerings == ():
+        return []
+    if settings.lowerings is not None:
+        chosen = [name for name in settings.lowerings if name in CONVS[conv].LOWERINGS]
+        return chosen or default
+    if settings.what == "epoch":
+        return default
+    return [name for name in CONVS[conv].LOWERINGS if runs_on(name, machine)]
 
 
 def runs_on(variant: str, machine: Machine) -> bool:

@@ -246,6 +246,8 @@ def test_contestants_are_those_asked_for():
     assert names == ["JAX chansel grouped", "JAX chansel native", "JAX subkernel native"]
     one = Settings(lowerings=("grouped",), torch=())
     assert plan.make_contestants(one, CPU, has_torch=True) == [GROUPED, DENSE]
+    other = Settings(lowerings=("lax",), torch=())
+    assert plan.make_contestants(other, GPU, has_torch=True) == [AUTO, LAX]
 
 
 def test_epoch_by_default_takes_the_default_lowering_alone():
