@@ -14,7 +14,7 @@ FEW = 512
 # As many passes more, since an epoch of few images has few steps.
 FEW_EPOCHS_FACTOR = 5
 
-NO_AUGMENTATION = {"crop_padding": 0, "flip": False, "cutout": 0}
+NO_AUGMENTATION = {"crop_padding": 0, "flip": False}  # the original's recipe has no more
 NO_WEIGHT_DECAY = {"weight_decay": 0.0}
 NO_DROPOUT = {"dropout_rate": 0.0}
 UNREGULARISED = NO_AUGMENTATION | NO_WEIGHT_DECAY | NO_DROPOUT  # "no regularisers"
