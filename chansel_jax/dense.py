@@ -62,7 +62,7 @@ def dense_conv(
     size, kernel_size = x.shape[1:3], kernel.shape[:2]
     output_size(size, kernel_size, strides, padding, dilation)  # raises where there is no output
     if checked_lowering(lowering, LOWERINGS) == "auto":
-        lowering = fastest_dense(case_of(x, kernel))
+        lowering = fastest_dense(Case.of_dense(kernel))
     if lowering == "native":
         return native.dense_conv(x, kernel, strides=strides, padding=padding, dilation=dilation)
     return lax.conv_general_dilated(
@@ -74,8 +74,3 @@ def dense_conv(
         dimension_numbers=DIMENSIONS,
         precision=precision,
     )
-
-
-def case_of(x: jax.Array, kernel: jax.Array) -> Case:
-    """What a choice of `"auto"` depends on."""
-    return Case(str(x.dtype), *kernel.shape[2:], rank=1)

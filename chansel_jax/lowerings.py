@@ -33,6 +33,11 @@ class Case:
         """That of `x` `(N, H, W, C)` and the depthwise kernel `(K_h, K_w, R, C_out)`."""
         return cls(str(x.dtype), x.shape[3], depthwise.shape[3], depthwise.shape[2])
 
+    @classmethod
+    def of_dense(cls, kernel: jax.Array) -> "Case":
+        """That of the dense kernel `(K_h, K_w, C_in, C_out)`, of the dtype of `x`."""
+        return cls(str(kernel.dtype), kernel.shape[2], kernel.shape[3], rank=1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:

@@ -122,50 +122,35 @@ def main(settings: Settings) -> None:
 def time_layer(shape: Shape, candidates: list[str], dtype: str, settings: Settings) -> Result:
     """One channel selection in every lowering."""
     x, pointwise, kernel = operands(shape, dtype, settings.batch_size)
-    calls = {
-        name: functools.partial(selection.channel_selection, **window(shape), lowering=name)
-        for name in candidates
-    }
-    return Result(
-        shape,
-        time_calls(calls, (x, pointwise, kernel), settings.rounds),
-        lowerings.fastest_layer(lowerings.Case.of(x, kernel)),
-    )
+    chosen = lowerings.fastest_layer(lowerings.Case.of(x, kernel))
+    calls = calls_of(selection.channel_selection, shape, candidates)
+    return Result(shape, time_calls(calls, (x, pointwise, kernel), settings.rounds), chosen)
 
 
 def time_depthwise(shape: Shape, candidates: list[str], dtype: str, settings: Settings) -> Result:
     """The depthwise part alone in every lowering."""
     x, pointwise, kernel = operands(shape, dtype, settings.batch_size)
-    calls = {
-        name: functools.partial(depthwise.depthwise_conv, **window(shape), lowering=name)
-        for name in candidates
-    }
     sums = selection.weighted_sums(x, pointwise)
-    return Result(
-        shape,
-        time_calls(calls, (sums, kernel), settings.rounds),
-        lowerings.fastest_depthwise(lowerings.Case.of(sums, kernel)),
-    )
+    chosen = lowerings.fastest_depthwise(lowerings.Case.of(sums, kernel))
+    calls = calls_of(depthwise.depthwise_conv, shape, candidates)
+    return Result(shape, time_calls(calls, (sums, kernel), settings.rounds), chosen)
 
 
 def time_dense(shape: Shape, candidates: list[str], dtype: str, settings: Settings) -> Result:
     """The dense convolution of the same channels in every lowering."""
-    x, pointwise, kernel = operands(shape, dtype, settings.batch_size)
-    calls = {
-        name: functools.partial(dense.dense_conv, **window(shape), lowering=name)
-        for name in candidates
-    }
-    composed = selection.composed_kernel(pointwise, kernel)
-    return Result(
-        shape,
-        time_calls(calls, (x, composed), settings.rounds),
-        lowerings.fastest_dense(dense.case_of(x, composed)),
-    )
+    x, pointwise, depthwise_kernel = operands(shape, dtype, settings.batch_size)
+    kernel = selection.composed_kernel(pointwise, depthwise_kernel)
+    chosen = lowerings.fastest_dense(lowerings.Case.of_dense(kernel))
+    calls = calls_of(dense.dense_conv, shape, candidates)
+    return Result(shape, time_calls(calls, (x, kernel), settings.rounds), chosen)
 
 
-def window(shape: Shape) -> dict[str, int]:
-    """The layer's strides and padding."""
-    return {"strides": shape.strides, "padding": shape.kernel // 2}
+def calls_of(
+    function: Callable[..., jax.Array], shape: Shape, candidates: list[str]
+) -> dict[str, Callable[..., jax.Array]]:
+    """`function` with the layer's strides and padding, in each lowering."""
+    window = {"strides": shape.strides, "padding": shape.kernel // 2}
+    return {name: functools.partial(function, **window, lowering=name) for name in candidates}
 
 
 def operands(shape: Shape, dtype: str, batch_size: int) -> list[jax.Array]:

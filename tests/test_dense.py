@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
+from layers import ANY_LAYER, LAYERS, NAMES, assert_close
 
 from chansel_jax import native
 from chansel_jax.dense import LOWERINGS, dense_conv
@@ -40,13 +41,6 @@ def arrays(size, kernel_size, channels, *, batch=2, **window):
     return [rng.standard_normal(shape) for shape in shapes]
 
 
-def assert_close(actual, expected, tolerance):
-    """Equal up to `tolerance` times the largest element expected."""
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
-        np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * np.abs(e).max(initial=1e-3))
-
-
 def assert_like_lax(lowerings, operands, dtype, **window):
     with jax.enable_x64(True):
         operands = [jnp.asarray(operand, dtype) for operand in operands]
@@ -59,38 +53,16 @@ def assert_like_lax(lowerings, operands, dtype, **window):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize(
-    ("kernel_size", "strides", "padding", "dilation", "channels"),
-    [
-        ((1, 1), (1, 1), "SAME", (1, 1), (5, 3)),
-        ((1, 1), (2, 3), "VALID", (1, 1), (16, 32)),  # native looks at every sixth pixel only
-        ((1, 1), (2, 2), ((1, 0), (0, 2)), (1, 1), (4, 8)),
-        ((3, 3), (1, 1), "SAME", (1, 1), (16, 16)),
-        ((3, 3), (1, 1), ((5, 6), (7, 4)), (1, 1), (3, 17)),
-        ((3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), (16, 32)),
-        ((3, 3), (2, 2), "SAME", (2, 1), (7, 40)),
-        ((3, 3), (4, 5), "VALID", (1, 2), (33, 5)),
-        ((2, 5), (1, 2), ((0, 3), (4, 0)), (2, 1), (9, 16)),
-        ((7, 7), (2, 2), ((3, 3), (3, 3)), (1, 1), (3, 16)),
-    ],
-)
+@pytest.mark.parametrize(NAMES, LAYERS)
 def test_like_lax(kernel_size, strides, padding, dilation, channels, dtype):
     window = {"strides": strides, "padding": padding, "dilation": dilation}
     operands = arrays((11, 13), kernel_size, channels, **window)
     assert_like_lax(RUNNABLE, operands, dtype, **window)
 
 
-pads = st.tuples(st.integers(0, 4), st.integers(0, 4))
-
-
 @hypothesis.settings(max_examples=20, derandomize=True, deadline=None, database=None)
 @hypothesis.given(
-    size=st.tuples(st.integers(1, 20), st.integers(1, 12)),
-    kernel_size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    strides=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    padding=st.one_of(st.sampled_from(("SAME", "VALID")), st.tuples(pads, pads)),
-    dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    channels=st.tuples(st.integers(1, 35), st.integers(1, 35)),
+    **ANY_LAYER,
     dtype=st.sampled_from(tuple(TOLERANCES)),
 )
 def test_any_shape_like_lax(size, kernel_size, channels, dtype, **window):

@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
+from layers import ANY_LAYER, LAYERS, NAMES, assert_close
 
 from chansel_jax import native
 from chansel_jax.lowerings import runnable
@@ -20,6 +21,7 @@ from chansel_jax.window import output_size
 RUNNABLE = [name for name in runnable(LOWERINGS) if name != "auto"]
 OTHERS = [name for name in RUNNABLE if name != "grouped"]
 ANY_DERIVATIVE = ["composed", "grouped"]
+RANKS = (1, 1, 1, 1, 2, 1, 3, 1, 2, 1)  # of `LAYERS`
 TOLERANCES = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
 WINDOW = {"strides": (2, 1), "padding": ((1, 1), (0, 2)), "dilation": (1, 1)}
 
@@ -44,13 +46,6 @@ def arrays(size, kernel_size, channels, *, rank=1, batch=2, dtype=np.float32, **
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
 
 
-def assert_close(actual, expected, tolerance):
-    """Equal up to `tolerance` times the largest element expected."""
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
-        np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * np.abs(e).max(initial=1e-3))
-
-
 def assert_like_grouped(lowerings, operands, tolerance, **window):
     wide = [operand.astype(jnp.float32) for operand in operands]
     expected = output_and_gradients(*wide, **window, lowering="grouped")
@@ -62,19 +57,7 @@ def assert_like_grouped(lowerings, operands, tolerance, **window):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES.items())
 @pytest.mark.parametrize(
-    ("kernel_size", "strides", "padding", "dilation", "channels", "rank"),
-    [
-        ((1, 1), (1, 1), "SAME", (1, 1), (5, 3), 1),
-        ((1, 1), (2, 3), "VALID", (1, 1), (16, 32), 1),  # native looks at every sixth pixel only
-        ((1, 1), (2, 2), ((1, 0), (0, 2)), (1, 1), (4, 8), 1),
-        ((3, 3), (1, 1), "SAME", (1, 1), (16, 16), 1),
-        ((3, 3), (1, 1), ((5, 6), (7, 4)), (1, 1), (3, 17), 2),
-        ((3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), (16, 32), 1),
-        ((3, 3), (2, 2), "SAME", (2, 1), (7, 40), 3),
-        ((3, 3), (4, 5), "VALID", (1, 2), (33, 5), 1),
-        ((2, 5), (1, 2), ((0, 3), (4, 0)), (2, 1), (9, 16), 2),
-        ((7, 7), (2, 2), ((3, 3), (3, 3)), (1, 1), (3, 16), 1),
-    ],
+    (*NAMES, "rank"), [(*layer, rank) for layer, rank in zip(LAYERS, RANKS, strict=True)]
 )
 def test_like_grouped(kernel_size, strides, padding, dilation, channels, rank, dtype, tolerance):
     window = {"strides": strides, "padding": padding, "dilation": dilation}
@@ -82,17 +65,9 @@ def test_like_grouped(kernel_size, strides, padding, dilation, channels, rank, d
     assert_like_grouped(OTHERS, operands, tolerance, **window)
 
 
-pads = st.tuples(st.integers(0, 4), st.integers(0, 4))
-
-
 @hypothesis.settings(max_examples=20, derandomize=True, deadline=None, database=None)
 @hypothesis.given(
-    size=st.tuples(st.integers(1, 20), st.integers(1, 12)),
-    kernel_size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    strides=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    padding=st.one_of(st.sampled_from(("SAME", "VALID")), st.tuples(pads, pads)),
-    dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    channels=st.tuples(st.integers(1, 35), st.integers(1, 35)),
+    **ANY_LAYER,
     rank=st.integers(1, 3),
     dtype=st.sampled_from(tuple(TOLERANCES)),
 )

@@ -14,9 +14,7 @@ class DenseLayer {
         padded_in(RoundUp(g.in, kLanes<C>)),
         padded_out(RoundUp(g.out, kLanes<C>)),
         taps(g.kernel_h * g.kernel_w),
-        // The columns of a tile: those that any tap reads, and those of the image.
-        tile_width(std::max((g.out_w - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1,
-                            g.left + g.w)),
+        tile_width(g.TileWidth()),
         gradient_left(std::max<int64_t>(
             0, CeilDiv((g.kernel_w - 1) * g.dilation_w - g.left, g.stride_w))),
         gradient_width(gradient_left +
@@ -47,9 +45,7 @@ class DenseLayer {
   }
 
   int64_t OutputRowsPerUnit(int64_t tile_bytes) const {
-    int64_t input_rows = tile_bytes / (tile_width * g.in * sizeof(C));
-    int64_t rows = (input_rows - (g.kernel_h - 1) * g.dilation_h) / g.stride_h;
-    return std::clamp(rows, std::min<int64_t>(4, g.out_h), g.out_h);
+    return g.OutputRowsPerUnit(tile_bytes, tile_width * g.in * sizeof(C));
   }
 
   int64_t InputRowsPerUnit() const {
@@ -78,10 +74,9 @@ class DenseLayer {
   // dx[:, first:last] of one image.
   void DataGradient(const S* dy, const C* panels, int64_t first, int64_t last, S* dx) const {
     Scratch<C>& scratch = ThreadScratch<C>();
-    int64_t first_out = std::max<int64_t>(
-        0, CeilDiv(first + g.top - (g.kernel_h - 1) * g.dilation_h, g.stride_h));
-    int64_t last_out = std::min(g.out_h, (last - 1 + g.top) / g.stride_h + 1);
-    const C* tile = FillOutputGradient(dy, first_out, last_out, scratch);
+    int64_t first_out = g.FirstOutput(first);
+    const C* tile = FillTile(dy, g.out_h, g.out_w, g.out, first_out, g.EndOfOutputs(last),
+                             {gradient_width, gradient_left, g.out}, scratch.output_gradient);
     WriteRows<S, C>(
         (last - first) * g.w, g.in, padded_in, scratch.line, dx + first * g.w * g.in,
         [&](C* lines) {
@@ -162,9 +157,9 @@ class DenseLayer {
   Runs<C> GradientRuns(const C* tile, int64_t first_out, int64_t row, int64_t phase) const {
     std::vector<Run<C>>& runs = EmptyRuns();
     for (int64_t a = 0; a < g.kernel_h; ++a) {
-      int64_t offset = row + g.top - a * g.dilation_h;
-      if (offset < 0 || offset % g.stride_h || offset / g.stride_h >= g.out_h) continue;
-      const C* line = tile + (offset / g.stride_h - first_out) * gradient_width * g.out;
+      int64_t output = g.OutputRow(row, a);
+      if (output < 0) continue;
+      const C* line = tile + (output - first_out) * gradient_width * g.out;
       for (int64_t b = 0; b < g.kernel_w; ++b) {
         int64_t q = phase + g.left - b * g.dilation_w;
         if (q % g.stride_w) continue;
@@ -177,40 +172,11 @@ class DenseLayer {
 
   // The input rows that outputs first ... last - 1 read, with zeros around the image.
   const C* FillImage(const S* x, int64_t first, int64_t last, Scratch<C>& scratch) const {
-    int64_t top = first * g.stride_h - g.top;
-    int64_t rows = (last - 1 - first) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1;
+    int64_t top = first * g.stride_h - g.top, end = top + g.InputRows(last - first);
     if constexpr (std::is_same_v<S, C>) {
-      if (tile_width == g.w && top >= 0 && top + rows <= g.h) return x + top * g.w * g.in;
+      if (tile_width == g.w && top >= 0 && end <= g.h) return x + top * g.w * g.in;
     }
-    int64_t width = tile_width * g.in;
-    C* tile = Grow(scratch.image, rows * width);
-    for (int64_t row = 0; row < rows; ++row) {
-      FillRow(x, top + row, g.h, g.w * g.in, g.left * g.in, width, tile + row * width);
-    }
-    return tile;
-  }
-
-  // Rows first ... last - 1 of the output's gradient, with zeros to the left and to the right.
-  const C* FillOutputGradient(const S* dy, int64_t first, int64_t last,
-                              Scratch<C>& scratch) const {
-    int64_t width = gradient_width * g.out;
-    C* tile = Grow(scratch.output_gradient, std::max<int64_t>(0, last - first) * width);
-    for (int64_t i = first; i < last; ++i) {
-      FillRow(dy, i, g.out_h, g.out_w * g.out, gradient_left * g.out, width,
-              tile + (i - first) * width);
-    }
-    return tile;
-  }
-
-  // Row `row` of `rows` rows of `count` numbers from `left` on, zero before, behind and beyond.
-  static void FillRow(const S* rows_of, int64_t row, int64_t rows, int64_t count, int64_t left,
-                      int64_t width, C* to) {
-    if (row < 0 || row >= rows) {
-      std::fill(to, to + width, C(0));
-      return;
-    }
-    std::fill(to, to + left, C(0));
-    PadRows(rows_of + row * count, 1, count, width - left, to + left);
+    return FillTile(x, g.h, g.w, g.in, top, end, {tile_width, g.left, g.in}, scratch.image);
   }
 
   const Geometry g;
@@ -221,12 +187,11 @@ template <typename S, typename C>
 void DenseForward(const Geometry& g, const S* x, const S* kernel, S* y, const Parallel& parallel) {
   const DenseLayer<S, C> layer(g);
   const std::vector<C> panels = layer.Panels(kernel);
-  int64_t rows = layer.OutputRowsPerUnit(kTileBytes);
-  int64_t units = CeilDiv(g.out_h, rows);
-  parallel(g.n * units, [&](int64_t unit) {
-    int64_t image = unit / units, first = unit % units * rows;
-    layer.Forward(x + image * g.h * g.w * g.in, panels.data(), first,
-                  std::min(first + rows, g.out_h), y + image * g.out_h * g.out_w * g.out);
+  const RowUnits units{g.n, g.out_h, layer.OutputRowsPerUnit(kTileBytes)};
+  parallel(units.Count(), [&](int64_t unit) {
+    auto [image, first, last] = units.At(unit);
+    layer.Forward(x + image * g.InputSize(), panels.data(), first, last,
+                  y + image * g.OutputSize());
   });
 }
 
@@ -235,12 +200,11 @@ void DenseDataGradient(const Geometry& g, const S* kernel, const S* dy, S* dx,
                        const Parallel& parallel) {
   const DenseLayer<S, C> layer(g);
   const std::vector<C> panels = layer.TransposedPanels(kernel);
-  int64_t rows = std::max<int64_t>(1, layer.InputRowsPerUnit());  // none, in empty images
-  int64_t units = CeilDiv(g.h, rows);
-  parallel(g.n * units, [&](int64_t unit) {
-    int64_t image = unit / units, first = unit % units * rows;
-    layer.DataGradient(dy + image * g.out_h * g.out_w * g.out, panels.data(), first,
-                       std::min(first + rows, g.h), dx + image * g.h * g.w * g.in);
+  const RowUnits units{g.n, g.h, layer.InputRowsPerUnit()};
+  parallel(units.Count(), [&](int64_t unit) {
+    auto [image, first, last] = units.At(unit);
+    layer.DataGradient(dy + image * g.OutputSize(), panels.data(), first, last,
+                       dx + image * g.InputSize());
   });
 }
 
@@ -248,14 +212,12 @@ template <typename S, typename C>
 void DenseKernelGradient(const Geometry& g, const S* x, const S* dy, S* dkernel,
                          const Parallel& parallel) {
   const DenseLayer<S, C> layer(g);
-  int64_t rows = layer.OutputRowsPerUnit(kLinesBytes);
-  int64_t units = CeilDiv(g.out_h, rows);
+  const RowUnits units{g.n, g.out_h, layer.OutputRowsPerUnit(kLinesBytes)};
   std::vector<C> sum = SumOverGroups<C>(
-      g.n * units, layer.KernelSize(), parallel, [&](int64_t unit, C* sum) {
-        int64_t image = unit / units, first = unit % units * rows;
-        layer.AddKernelGradient(x + image * g.h * g.w * g.in,
-                                dy + image * g.out_h * g.out_w * g.out, first,
-                                std::min(first + rows, g.out_h), sum);
+      units.Count(), layer.KernelSize(), parallel, [&](int64_t unit, C* sum) {
+        auto [image, first, last] = units.At(unit);
+        layer.AddKernelGradient(x + image * g.InputSize(), dy + image * g.OutputSize(), first,
+                                last, sum);
       });
   layer.StoreKernel(sum.data(), dkernel);
 }

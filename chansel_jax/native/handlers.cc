@@ -12,6 +12,7 @@
 #include <mutex>
 #include <new>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -29,13 +30,6 @@ constexpr int64_t kLinesBytes = 24 << 10;  // of an image, read again for each b
 // threads busy, but not so many that adding them up takes longer than computing them.
 constexpr int64_t kFewestGroups = 8, kMostGroups = 64, kPartialBytes = 8 << 20;
 
-// All sizes of a layer; see channel_selection in native/__init__.py.
-struct Geometry {
-  int64_t n, h, w, in, rank, out;
-  int64_t kernel_h, kernel_w, out_h, out_w;
-  int64_t stride_h, stride_w, top, left, dilation_h, dilation_w;
-};
-
 inline int64_t RoundUp(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
@@ -44,6 +38,64 @@ inline int64_t RoundUp(int64_t value, int64_t multiple) {
 inline int64_t CeilDiv(int64_t dividend, int64_t divisor) {
   return dividend > 0 ? (dividend + divisor - 1) / divisor : -(-dividend / divisor);
 }
+
+// All sizes of a layer; see native/__init__.py. The dense convolution has the rank 1.
+struct Geometry {
+  int64_t n, h, w, in, rank, out;
+  int64_t kernel_h, kernel_w, out_h, out_w;
+  int64_t stride_h, stride_w, top, left, dilation_h, dilation_w;
+
+  int64_t InputSize() const { return h * w * in; }
+  int64_t OutputSize() const { return out_h * out_w * out; }
+
+  // The columns of a tile of input rows: those that any tap reads, and those of the image.
+  int64_t TileWidth() const {
+    return std::max((out_w - 1) * stride_w + (kernel_w - 1) * dilation_w + 1, left + w);
+  }
+
+  // Input rows that so many rows of outputs read, from row first * stride_h - top on.
+  int64_t InputRows(int64_t outputs) const {
+    return (outputs - 1) * stride_h + (kernel_h - 1) * dilation_h + 1;
+  }
+
+  // Output rows that are computed at once, so that the tile that they read stays in cache.
+  int64_t OutputRowsPerUnit(int64_t tile_bytes, int64_t row_bytes) const {
+    int64_t rows = (tile_bytes / row_bytes - (kernel_h - 1) * dilation_h) / stride_h;
+    return std::clamp(rows, std::min<int64_t>(4, out_h), out_h);
+  }
+
+  // The first output row that input rows from `first` on meet, and that behind the last one that
+  // input rows up to `last` - 1 meet.
+  int64_t FirstOutput(int64_t first) const {
+    return std::max<int64_t>(0, CeilDiv(first + top - (kernel_h - 1) * dilation_h, stride_h));
+  }
+  int64_t EndOfOutputs(int64_t last) const {
+    return std::min(out_h, (last - 1 + top) / stride_h + 1);
+  }
+
+  // The output row that reads input row `row` by row `a` of the kernel, or -1.
+  int64_t OutputRow(int64_t row, int64_t a) const {
+    int64_t offset = row + top - a * dilation_h;
+    bool meets = offset >= 0 && offset % stride_h == 0 && offset / stride_h < out_h;
+    return meets ? offset / stride_h : -1;
+  }
+};
+
+// The rows of all images in units of work, of so many rows each.
+struct RowUnits {
+  int64_t images, height, rows;
+
+  struct Unit {
+    int64_t image, first, last;
+  };
+
+  int64_t PerImage() const { return CeilDiv(height, std::max<int64_t>(1, rows)); }
+  int64_t Count() const { return images * PerImage(); }
+  Unit At(int64_t unit) const {
+    int64_t first = unit % PerImage() * rows;
+    return {unit / PerImage(), first, std::min(first + rows, height)};
+  }
+};
 
 struct BFloat16 {
   uint16_t bits;
@@ -225,11 +277,12 @@ using Numbers = ffi::Span<const int64_t>;
 constexpr char kMisfit[] =
     "x, pointwise and depthwise must be (N, H, W, C_in), (C_in, C_out*R) and (K_h, K_w, R, C_out)";
 
-Geometry MakeGeometry(const ffi::AnyBuffer& x, const ffi::AnyBuffer& depthwise,
+// `kernel` is (K_h, K_w, ..., C_out).
+Geometry MakeGeometry(const ffi::AnyBuffer& x, const ffi::AnyBuffer& kernel, int64_t rank,
                       const ffi::AnyBuffer& y, Numbers strides, Numbers padding,
                       Numbers dilation) {
-  auto xs = x.dimensions(), ks = depthwise.dimensions(), ys = y.dimensions();
-  return {xs[0], xs[1],      xs[2],      xs[3],      ks[2],      ks[3],       ks[0],      ks[1],
+  auto xs = x.dimensions(), ks = kernel.dimensions(), ys = y.dimensions();
+  return {xs[0], xs[1],      xs[2],      xs[3],      rank,       ks[3],       ks[0],      ks[1],
           ys[1], ys[2], strides[0], strides[1], padding[0], padding[1], dilation[0], dilation[1]};
 }
 
@@ -275,11 +328,11 @@ ffi::Error ForwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
                           ffi::AnyBuffer depthwise, ffi::Result<ffi::AnyBuffer> y, Numbers strides,
                           Numbers padding, Numbers dilation) {
   if (!Fit(x, pointwise, depthwise, *y)) return ffi::Error::InvalidArgument(kMisfit);
-  Geometry g = MakeGeometry(x, depthwise, *y, strides, padding, dilation);
+  Geometry g = MakeGeometry(x, depthwise, depthwise.dimensions()[2], *y, strides, padding, dilation);
   return ForDtype(x.element_type(), [&](auto storage, auto compute) {
     using S = decltype(storage);
     using C = decltype(compute);
-    CHANSEL_CALL(Forward<S, C>(g, Data<S>(x), Data<S>(pointwise), Data<S>(depthwise), Data<S>(*y),
+    CHANSEL_CALL(SelectionForward<S, C>(g, Data<S>(x), Data<S>(pointwise), Data<S>(depthwise), Data<S>(*y),
                                Parallel(pool)));
   });
 }
@@ -290,11 +343,11 @@ ffi::Error BackwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
                            ffi::Result<ffi::AnyBuffer> ddepthwise, Numbers strides,
                            Numbers padding, Numbers dilation) {
   if (!Fit(x, pointwise, depthwise, dy)) return ffi::Error::InvalidArgument(kMisfit);
-  Geometry g = MakeGeometry(x, depthwise, dy, strides, padding, dilation);
+  Geometry g = MakeGeometry(x, depthwise, depthwise.dimensions()[2], dy, strides, padding, dilation);
   return ForDtype(x.element_type(), [&](auto storage, auto compute) {
     using S = decltype(storage);
     using C = decltype(compute);
-    CHANSEL_CALL(Backward<S, C>(g, Data<S>(x), Data<S>(pointwise), Data<S>(depthwise), Data<S>(dy),
+    CHANSEL_CALL(SelectionBackward<S, C>(g, Data<S>(x), Data<S>(pointwise), Data<S>(depthwise), Data<S>(dy),
                                 Data<S>(*dx), Data<S>(*dpointwise), Data<S>(*ddepthwise),
                                 Parallel(pool)));
   });
@@ -309,19 +362,11 @@ bool DenseFit(const ffi::AnyBuffer& x, const ffi::AnyBuffer& kernel, const ffi::
          ys[0] == xs[0] && xs[3] > 0 && ys[3] > 0;
 }
 
-Geometry DenseGeometry(const ffi::AnyBuffer& x, const ffi::AnyBuffer& kernel,
-                       const ffi::AnyBuffer& y, Numbers strides, Numbers padding,
-                       Numbers dilation) {
-  Geometry g = MakeGeometry(x, kernel, y, strides, padding, dilation);
-  g.rank = 1;
-  return g;
-}
-
 ffi::Error DenseForwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel,
                                ffi::Result<ffi::AnyBuffer> y, Numbers strides, Numbers padding,
                                Numbers dilation) {
   if (!DenseFit(x, kernel, *y)) return ffi::Error::InvalidArgument(kDenseMisfit);
-  Geometry g = DenseGeometry(x, kernel, *y, strides, padding, dilation);
+  Geometry g = MakeGeometry(x, kernel, 1, *y, strides, padding, dilation);
   return ForDtype(x.element_type(), [&](auto storage, auto compute) {
     using S = decltype(storage);
     using C = decltype(compute);
@@ -333,7 +378,7 @@ ffi::Error DenseDataGradientHandler(ffi::ThreadPool pool, ffi::AnyBuffer kernel,
                                     ffi::Result<ffi::AnyBuffer> dx, Numbers strides,
                                     Numbers padding, Numbers dilation) {
   if (!DenseFit(*dx, kernel, dy)) return ffi::Error::InvalidArgument(kDenseMisfit);
-  Geometry g = DenseGeometry(*dx, kernel, dy, strides, padding, dilation);
+  Geometry g = MakeGeometry(*dx, kernel, 1, dy, strides, padding, dilation);
   return ForDtype(dy.element_type(), [&](auto storage, auto compute) {
     using S = decltype(storage);
     using C = decltype(compute);
@@ -346,13 +391,22 @@ ffi::Error DenseKernelGradientHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ff
                                       ffi::Result<ffi::AnyBuffer> dkernel, Numbers strides,
                                       Numbers padding, Numbers dilation) {
   if (!DenseFit(x, *dkernel, dy)) return ffi::Error::InvalidArgument(kDenseMisfit);
-  Geometry g = DenseGeometry(x, *dkernel, dy, strides, padding, dilation);
+  Geometry g = MakeGeometry(x, *dkernel, 1, dy, strides, padding, dilation);
   return ForDtype(x.element_type(), [&](auto storage, auto compute) {
     using S = decltype(storage);
     using C = decltype(compute);
     CHANSEL_CALL(DenseKernelGradient<S, C>(g, Data<S>(x), Data<S>(dy), Data<S>(*dkernel),
                                            Parallel(pool)));
   });
+}
+
+// The attributes that every handler takes last.
+template <typename Binding>
+auto WithWindow(Binding&& binding) {
+  return std::forward<Binding>(binding)
+      .template Attr<Numbers>("strides")
+      .template Attr<Numbers>("padding")
+      .template Attr<Numbers>("dilation");
 }
 
 }  // namespace chansel
@@ -372,18 +426,15 @@ extern "C" void ChanselLimitInstructionSet(int most) {
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselForward, chansel::ForwardHandler,
-                              ffi::Ffi::Bind()
+                              chansel::WithWindow(ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()  // x
                                   .Arg<ffi::AnyBuffer>()  // pointwise
                                   .Arg<ffi::AnyBuffer>()  // depthwise
-                                  .Ret<ffi::AnyBuffer>()  // y
-                                  .Attr<chansel::Numbers>("strides")
-                                  .Attr<chansel::Numbers>("padding")
-                                  .Attr<chansel::Numbers>("dilation"));
+                                  .Ret<ffi::AnyBuffer>()));  // y
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselBackward, chansel::BackwardHandler,
-                              ffi::Ffi::Bind()
+                              chansel::WithWindow(ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()  // x
                                   .Arg<ffi::AnyBuffer>()  // pointwise
@@ -391,37 +442,25 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselBackward, chansel::BackwardHandler,
                                   .Arg<ffi::AnyBuffer>()  // dy
                                   .Ret<ffi::AnyBuffer>()  // dx
                                   .Ret<ffi::AnyBuffer>()  // dpointwise
-                                  .Ret<ffi::AnyBuffer>()  // ddepthwise
-                                  .Attr<chansel::Numbers>("strides")
-                                  .Attr<chansel::Numbers>("padding")
-                                  .Attr<chansel::Numbers>("dilation"));
+                                  .Ret<ffi::AnyBuffer>()));  // ddepthwise
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselDenseForward, chansel::DenseForwardHandler,
-                              ffi::Ffi::Bind()
+                              chansel::WithWindow(ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()  // x
                                   .Arg<ffi::AnyBuffer>()  // kernel
-                                  .Ret<ffi::AnyBuffer>()  // y
-                                  .Attr<chansel::Numbers>("strides")
-                                  .Attr<chansel::Numbers>("padding")
-                                  .Attr<chansel::Numbers>("dilation"));
+                                  .Ret<ffi::AnyBuffer>()));  // y
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselDenseDataGradient, chansel::DenseDataGradientHandler,
-                              ffi::Ffi::Bind()
+                              chansel::WithWindow(ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()  // kernel
                                   .Arg<ffi::AnyBuffer>()  // dy
-                                  .Ret<ffi::AnyBuffer>()  // dx
-                                  .Attr<chansel::Numbers>("strides")
-                                  .Attr<chansel::Numbers>("padding")
-                                  .Attr<chansel::Numbers>("dilation"));
+                                  .Ret<ffi::AnyBuffer>()));  // dx
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselDenseKernelGradient, chansel::DenseKernelGradientHandler,
-                              ffi::Ffi::Bind()
+                              chansel::WithWindow(ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()  // x
                                   .Arg<ffi::AnyBuffer>()  // dy
-                                  .Ret<ffi::AnyBuffer>()  // dkernel
-                                  .Attr<chansel::Numbers>("strides")
-                                  .Attr<chansel::Numbers>("padding")
-                                  .Attr<chansel::Numbers>("dilation"));
+                                  .Ret<ffi::AnyBuffer>()));  // dkernel

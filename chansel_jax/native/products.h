@@ -81,6 +81,31 @@ void PadRows(const S* from, int64_t rows, int64_t columns, int64_t padded_column
   }
 }
 
+// Pixels of a row, those of them that are zeros on the left, and numbers of a pixel.
+struct TileShape {
+  int64_t width, left, channels;
+};
+
+// Rows first ... last - 1 of an image (height, pixels, channels) with zeros around it.
+template <typename S, typename C>
+const C* FillTile(const S* image, int64_t height, int64_t pixels, int64_t channels, int64_t first,
+                  int64_t last, TileShape shape, std::vector<C>& scratch) {
+  int64_t width = shape.width * shape.channels;
+  C* tile = Grow(scratch, std::max<int64_t>(0, last - first) * width);
+  C* row = tile;
+  for (int64_t i = first; i < last; ++i, row += width) {
+    if (i < 0 || i >= height) {
+      std::fill(row, row + width, C(0));
+      continue;
+    }
+    C* to = row + shape.left * shape.channels;
+    std::fill(row, to, C(0));
+    PadRows(image + i * pixels * channels, pixels, channels, shape.channels, to);
+    std::fill(to + pixels * shape.channels, row + width, C(0));
+  }
+  return tile;
+}
+
 // ---------------------------------------------------------------- products
 
 // A matrix (depth, columns), columns whole vectors, lies in panels: of two vectors of columns, the

@@ -10,25 +10,20 @@ namespace CHANSEL_TARGET {
 // ---------------------------------------------------------------- one layer
 
 template <typename S, typename C>
-class Layer {
+class SelectionLayer {
  public:
-  Layer(const Geometry& geometry, const S* pointwise, const S* depthwise)
+  SelectionLayer(const Geometry& geometry, const S* pointwise, const S* depthwise)
       : g(geometry),
         padded_in(RoundUp(g.in, kLanes<C>)),
         padded_out(RoundUp(g.out, kLanes<C>)),
         sums(g.rank * padded_out),
-        // The columns of a tile: those that any tap reads, and those of the image.
-        tile_width(std::max((g.out_w - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1,
-                            g.left + g.w)) {
+        tile_width(g.TileWidth()) {
     PackPointwise(pointwise);
     PackDepthwise(depthwise);
   }
 
-  // Output rows that are computed at once: their tile of weighted sums should stay in cache.
   int64_t OutputRowsPerUnit() const {
-    int64_t input_rows = kTileBytes / (tile_width * sums * sizeof(C));
-    int64_t rows = (input_rows - (g.kernel_h - 1) * g.dilation_h) / g.stride_h;
-    return std::clamp(rows, std::min<int64_t>(4, g.out_h), g.out_h);
+    return g.OutputRowsPerUnit(kTileBytes, tile_width * sums * sizeof(C));
   }
 
   int64_t InputRowsPerUnit() const {
@@ -39,9 +34,7 @@ class Layer {
   // y[:, first:last] of one image.
   void Forward(const S* x, int64_t first, int64_t last, S* y) const {
     Scratch<C>& scratch = ThreadScratch<C>();
-    int64_t top = first * g.stride_h - g.top;
-    int64_t rows = (last - 1 - first) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1;
-    FillSums(x, top, rows, scratch);
+    FillSums(x, first * g.stride_h - g.top, g.InputRows(last - first), scratch);
     for (int64_t i = first; i < last; ++i) {
       const C* tile = scratch.sums.data() + (i - first) * g.stride_h * tile_width * sums;
       WriteRows<S, C>(g.out_w, g.out, padded_out, scratch.line, y + i * g.out_w * g.out,
@@ -59,10 +52,9 @@ class Layer {
                 C* depthwise_sum) const {
     Scratch<C>& scratch = ThreadScratch<C>();
     FillSums(x, first, last - first, scratch);
-    int64_t first_out = std::max<int64_t>(
-        0, CeilDiv(first + g.top - (g.kernel_h - 1) * g.dilation_h, g.stride_h));
-    int64_t last_out = std::min(g.out_h, (last - 1 + g.top) / g.stride_h + 1);
-    FillOutputGradient(dy, first_out, last_out, scratch);
+    int64_t first_out = g.FirstOutput(first);
+    FillTile(dy, g.out_h, g.out_w, g.out, first_out, g.EndOfOutputs(last),
+             {GradientWidth(), GradientLeft(), padded_out}, scratch.output_gradient);
     C* dz = Grow(scratch.sums_gradient, (last - first) * g.w * sums);
     for (int64_t row = first; row < last; ++row) {
       const C* z = scratch.sums.data() + (row - first) * tile_width * sums;
@@ -157,19 +149,6 @@ class Layer {
 
   int64_t GradientWidth() const { return GradientLeft() + std::max(g.out_w, g.w + g.left); }
 
-  // Rows first ... last - 1 of the output's gradient, with zeros to the left and to the right.
-  void FillOutputGradient(const S* dy, int64_t first, int64_t last, Scratch<C>& scratch) const {
-    int64_t width = GradientWidth() * padded_out;
-    C* tile = Grow(scratch.output_gradient, std::max<int64_t>(0, last - first) * width);
-    for (int64_t i = first; i < last; ++i, tile += width) {
-      const S* from = dy + i * g.out_w * g.out;
-      C* to = tile + GradientLeft() * padded_out;
-      std::fill(tile, to, C(0));
-      std::fill(to + g.out_w * padded_out, tile + width, C(0));
-      PadRows(from, g.out_w, g.out, padded_out, to);
-    }
-  }
-
   // One row of outputs, one vector of channels from o on; tile points at its first row of sums.
   void DepthwiseRow(const C* tile, int64_t o, C* line) const {
     int64_t q = 0;
@@ -207,10 +186,9 @@ class Layer {
   const C* const* GradientRows(int64_t row, int64_t first_out, Scratch<C>& scratch) const {
     const C** rows = Grow(scratch.gradient_rows, g.kernel_h);
     for (int64_t a = 0; a < g.kernel_h; ++a) {
-      int64_t offset = row + g.top - a * g.dilation_h;
-      bool meets = offset >= 0 && offset % g.stride_h == 0 && offset / g.stride_h < g.out_h;
-      int64_t line = (offset / g.stride_h - first_out) * GradientWidth() + GradientLeft();
-      rows[a] = meets ? scratch.output_gradient.data() + line * padded_out : nullptr;
+      int64_t output = g.OutputRow(row, a);
+      int64_t line = (output - first_out) * GradientWidth() + GradientLeft();
+      rows[a] = output < 0 ? nullptr : scratch.output_gradient.data() + line * padded_out;
     }
     return rows;
   }
@@ -305,31 +283,28 @@ class Layer {
 // ---------------------------------------------------------------- all images
 
 template <typename S, typename C>
-void Forward(const Geometry& g, const S* x, const S* pointwise, const S* depthwise, S* y,
-             const Parallel& parallel) {
-  const Layer<S, C> layer(g, pointwise, depthwise);
-  int64_t rows = layer.OutputRowsPerUnit();
-  int64_t units = CeilDiv(g.out_h, rows);
-  parallel(g.n * units, [&](int64_t unit) {
-    int64_t image = unit / units, first = unit % units * rows;
-    layer.Forward(x + image * g.h * g.w * g.in, first, std::min(first + rows, g.out_h),
-                  y + image * g.out_h * g.out_w * g.out);
+void SelectionForward(const Geometry& g, const S* x, const S* pointwise, const S* depthwise, S* y,
+                      const Parallel& parallel) {
+  const SelectionLayer<S, C> layer(g, pointwise, depthwise);
+  const RowUnits units{g.n, g.out_h, layer.OutputRowsPerUnit()};
+  parallel(units.Count(), [&](int64_t unit) {
+    auto [image, first, last] = units.At(unit);
+    layer.Forward(x + image * g.InputSize(), first, last, y + image * g.OutputSize());
   });
 }
 
 template <typename S, typename C>
-void Backward(const Geometry& g, const S* x, const S* pointwise, const S* depthwise, const S* dy,
-              S* dx, S* dpointwise, S* ddepthwise, const Parallel& parallel) {
-  const Layer<S, C> layer(g, pointwise, depthwise);
-  int64_t rows = std::max<int64_t>(1, layer.InputRowsPerUnit());  // none, in empty images
-  int64_t units = CeilDiv(g.h, rows);
+void SelectionBackward(const Geometry& g, const S* x, const S* pointwise, const S* depthwise,
+                       const S* dy, S* dx, S* dpointwise, S* ddepthwise,
+                       const Parallel& parallel) {
+  const SelectionLayer<S, C> layer(g, pointwise, depthwise);
+  const RowUnits units{g.n, g.h, layer.InputRowsPerUnit()};
   std::vector<C> sum = SumOverGroups<C>(
-      g.n * units, layer.PointwiseSize() + layer.DepthwiseSize(), parallel,
+      units.Count(), layer.PointwiseSize() + layer.DepthwiseSize(), parallel,
       [&](int64_t unit, C* sum) {
-        int64_t image = unit / units, row = unit % units * rows;
-        layer.Backward(x + image * g.h * g.w * g.in, dy + image * g.out_h * g.out_w * g.out, row,
-                       std::min(row + rows, g.h), dx + image * g.h * g.w * g.in, sum,
-                       sum + layer.PointwiseSize());
+        auto [image, first, last] = units.At(unit);
+        layer.Backward(x + image * g.InputSize(), dy + image * g.OutputSize(), first, last,
+                       dx + image * g.InputSize(), sum, sum + layer.PointwiseSize());
       });
   layer.StorePointwise(sum.data(), dpointwise);
   layer.StoreDepthwise(sum.data() + layer.PointwiseSize(), ddepthwise);
