@@ -328,12 +328,13 @@ ffi::Error ForwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
                           ffi::AnyBuffer depthwise, ffi::Result<ffi::AnyBuffer> y, Numbers strides,
                           Numbers padding, Numbers dilation) {
   if (!Fit(x, pointwise, depthwise, *y)) return ffi::Error::InvalidArgument(kMisfit);
-  Geometry g = MakeGeometry(x, depthwise, depthwise.dimensions()[2], *y, strides, padding, dilation);
+  Geometry g =
+      MakeGeometry(x, depthwise, depthwise.dimensions()[2], *y, strides, padding, dilation);
   return ForDtype(x.element_type(), [&](auto storage, auto compute) {
     using S = decltype(storage);
     using C = decltype(compute);
-    CHANSEL_CALL(SelectionForward<S, C>(g, Data<S>(x), Data<S>(pointwise), Data<S>(depthwise), Data<S>(*y),
-                               Parallel(pool)));
+    CHANSEL_CALL(SelectionForward<S, C>(g, Data<S>(x), Data<S>(pointwise), Data<S>(depthwise),
+                                        Data<S>(*y), Parallel(pool)));
   });
 }
 
@@ -343,13 +344,14 @@ ffi::Error BackwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
                            ffi::Result<ffi::AnyBuffer> ddepthwise, Numbers strides,
                            Numbers padding, Numbers dilation) {
   if (!Fit(x, pointwise, depthwise, dy)) return ffi::Error::InvalidArgument(kMisfit);
-  Geometry g = MakeGeometry(x, depthwise, depthwise.dimensions()[2], dy, strides, padding, dilation);
+  Geometry g =
+      MakeGeometry(x, depthwise, depthwise.dimensions()[2], dy, strides, padding, dilation);
   return ForDtype(x.element_type(), [&](auto storage, auto compute) {
     using S = decltype(storage);
     using C = decltype(compute);
-    CHANSEL_CALL(SelectionBackward<S, C>(g, Data<S>(x), Data<S>(pointwise), Data<S>(depthwise), Data<S>(dy),
-                                Data<S>(*dx), Data<S>(*dpointwise), Data<S>(*ddepthwise),
-                                Parallel(pool)));
+    CHANSEL_CALL(SelectionBackward<S, C>(g, Data<S>(x), Data<S>(pointwise), Data<S>(depthwise),
+                                         Data<S>(dy), Data<S>(*dx), Data<S>(*dpointwise),
+                                         Data<S>(*ddepthwise), Parallel(pool)));
   });
 }
 

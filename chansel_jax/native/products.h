@@ -126,7 +126,7 @@ CHANSEL_INLINE void ForPanels(int64_t columns, const Body& body) {
   if (c < columns) body(std::integral_constant<int, 1>(), c);
 }
 
-// A part of a product's depth: the factors of pixel p are a[p * pitch] ... a[p * pitch + depth - 1],
+// A part of a product's depth: the factors of pixel p are the `depth` numbers from a[p * pitch] on,
 // and meet the matrix's rows from `row` on.
 template <typename C>
 struct Run {
@@ -167,7 +167,7 @@ CHANSEL_INLINE void ProductBlock(const Runs<C>& runs, int64_t p, const C* panel,
   }
 }
 
-// Pixels p ... pixels - 1, in blocks of PIXELS as long as they last, then of half as many, and so on.
+// Pixels p ... pixels - 1, in blocks of PIXELS as long as they last, then of half as many, etc.
 template <int PIXELS, int VECTORS, typename C>
 CHANSEL_INLINE void ProductPanel(const Runs<C>& runs, int64_t p, int64_t pixels, const C* panel,
                                  C* out, int64_t out_pitch) {
@@ -249,9 +249,9 @@ void AddOuterProduct(const Lines<C>& lines, int64_t rows, int64_t columns, C* ou
 
 // ---------------------------------------------------------------- sums over images
 
-// The sum over units of what add(unit, sum) adds to `size` numbers. Units are taken in groups that do
-// not depend on the number of threads, and the groups added in order, so that the sum is the same
-// bit for bit however many there are.
+// The sum over units of what add(unit, sum) adds to `size` numbers. Units are taken in groups that
+// do not depend on the number of threads, and the groups added in order, so that the sum is the
+// same bit for bit however many there are.
 template <typename C, typename Add>
 std::vector<C> SumOverGroups(int64_t units, int64_t size, const Parallel& parallel,
                              const Add& add) {
