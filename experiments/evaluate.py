@@ -49,7 +49,8 @@ class Settings:
     flip_average: bool = False
     """Average the probabilities of every image and its mirror image."""
     output: Path | None = None
-    """Folder of evaluation-SPLIT.json and confusion-SPLIT.png; by default the run's."""
+    """Folder of evaluation-SPLIT.json and confusion-SPLIT.png, with --flip-average
+    evaluation-SPLIT-flip-averaged.json and so on; by default the run's."""
 
 
 def main(settings: Settings) -> None:
@@ -72,7 +73,7 @@ def evaluate(settings: Settings, console: Console) -> Scores:
     print_scores(found, trained, console)
     write_scores(output, found, trained, settings.split, images, settings.flip_average)
     title = f"{settings.split}, epoch {trained.epoch}, {found.accuracy:.2%}"
-    picture = output / f"confusion-{settings.split}.png"
+    picture = output / f"confusion-{measured(settings.split, settings.flip_average)}.png"
     figures.save(figures.confusion_matrices({title: found.confusion}, trained.class_names), picture)
     console.print(f"written to {output}", markup=False)
     return found
@@ -104,7 +105,7 @@ def recorded_scores(
         "flip_average": False,
         "images_sha256": read_config(workdir).digests.get(split),
     }
-    path = workdir / scores_name(split)
+    path = workdir / scores_name(split, flip_average=False)
     try:
         recorded = json.loads(path.read_text())
         if wanted.items() <= recorded.items():
@@ -118,9 +119,14 @@ def recorded_scores(
     return json.loads(path.read_text())
 
 
-def scores_name(split: str) -> str:
+def scores_name(split: str, flip_average: bool) -> str:
     """The file of the scores."""
-    return f"evaluation-{split}.json"
+    return f"evaluation-{measured(split, flip_average)}.json"
+
+
+def measured(split: str, flip_average: bool) -> str:
+    """What files of scores are called after."""
+    return f"{split}-flip-averaged" if flip_average else split
 
 
 def write_scores(
@@ -135,7 +141,7 @@ def write_scores(
         "class_names": trained.class_names,
         **as_json(found),
     }
-    records.write_json(folder / scores_name(split), content)
+    records.write_json(folder / scores_name(split, flip_average), content)
 
 
 def score(

@@ -107,6 +107,17 @@ def test_evaluation_is_that_of_the_training(trained, settings, whole, tmp_path, 
     assert "27 images" in printed(console) and "not those of the run" not in printed(console)
 
 
+def test_flip_averaged_scores_lie_beside_the_plain_ones(copy, images, console):
+    plain = evaluate.recorded_scores(copy, "validation", "best", images, console)
+    settings = evaluate.Settings(copy, data_dir=images, flip_average=True)
+    found = evaluate.evaluate(settings, console)
+    written = json.loads((copy / "evaluation-validation-flip-averaged.json").read_text())
+    assert written["flip_average"] and written["loss"] == found.loss != plain["loss"]
+    assert (copy / "confusion-validation-flip-averaged.png").is_file()
+    assert json.loads((copy / "evaluation-validation.json").read_text()) == plain
+    assert not (copy / "confusion-validation.png").exists()
+
+
 def test_recorded_scores_are_those_of_the_runs_own_images(copy, settings, images, console):
     def recorded(checkpoint):
         return evaluate.recorded_scores(copy, "validation", checkpoint, images, console)
