@@ -34,8 +34,8 @@ FACTORS: Mapping[str, Mapping[str, Any]] = {
     "no regularisers": UNREGULARISED,
     "no regularisers, BatchNorm between the parts": UNREGULARISED | {"norm": True},
     "no regularisers, twice the width": UNREGULARISED | {"width": 32},
-    "no regularisers, BatchNorm, twice the width, rank 4": UNREGULARISED
-    | {"norm": True, "width": 32, "rank": 4},
+    "no regularisers, BatchNorm between the parts, twice the width": UNREGULARISED
+    | {"norm": True, "width": 32},
 }
 """What is changed in the original's recipe, for channel selection on all images."""
 
