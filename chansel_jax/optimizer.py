@@ -15,8 +15,9 @@ Undecayed = Literal["biases", "norms", "depthwise"]
 class OptimizerSettings:
     """How the parameters are updated."""
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """AdamW (decoupled weight decay), or SGD with momentum (weight decay added to the gradient)."""
+    optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
+    """AdamW (decoupled weight decay); SGD with momentum (weight decay added to the gradient); or
+    Muon for dense and pointwise kernels (orthogonalised momentum) and AdamW for the others."""
     learning_rate: float = 5e-3
     """The highest learning rate."""
     schedule: Literal["cosine", "constant", "step"] = "cosine"
@@ -26,7 +27,7 @@ class OptimizerSettings:
     step_epochs: tuple[int, ...] = (100, 150, 180)
     """With --schedule=step: the epochs after which the learning rate is divided by ten."""
     momentum: float = 0.9
-    """Of SGD; AdamW ignores it."""
+    """Of SGD; the others have their own."""
     weight_decay: float = 0.05
     """Strength of the weight decay."""
     undecayed: tuple[Undecayed, ...] = ("biases", "norms")
@@ -104,8 +105,35 @@ def make_optimizer(
                 optax.add_decayed_weights(settings.weight_decay, mask),
                 optax.sgd(schedule, momentum=settings.momentum),
             )
+        case "muon":
+            return optax.chain(
+                # At the rate 1 it returns minus the direction, on the scale of AdamW's.
+                optax.contrib.muon(
+                    1.0, muon_weight_dimension_numbers=as_matrices, consistent_rms=0.2
+                ),
+                optax.add_decayed_weights(-settings.weight_decay, mask),
+                optax.scale_by_schedule(schedule),
+            )
         case other:
-            raise ValueError(f"optimizer={other!r} must be adamw or sgd")
+            raise ValueError(f"optimizer={other!r} must be adamw, sgd or muon")
+
+
+def as_matrices(params: Any) -> Any:
+    """A tree like `params`: how Muon is to read dense and pointwise kernels as matrices, else None.
+
+    The rows are what is summed over, the columns the output channels. The classifier and depthwise
+    kernels, whose output channels have nothing in common, are left out.
+    """
+
+    def axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        name = path[-1].key
+        if name == "pointwise" or (name == "kernel" and leaf.ndim == 4):
+            return optax.contrib.MuonDimensionNumbers(
+                reduction_axis=tuple(range(leaf.ndim - 1)), output_axis=leaf.ndim - 1
+            )
+        return None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def decayed(params: Any, undecayed: tuple[Undecayed, ...]) -> Any:

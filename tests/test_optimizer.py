@@ -11,7 +11,13 @@ import torch
 from flax import nnx
 
 from chansel_jax import ChannelSelectionConv, SubKernelConv, resnet14
-from chansel_jax.optimizer import OptimizerSettings, decayed, make_optimizer, make_schedule
+from chansel_jax.optimizer import (
+    OptimizerSettings,
+    as_matrices,
+    decayed,
+    make_optimizer,
+    make_schedule,
+)
 
 KINDS = ("biases", "norms", "depthwise")
 CHOICES = [(), *((kind,) for kind in KINDS), ("biases", "norms"), KINDS]
@@ -202,6 +208,104 @@ def test_steps_equal_those_of_pytorch(settings, undecayed, x64):
 
     for (owner, name), tensor in tensors.items():
         np.testing.assert_allclose(params[owner][name], tensor.numpy(), rtol=0, atol=1e-6)
+
+
+# Muon
+
+CUBES = {  # path, shape, and the shape of the matrix that is orthogonalised, if any
+    ("conv1", "kernel"): ((3, 3, 2, 4), (18, 4)),
+    ("conv2", "pointwise"): ((4, 6), (4, 6)),
+    ("conv2", "depthwise"): ((3, 3, 1, 6), None),
+    ("norm1", "scale"): ((6,), None),
+    ("dense", "kernel"): ((6, 3), None),
+    ("dense", "bias"): ((3,), None),
+}
+
+
+def orthogonalised(matrix):
+    """Five steps of Newton and Schulz, as Jordan's polynomial of the singular values."""
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    values = values / np.linalg.norm(values)
+    for _ in range(5):
+        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+    return left * values @ right
+
+
+def ahead(moment, gradient, decay, step):
+    """Nesterov's look ahead along an average of gradients that began at 0, `step` from 1."""
+    after = decay * moment / (1 - decay ** (step + 1))
+    return after + (1 - decay) * gradient / (1 - decay**step)
+
+
+def muon_direction(gradients, matrix):
+    """Of the last of some gradients of a parameter; Adam's where it is no matrix."""
+    decay = 0.9 if matrix is None else 0.95
+    first, second = np.zeros_like(gradients[0]), np.zeros_like(gradients[0])
+    for gradient in gradients:
+        first = decay * first + (1 - decay) * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+    count = len(gradients)
+    looked = ahead(first, gradients[-1], decay, count)
+    if matrix is None:
+        return looked / (np.sqrt(second / (1 - 0.999**count)) + 1e-8)
+    return 0.2 * np.sqrt(max(matrix)) * orthogonalised(looked.reshape(matrix)).reshape(looked.shape)
+
+
+@pytest.mark.parametrize("undecayed", [(), ("biases", "norms"), ("depthwise",)], ids=",".join)
+def test_muon_orthogonalises_kernels_and_leaves_the_others_to_adam(undecayed, x64):
+    settings = OptimizerSettings(
+        optimizer="muon",
+        learning_rate=0.1,
+        warmup_fraction=1 / 3,
+        weight_decay=0.3,
+        undecayed=undecayed,
+    )
+    schedule = make_schedule(settings, epochs=3, steps_per_epoch=2)
+    rng = np.random.default_rng(0)
+    wanted = {path: rng.normal(size=shape) for path, (shape, _) in CUBES.items()}
+    params = nested(wanted)
+    optimizer = make_optimizer(settings, schedule)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    decays = nnx.traversals.flatten_mapping(decayed(params, undecayed))
+    gradients = {path: [] for path in CUBES}
+    for step in range(4):
+        for path, (shape, matrix) in CUBES.items():
+            gradients[path].append(rng.normal(size=shape))
+            direction = muon_direction(gradients[path], matrix)
+            direction = direction + 0.3 * decays[path] * wanted[path]
+            wanted[path] = wanted[path] - float(schedule(step)) * direction
+        newest = nested({path: of_path[-1] for path, of_path in gradients.items()})
+        updates, state = update(newest, state, params)
+        params = optax.apply_updates(params, updates)
+    for (owner, name), value in wanted.items():
+        np.testing.assert_allclose(params[owner][name], value, rtol=0, atol=1e-6)
+
+
+def test_first_step_of_muon_is_that_of_pytorch():
+    rng = np.random.default_rng(0)
+    weight, gradient = rng.normal(size=(2, 8, 5)).astype(np.float32)
+    settings = OptimizerSettings(optimizer="muon", learning_rate=0.5, weight_decay=0.1)
+    optimizer = make_optimizer(settings, optax.constant_schedule(0.5))
+    params = {"conv": {"pointwise": jnp.asarray(weight)}}
+    updates, _ = optimizer.update(
+        {"conv": {"pointwise": jnp.asarray(gradient)}}, optimizer.init(params), params
+    )
+    tensor = torch.tensor(weight)
+    tensor.grad = torch.tensor(gradient)
+    torch.optim.Muon([tensor], lr=0.5, weight_decay=0.1, adjust_lr_fn="match_rms_adamw").step()
+    # It computes in bfloat16.
+    after = optax.apply_updates(params, updates)["conv"]["pointwise"]
+    np.testing.assert_allclose(after, tensor.numpy(), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("conv, count", [(ChannelSelectionConv, 15), (SubKernelConv, 15)])
+def test_muon_takes_every_dense_and_pointwise_kernel_of_a_network(conv, count):
+    network = nnx.eval_shape(lambda: resnet14(conv, rngs=nnx.Rngs(0)))
+    params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
+    found = nnx.traversals.flatten_mapping(as_matrices(params))
+    assert {path[-1] for path, axes in found.items() if axes} <= {"kernel", "pointwise"}
+    assert sum(axes is not None for axes in found.values()) == count
+    assert found["dense", "kernel"] is None
 
 
 # Weight decay
