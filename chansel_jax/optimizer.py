@@ -107,7 +107,9 @@ def make_optimizer(
             )
         case "muon":
             return optax.chain(
-                # At the rate 1 it returns minus the direction, on the scale of AdamW's.
+                # At the rate 1 it returns minus the direction, on the scale of AdamW's by Liu et
+                # al., "Muon is Scalable for LLM Training" (2025). Its own decay of what it leaves
+                # to Adam has no mask.
                 optax.contrib.muon(
                     1.0, muon_weight_dimension_numbers=as_matrices, consistent_rms=0.2
                 ),
@@ -128,9 +130,8 @@ def as_matrices(params: Any) -> Any:
     def axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
         name = path[-1].key
         if name == "pointwise" or (name == "kernel" and leaf.ndim == 4):
-            return optax.contrib.MuonDimensionNumbers(
-                reduction_axis=tuple(range(leaf.ndim - 1)), output_axis=leaf.ndim - 1
-            )
+            *rows, columns = range(leaf.ndim)
+            return optax.contrib.MuonDimensionNumbers(tuple(rows), columns)
         return None
 
     return jax.tree_util.tree_map_with_path(axes, params)
