@@ -99,7 +99,7 @@ RECIPES = {
     # Its epochs, dropout and batches; its optimiser is not known.
     "original": TrainingSettings(epochs=100),
     "best": TrainingSettings(
-        optimization=OptimizerSettings(learning_rate=1e-2, warmup_fraction=0.1),
+        optimization=OptimizerSettings(optimizer="muon", learning_rate=2e-2, warmup_fraction=0.1),
         augmentation=Augmentation(cutout=12),
         epochs=60,
         label_smoothing=0.1,
