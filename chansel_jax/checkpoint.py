@@ -1,13 +1,15 @@
 """Checkpoints of a run: all that knows orbax.
 
-A checkpoint holds the training state and a record of the run so far (plain JSON). The last two and
-the one of lowest validation loss are kept. They are written in the background; a checkpoint appears
-under its epoch's number only when it is complete.
+A checkpoint holds the training state and a record of the run so far (plain JSON). Of those after an
+epoch the last two and the one of lowest validation loss are kept. One within an epoch holds that
+epoch's totals too; the last is kept, in a folder of its own, under the number of its step. All are
+written in the background; a checkpoint appears under its number only when it is complete.
 """
 
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +18,11 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.tree_util import DictKey
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from chansel_jax.training import TrainState, digest, network_tree
+from chansel_jax.training import Totals, TrainState, digest, network_tree
 
 CheckpointManager = ocp.CheckpointManager
 
@@ -45,6 +48,7 @@ def open_checkpoints(directory: str | Path, report: Callable[[str], None]) -> oc
             _saved_val_loss(directory, epoch)
         except (OSError, ValueError, TypeError, KeyError) as error:
             _set_aside(directory, epoch, error, report)
+    _wait_for_all("damaged checkpoints are set aside")
     keep = policies.AnyPreservationPolicy(
         [
             policies.LatestN(LAST_KEPT),
@@ -59,6 +63,14 @@ def open_checkpoints(directory: str | Path, report: Callable[[str], None]) -> oc
     )
 
 
+def open_unfinished(directory: str | Path) -> ocp.CheckpointManager:
+    """The checkpoints within an epoch under `directory`; as `open_checkpoints`."""
+    _quieten_orbax()
+    keep = policies.LatestN(1)
+    options = ocp.CheckpointManagerOptions(preservation_policy=keep)
+    return ocp.CheckpointManager(Path(directory).absolute(), options=options)
+
+
 def save(
     manager: ocp.CheckpointManager, epoch: int, state: TrainState, record: dict, val_loss: float
 ) -> None:
@@ -66,15 +78,15 @@ def save(
 
     Both may change as soon as this returns.
     """
-    record = json.loads(json.dumps(record))  # it is written in the background
-    manager.save(
-        epoch,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(_tree(state)),
-            record=ocp.args.JsonSave({"digest": digest(_tree(state)), "run": record}),
-        ),
-        metrics={"val_loss": val_loss},
-    )
+    manager.save(epoch, args=_save_args(_tree(state), record), metrics={"val_loss": val_loss})
+
+
+def save_unfinished(
+    manager: ocp.CheckpointManager, state: TrainState, totals: Totals, record: dict
+) -> None:
+    """Begins to save what `save` does, and `totals`, as the checkpoint of the state's step."""
+    tree = _tree(state) | {"totals": _tree(totals)}
+    manager.save(int(state.step), args=_save_args(tree, record), force=True)
 
 
 def restore_latest(
@@ -101,6 +113,7 @@ def restore_latest(
             continue
         for damaged, error in failures.items():
             _set_aside(Path(manager.directory), damaged, error, report)
+        _wait_for_all("damaged checkpoints are set aside")
         manager.reload()
         return restored
     if failures:
@@ -121,18 +134,43 @@ def restore(
         CheckpointError: if the state is not the one that was saved.
         Exception: whatever orbax raises for a checkpoint that is missing or cannot be read.
     """
-    _read_through(Path(manager.directory) / str(epoch) / "state")
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like))
-    restored = manager.restore(
-        epoch,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
-        ),
-    )
-    state = TrainState(**restored["state"])
-    if digest(restored["state"]) != restored["record"]["digest"]:
-        raise CheckpointError("the digest of its state differs from the one saved with it")
-    return state, restored["record"]["run"]
+    tree, record = _restore(manager, epoch, _tree(like))
+    return TrainState(**tree), record
+
+
+def restore_unfinished(
+    manager: ocp.CheckpointManager, like: TrainState, totals: Totals, report: Callable[[str], None]
+) -> tuple[TrainState, Totals, dict] | None:
+    """State, totals and record of the newest checkpoint within an epoch, if there is one.
+
+    Damaged ones are told to `report` and moved to `damaged-STEP` beside it.
+
+    Args:
+        manager: from `open_unfinished`.
+        like: a state of the same structure, shapes, dtypes and placement.
+        totals: likewise.
+        report: takes one line for each damaged checkpoint.
+    """
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            tree, record = _restore(manager, step, _tree(like) | {"totals": _tree(totals)})
+            saved_totals = Totals(**tree.pop("totals"))
+        except Exception as error:  # as above
+            _set_aside(Path(manager.directory), step, error, report, "step")
+            _wait_for_all("a damaged checkpoint is set aside")
+            manager.reload()
+            continue
+        return TrainState(**tree), saved_totals, record
+    return None
+
+
+def discard(directory: Path) -> None:
+    """Deletes the checkpoints under `directory`, damaged ones that were set aside excepted."""
+    for path in directory.iterdir():
+        if path.name.isdigit():
+            shutil.rmtree(path)
+    if not any(directory.iterdir()):
+        directory.rmdir()
 
 
 def restore_network(
@@ -185,8 +223,33 @@ def restore_network(
     return epoch
 
 
-def _tree(state: TrainState) -> dict[str, Any]:
+def _tree(state: TrainState | Totals) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _save_args(tree: dict[str, Any], record: dict) -> ocp.args.Composite:
+    record = json.loads(json.dumps(record))  # it is written in the background
+    return ocp.args.Composite(
+        state=ocp.args.StandardSave(tree),
+        record=ocp.args.JsonSave({"digest": digest(tree), "run": record}),
+    )
+
+
+def _restore(
+    manager: ocp.CheckpointManager, number: int, like: dict[str, Any]
+) -> tuple[dict[str, Any], dict]:
+    _read_through(Path(manager.directory) / str(number) / "state")
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    restored = manager.restore(
+        number,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
+        ),
+    )
+    tree, record = restored["state"], restored["record"]
+    if digest(tree) != record["digest"]:
+        raise CheckpointError("the digest of its state differs from the one saved with it")
+    return tree, record["run"]
 
 
 def _val_loss(metrics: dict[str, float]) -> float:
@@ -218,6 +281,12 @@ def _shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _wait_for_all(what: str) -> None:
+    """Waits until all processes have come to the same place."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
 def _quieten_orbax() -> None:
     # Orbax reports every phase of every save; what went wrong reaches the caller as an exception.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -241,11 +310,17 @@ def _read_through(directory: Path) -> None:
 
 
 def _set_aside(
-    directory: Path, epoch: int, error: Exception, report: Callable[[str], None]
+    directory: Path,
+    number: int,
+    error: Exception,
+    report: Callable[[str], None],
+    what: str = "epoch",
 ) -> None:
-    """Moves a checkpoint to the first free name `damaged-EPOCH`, `damaged-EPOCH-2`, …"""
-    target, attempt = directory / f"damaged-{epoch}", 2
+    """Process 0 moves a checkpoint to the first free name `damaged-EPOCH`, `damaged-EPOCH-2`, …"""
+    if jax.process_index() != 0:
+        return
+    target, attempt = directory / f"damaged-{number}", 2
     while target.exists():
-        target, attempt = directory / f"damaged-{epoch}-{attempt}", attempt + 1
-    (directory / str(epoch)).rename(target)
-    report(f"checkpoint of epoch {epoch} is damaged ({_first_line(error)}); moved to {target}")
+        target, attempt = directory / f"damaged-{number}-{attempt}", attempt + 1
+    (directory / str(number)).rename(target)
+    report(f"checkpoint of {what} {number} is damaged ({_first_line(error)}); moved to {target}")

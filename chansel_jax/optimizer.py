@@ -85,6 +85,13 @@ def make_schedule(
     return optax.join_schedules([rise, after], [warmup])
 
 
+def accumulated(
+    optimizer: optax.GradientTransformation, steps: int
+) -> optax.GradientTransformation:
+    """`optimizer`, called at every step, but updating once in `steps`, by the mean gradient."""
+    return optimizer if steps == 1 else optax.MultiSteps(optimizer, steps).gradient_transformation()
+
+
 def make_optimizer(
     settings: OptimizerSettings, schedule: optax.Schedule
 ) -> optax.GradientTransformation:

@@ -1,9 +1,9 @@
 """The training step, the evaluation and their state: pure functions under `jax.jit`.
 
-Everything runs over a mesh of all local devices, data-parallel: batches are sharded, the state is
-replicated, BatchNorm sees the whole batch. A data set lies on the devices as uint8; which images a
-step takes, how they are cropped and mirrored, and what dropout drops depend on the seed and the
-step alone.
+Everything runs over a mesh of all devices of all processes, data-parallel: batches are sharded, the
+state is replicated, BatchNorm sees the whole batch. A data set lies on the devices as uint8; which
+images a step takes, how they are cropped and mirrored, and what dropout drops depend on the seed
+and the step alone.
 """
 
 import dataclasses
@@ -115,9 +115,20 @@ class Augmentation:
 
 
 def data_mesh() -> Mesh:
-    """All local devices along one axis, `"data"`."""
-    devices = jax.local_devices()
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    """All devices of all processes along one axis, `"data"`."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicate(tree: Tree, mesh: Mesh) -> Tree:
+    """`tree` on every device of `mesh`; every process has the same one."""
+    sharding = _everywhere(mesh)
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def put(leaf):
+        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+
+    return jax.tree.map(put, tree)
 
 
 def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -136,9 +147,7 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def put_split(split: Split, mean: np.ndarray, std: np.ndarray, mesh: Mesh) -> DeviceSplit:
     """`split` on every device of `mesh`, with the statistics that normalise it."""
-    return jax.device_put(
-        DeviceSplit(split.images, split.labels, mean, std), NamedSharding(mesh, PartitionSpec())
-    )
+    return replicate(DeviceSplit(split.images, split.labels, mean, std), mesh)
 
 
 def init_state(
@@ -153,7 +162,7 @@ def init_state(
         key=jax.random.key_data(jax.random.key(seed)),
     )
     # A copy, since the training step consumes its state and the network keeps its arrays.
-    return jax.device_put(jax.tree.map(jnp.copy, state), NamedSharding(mesh, PartitionSpec()))
+    return replicate(jax.tree.map(jnp.copy, state), mesh)
 
 
 def network_tree(network: nnx.Module) -> dict[str, Tree]:
@@ -169,9 +178,10 @@ def load_state(network: nnx.Module, state: TrainState) -> None:
 
 def init_totals(mesh: Mesh) -> Totals:
     """Totals of no image, on every device."""
-    return jax.device_put(_zero_totals(), NamedSharding(mesh, PartitionSpec()))
+    return replicate(_zero_totals(), mesh)
 
 
+@functools.partial(jax.jit, static_argnames=("count", "steps_per_epoch"))
 def epoch_order(state: TrainState, count: int, steps_per_epoch: int) -> jax.Array:
     """The order `(count,)` int32 in which the epoch of `state.step` visits `count` images."""
     order_key, _ = jax.random.split(jax.random.wrap_key_data(state.key))
@@ -206,7 +216,7 @@ def make_train_step(
     Raises:
         ValueError: if `batch_size` does not divide by the devices.
     """
-    _check_batch_size(batch_size, mesh)
+    check_batch_size(batch_size, mesh)
     apply = apply_function(network, train=True)
     shard = functools.partial(
         lax.with_sharding_constraint, shardings=NamedSharding(mesh, PartitionSpec("data"))
@@ -252,9 +262,7 @@ def make_train_step(
         )
         return state, totals
 
-    return jax.jit(
-        train_step, donate_argnums=(0, 1), out_shardings=NamedSharding(mesh, PartitionSpec())
-    )
+    return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=_everywhere(mesh))
 
 
 def make_evaluate(
@@ -267,7 +275,7 @@ def make_evaluate(
     Raises:
         ValueError: if `batch_size` does not divide by the devices.
     """
-    _check_batch_size(batch_size, mesh)
+    check_batch_size(batch_size, mesh)
     apply = apply_function(network, train=False)
     shard = functools.partial(
         lax.with_sharding_constraint, shardings=NamedSharding(mesh, PartitionSpec("data"))
@@ -285,7 +293,23 @@ def make_evaluate(
 
         return lax.fori_loop(0, -(-count // batch_size), add_batch, _zero_totals())
 
-    return jax.jit(evaluate)
+    return jax.jit(evaluate, out_shardings=_everywhere(mesh))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Raises `ValueError`, with the nearest that do, if a batch does not divide by the devices.
+
+    Args:
+        batch_size: images of a batch, over all devices.
+        mesh: the devices.
+        accumulate: parts of the batch, of which each must divide.
+    """
+    divisor = mesh.size * accumulate
+    if batch_size < 1 or batch_size % divisor:
+        lower = batch_size // divisor * divisor
+        nearest = " or ".join(str(b) for b in (lower, lower + divisor) if b > 0)
+        by = f"the {mesh.size} devices" + (f" times accumulate={accumulate}" * (accumulate > 1))
+        raise ValueError(f"batch_size={batch_size} must divide by {by}: take {nearest}")
 
 
 def apply_function(network: nnx.Module, *, train: bool) -> Callable:
@@ -318,6 +342,10 @@ def digest(tree: Tree) -> str:
     return sha.hexdigest()
 
 
+def _everywhere(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def _zero_totals() -> Totals:
     return Totals(jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.int32(NO_STEP))
 
@@ -325,12 +353,3 @@ def _zero_totals() -> Totals:
 def _losses_and_correct(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return losses, jnp.argmax(logits, axis=-1) == labels
-
-
-def _check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    if batch_size < 1 or batch_size % mesh.size:
-        lower = batch_size // mesh.size * mesh.size
-        nearest = " or ".join(str(b) for b in (lower, lower + mesh.size) if b > 0)
-        raise ValueError(
-            f"batch_size={batch_size} must divide by the {mesh.size} devices: take {nearest}"
-        )

@@ -1,21 +1,31 @@
 """The folder of a run: whose it is, and that no run is lost in it."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
+
 from chansel_jax.records import write_json
+
+CHECKPOINTS = ("checkpoints", "unfinished")
+"""The folders, within that of a run, of its checkpoints after an epoch, and within one."""
 
 
 class WorkdirError(Exception):
     """The folder holds another run, or none to resume; one line."""
 
 
+@contextlib.contextmanager
 def claim(
     workdir: Path, config: Mapping[str, Any], resume: Literal["auto", "never", "must"]
-) -> Path | None:
+) -> Iterator[Path | None]:
     """Makes `workdir` with `config.json`, or checks that the run in it has the same `config`.
+
+    A context manager: within it no other process can claim the folder. (It locks the file `.lock`;
+    the operating system unlocks it however the process ends.)
 
     Args:
         workdir: the run's folder.
@@ -23,37 +33,43 @@ def claim(
         resume: `"auto"` goes on with a run that is there, `"must"` fails where there is none, and
             `"never"` renames the folder of a run that is there, to begin anew.
 
-    Returns:
+    Yields:
         What a folder that was there has been renamed to, or None.
 
     Raises:
-        WorkdirError: if the folder holds a run of another `config` (the message names all that
-            differs), or, with `"must"`, none; nothing is touched then. Or if it cannot be written.
+        WorkdirError: if another process has claimed the folder; if it holds a run of another
+            `config` (the message names all that differs), or, with `"must"`, none; nothing is
+            touched then. Or if it cannot be written.
     """
     config = json.loads(json.dumps(config))
-    path = workdir / "config.json"
-    aside = None
-    # Without a checkpoint there is nothing to resume, and without a summary nothing to lose.
-    saved = any(entry.name.isdigit() for entry in (workdir / "checkpoints").glob("*"))
-    holds_run = saved or (workdir / "summary.json").is_file()
-    if holds_run and resume == "never":
-        aside = _rename_aside(workdir)
-    elif holds_run:
-        found = differences(_read(path), config)
-        if found:
-            raise WorkdirError(
-                f"the run in {workdir} has other settings ({'; '.join(found)}): "
-                "take another --workdir, or --resume=never to start anew"
-            )
-        return None
-    elif resume == "must":
+    if resume == "must" and not holds_run(workdir):
         raise WorkdirError(f"--resume=must: there is no run in {workdir}")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, config)
-    except OSError as error:
-        raise WorkdirError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
-    return aside
+    if resume == "never" and workdir.is_dir() and workdir.samefile(Path.cwd()):
+        # Renamed, it would still be where everything is written to.
+        raise WorkdirError("--resume=never cannot rename the current folder: name its --workdir")
+    with contextlib.ExitStack() as locks:
+        aside = None
+        _lock(workdir, locks)
+        if holds_run(workdir) and resume == "never":
+            aside = _rename_aside(workdir)
+            _lock(workdir, locks)
+        if holds_run(workdir):
+            found = differences(_read(workdir / "config.json"), config)
+            if found:
+                raise WorkdirError(
+                    f"the run in {workdir} has other settings ({'; '.join(found)}): "
+                    "take another --workdir, or --resume=never to start anew"
+                )
+        else:
+            with _refused_writes(workdir):
+                write_json(workdir / "config.json", config)
+        yield aside
+
+
+def holds_run(workdir: Path) -> bool:
+    """Whether there is something to resume in `workdir`, or a finished run to lose."""
+    saved = (name for folder in CHECKPOINTS for name in (workdir / folder).glob("*"))
+    return any(path.name.isdigit() for path in saved) or (workdir / "summary.json").is_file()
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -68,6 +84,26 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def _lock(workdir: Path, locks: contextlib.ExitStack) -> None:
+    lock = FileLock(workdir / ".lock", blocking=False)
+    with _refused_writes(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            locks.enter_context(lock)
+        except Timeout as error:
+            raise WorkdirError(
+                f"another process is at work in {workdir}: take another --workdir, or wait for it"
+            ) from error
+
+
+@contextlib.contextmanager
+def _refused_writes(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WorkdirError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
@@ -80,7 +116,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _rename_aside(workdir: Path) -> Path:
     """Renames `workdir` to the first free of `WORKDIR.1`, `WORKDIR.2`, …"""
-    workdir, number = workdir.absolute(), 1
+    number = 1
     while (aside := workdir.with_name(f"{workdir.name}.{number}")).exists():
         number += 1
     return workdir.rename(aside)

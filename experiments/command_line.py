@@ -17,14 +17,20 @@ from experiments.memory import keep_freed_memory
 
 Settings = TypeVar("Settings")
 
-WRITTEN = ("output", "workdir", "resume")  # decide where results go, and none of them
+# These decide where results go and when, and none of them.
+WRITTEN = ("output", "workdir", "resume", "save_every_steps")
 
 EXIT_ERROR = 1
+EXIT_SAVED = 75  # "try again later" in BSD's sysexits.h
 EXIT_INTERRUPTED = 130
 
 
 class CommandError(Exception):
     """What the user can mend; its message is one line."""
+
+
+class Interrupted(Exception):
+    """A run was asked to stop, and has saved; its message, if any, is one line: how to go on."""
 
 
 def run(
@@ -36,7 +42,7 @@ def run(
     """Calls `main` with settings read from the command line.
 
     A `CommandError` or `OSError` ends the program with one line on standard error and exit code 1,
-    a wrong flag with 2, an interruption by the user with 130.
+    a wrong flag with 2, an interruption by the user with 130, or with 75 where a run was saved.
 
     Args:
         main: the command.
@@ -50,6 +56,10 @@ def run(
     except (CommandError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(EXIT_ERROR)
+    except Interrupted as stop:
+        if str(stop):
+            print(stop, file=sys.stderr)
+        sys.exit(EXIT_SAVED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 
 from chansel_jax import data, training
-from chansel_jax.optimizer import make_optimizer, make_schedule
+from chansel_jax.optimizer import accumulated, make_optimizer, make_schedule
 from chansel_jax.resnet import ResNet
+from experiments import cluster
 from experiments.settings import DataSettings, Settings, build_network, decisive
 
 
@@ -23,11 +24,12 @@ class Experiment:
         dataset: its images, on the host.
         network: its structure, and its parameters before the first step.
         begins_with: a digest of those parameters where the seed does not decide them.
-        schedule: the learning rate by step.
-        optimizer: at that learning rate.
+        schedule: the learning rate by update.
+        optimizer: at that learning rate; it is called at every step.
         mesh: the devices.
         splits: `"train"` and `"validation"` on the devices.
-        steps_per_epoch: whole batches.
+        updates_per_epoch: whole batches.
+        steps_per_epoch: their parts, if gradients are accumulated; else the same.
         step: the jitted training step.
         evaluate: the jitted evaluation.
     """
@@ -40,6 +42,7 @@ class Experiment:
     optimizer: optax.GradientTransformation
     mesh: jax.sharding.Mesh
     splits: dict[str, training.DeviceSplit]
+    updates_per_epoch: int
     steps_per_epoch: int
     step: Callable
     evaluate: Callable
@@ -77,27 +80,31 @@ def build(settings: Settings, network: ResNet | None = None) -> Experiment:
 
     Raises:
         ValueError: if a setting or the data is wrong.
+        CommandError: if they are so in another process.
     """
-    dataset = load_data(settings.data)
+    dataset = cluster.in_turn(lambda: load_data(settings.data))
     train_split = dataset.splits["train"]
     recipe = settings.training
-    steps_per_epoch = len(train_split.labels) // recipe.batch_size
-    if not steps_per_epoch:
+    updates_per_epoch = len(train_split.labels) // recipe.batch_size
+    if not updates_per_epoch:
         raise ValueError(
             f"batch_size={recipe.batch_size} must be at most the {len(train_split.labels)} "
             "training images"
         )
     schedule = make_schedule(
-        recipe.optimization, epochs=recipe.epochs, steps_per_epoch=steps_per_epoch
+        recipe.optimization, epochs=recipe.epochs, steps_per_epoch=updates_per_epoch
     )
-    optimizer = make_optimizer(recipe.optimization, schedule)
+    optimizer = accumulated(make_optimizer(recipe.optimization, schedule), recipe.accumulate)
     mesh = training.data_mesh()
+    training.check_batch_size(recipe.batch_size, mesh, recipe.accumulate)
+    images_per_step = recipe.batch_size // recipe.accumulate
+    steps_per_epoch = updates_per_epoch * recipe.accumulate
     built = network or build_network(settings, len(dataset.class_names))
     step = training.make_train_step(
         built,
         optimizer,
         mesh=mesh,
-        batch_size=recipe.batch_size,
+        batch_size=images_per_step,
         steps_per_epoch=steps_per_epoch,
         augmentation=recipe.augmentation,
         label_smoothing=recipe.label_smoothing,
@@ -115,9 +122,10 @@ def build(settings: Settings, network: ResNet | None = None) -> Experiment:
             name: training.put_split(dataset.splits[name], *statistics, mesh)
             for name in ("train", "validation")
         },
+        updates_per_epoch=updates_per_epoch,
         steps_per_epoch=steps_per_epoch,
         step=step,
-        evaluate=training.make_evaluate(built, mesh=mesh, batch_size=recipe.batch_size),
+        evaluate=training.make_evaluate(built, mesh=mesh, batch_size=images_per_step),
     )
 
 

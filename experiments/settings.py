@@ -13,6 +13,7 @@ from flax import nnx
 from chansel_jax.optimizer import OptimizerSettings
 from chansel_jax.resnet import CONVS, PRESETS, ResNet
 from chansel_jax.training import Augmentation
+from experiments.cluster import ClusterSettings
 
 Conv = Literal["chansel", "subkernel"]
 
@@ -80,14 +81,17 @@ class TrainingSettings:
     epochs: int = 20
     """Passes over the training images."""
     batch_size: int = 128
-    """Images a step, over all devices."""
+    """Images an update, over all devices."""
+    accumulate: int = 1
+    """Compute a batch in as many parts, one after the other, for less memory; the update is by the
+    mean of their gradients. BatchNorm sees the parts."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes; the reported losses are without it."""
     dropout_rate: float | None = None
     """Share of the pooled features dropped in training; by default the model's own (0.2, 0)."""
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.label_smoothing < 1:
@@ -130,9 +134,14 @@ class Settings:
     resume: Literal["auto", "never", "must"] = "auto"
     """Go on with the run in --workdir if there is one; start anew (an older run is renamed, not
     lost); or fail if there is none."""
+    save_every_steps: int | None = None
+    """Save after as many steps within an epoch too, not at its end and when stopped only."""
+    cluster: ClusterSettings = ClusterSettings()
 
     def __post_init__(self):
         checked_seed(self.seed)
+        if self.save_every_steps is not None and self.save_every_steps < 1:
+            raise ValueError(f"save_every_steps={self.save_every_steps} must be at least 1")
 
 
 def checked_seed(seed: int) -> int:
@@ -160,9 +169,13 @@ def checked_seeds(seeds: Sequence[int]) -> Sequence[int]:
 
 
 def decisive(settings: Settings) -> dict[str, Any]:
-    """What decides a run's result, as nested JSON: all but where its files and images are."""
+    """What decides a run's result, as nested JSON.
+
+    Where its files and images are does not, nor when it is saved and by which processes trained.
+    """
     found = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
-    del found["workdir"], found["resume"]
+    for name in ("workdir", "resume", "save_every_steps", "cluster"):
+        del found[name]
     del found["data"]["data_dir"]
     return found
 

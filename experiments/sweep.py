@@ -13,7 +13,7 @@ from flax import nnx
 from rich.console import Console
 
 from chansel_jax.records import Row
-from chansel_jax.workdir import differences
+from chansel_jax.workdir import differences, holds_run
 from experiments.command_line import CommandError
 from experiments.evaluate import recorded_scores
 from experiments.experiment import digest, load_data
@@ -125,8 +125,7 @@ def is_finished(settings: Settings) -> bool:
         CommandError: if it holds a run of others, or one that cannot be read.
     """
     workdir = settings.workdir
-    finished = (workdir / "summary.json").is_file()
-    if not finished and not any((workdir / "checkpoints").glob("*")):
+    if not holds_run(workdir):
         return False
     config = read_config(workdir)
     found = differences(
@@ -137,7 +136,7 @@ def is_finished(settings: Settings) -> bool:
         raise CommandError(
             f"the run in {workdir} has other settings ({'; '.join(found)}): take another --output"
         )
-    return finished
+    return (workdir / "summary.json").is_file()
 
 
 @functools.lru_cache(maxsize=1)

@@ -13,6 +13,7 @@ from flax import nnx
 from chansel_jax import ChannelSelectionConv, SubKernelConv, resnet14
 from chansel_jax.optimizer import (
     OptimizerSettings,
+    accumulated,
     as_matrices,
     decayed,
     make_optimizer,
@@ -356,3 +357,30 @@ def test_parameters_of_a_layer_alone_are_told_apart():
         "bias": False,
         "norm": {"scale": False, "bias": False},
     }
+
+
+# Accumulation
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_accumulated_gradients_update_once_in_a_while_by_their_mean(optimizer):
+    settings = OptimizerSettings(optimizer=optimizer, weight_decay=0.1)
+    schedule = make_schedule(settings, epochs=1, steps_per_epoch=3)
+    params = {"dense": {"kernel": jnp.arange(6.0).reshape(2, 3)}}
+    gradients = np.random.default_rng(0).normal(size=(3, 4, 2, 3)).astype(np.float32)
+
+    def trained(optimizer, gradients):
+        found, current, state = [], params, optimizer.init(params)
+        for gradient in gradients:
+            updates, state = optimizer.update({"dense": {"kernel": gradient}}, state, current)
+            current = optax.apply_updates(current, updates)
+            found.append(current["dense"]["kernel"])
+        return np.stack(found)
+
+    plain = make_optimizer(settings, schedule)
+    expected = trained(plain, gradients.mean(axis=1))
+    found = trained(accumulated(plain, 4), gradients.reshape(12, 2, 3))
+    np.testing.assert_allclose(found[3::4], expected, rtol=1e-6)
+    for part in (0, 1, 2):
+        np.testing.assert_array_equal(found[4 + part :: 4], expected[:-1])
+    assert accumulated(plain, 1) is plain

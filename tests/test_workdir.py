@@ -1,11 +1,14 @@
 """Whose folder it is: new, the same run's, another's, renamed, damaged."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from chansel_jax.workdir import WorkdirError, claim
+from chansel_jax import workdir as workdirs
+from chansel_jax.workdir import WorkdirError
 
 CONFIG = {
     "settings": {"seed": 0, "network": {"conv": "chansel", "width": None}},
@@ -23,6 +26,12 @@ def workdir(tmp_path, request):
     else:
         (path / "summary.json").write_text("{}")
     return path
+
+
+def claim(workdir, config, resume):
+    """Claims the folder and lets it go."""
+    with workdirs.claim(workdir, config, resume) as aside:
+        return aside
 
 
 def save(workdir):
@@ -57,7 +66,7 @@ def test_new_folder_gets_its_config(tmp_path, resume, exists):
     if exists:
         path.mkdir(parents=True)
     assert claim(path, CONFIG, resume) is None
-    assert [entry.name for entry in path.iterdir()] == ["config.json"]
+    assert sorted(entry.name for entry in path.iterdir()) == [".lock", "config.json"]
     assert json.loads((path / "config.json").read_text()) == json.loads(json.dumps(CONFIG))
 
 
@@ -100,7 +109,7 @@ def test_never_renames_the_run_and_keeps_its_content(tmp_path, workdir, config):
     aside = claim(workdir, config, "never")
     assert aside == tmp_path / "runs" / "mine.1"
     assert snapshot(aside) == before
-    assert contents(workdir).keys() == {".", "config.json"}
+    assert contents(workdir).keys() == {".", ".lock", "config.json"}
     with pytest.raises(WorkdirError, match="there is no run"):
         claim(workdir, config, "must")
 
@@ -166,8 +175,38 @@ def test_checkpoints_without_their_settings_are_refused(tmp_path, resume):
         claim(tmp_path / "run", {"epochs": 1}, resume)
 
 
-def test_run_in_the_current_folder_can_be_renamed(tmp_path, monkeypatch):
-    (tmp_path / "run").mkdir()
-    monkeypatch.chdir(tmp_path / "run")
-    save(Path())
-    assert claim(Path(), {"epochs": 1}, "never") == tmp_path / "run.1"
+def test_current_folder_is_not_renamed(tmp_path, monkeypatch):
+    save(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+    with pytest.raises(WorkdirError, match="--resume=never cannot rename the current folder"):
+        claim(Path(), {"epochs": 1}, "never")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("resume", ["auto", "never", "must"])
+def test_second_process_is_refused_until_the_first_has_ended(workdir, resume):
+    script = """
+import sys, pathlib
+from chansel_jax.workdir import claim
+with claim(pathlib.Path(sys.argv[1]), {"epochs": 1}, "never"):
+    print("claimed", flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", script, str(workdir)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as first:
+        assert first.stdout.readline() == b"claimed\n"
+        save(workdir)
+        before = snapshot(workdir)
+        with pytest.raises(WorkdirError, match=f"another process is at work in {workdir}"):
+            claim(workdir, {"epochs": 1}, resume)
+        assert snapshot(workdir) == before
+        first.kill()
+    claim(workdir, {"epochs": 1}, resume)
+
+
+def test_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WorkdirError, match="cannot write to --workdir=.*Not a directory"):
+        claim(tmp_path / "file" / "run", CONFIG, "auto")

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from chansel_jax import checkpoint
-from chansel_jax.optimizer import OptimizerSettings
-from experiments import train
+from chansel_jax import checkpoint, records
+from chansel_jax.optimizer import OptimizerSettings, make_schedule
+from experiments import train, training_loop
 from experiments.benchmarking.machine import cpu_name
-from experiments.command_line import CommandError
+from experiments.command_line import EXIT_SAVED, CommandError, Interrupted
 from experiments.settings import DataSettings, NetworkSettings
 
 
@@ -99,31 +99,99 @@ def test_output_names_devices_sizes_layers_and_epochs(whole):
     assert len(re.findall(r"^ +[123]  +\d\.\d{4}  ", output, re.MULTILINE)) == 3
 
 
-@pytest.mark.parametrize("epoch", [1, 2])
-def test_interrupted_run_ends_bit_for_bit_like_the_whole(
-    settings, whole, tmp_path, monkeypatch, epoch
+FIGURES = ("params_sha256", "best_val_loss", "train_loss_at_best", "best_epoch")
+
+
+def signal_after(monkeypatch, epoch, step, number):
+    """Has the process get a signal after a step of an epoch."""
+    save_or_stop = training_loop.save_or_stop
+
+    def signalled(experiment, manager, signal_received, taken, progress):
+        if (len(progress.history) + 1, taken) == (epoch, step):
+            signal.raise_signal(number)
+        save_or_stop(experiment, manager, signal_received, taken, progress)
+
+    monkeypatch.setattr(training_loop, "save_or_stop", signalled)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "step", "number"),
+    [(1, 1, signal.SIGTERM), (2, 5, signal.SIGINT), (3, 10, signal.SIGTERM)],
+)
+def test_stopped_run_ends_bit_for_bit_like_the_whole(
+    settings, whole, tmp_path, monkeypatch, epoch, step, number
 ):
-    train_epoch = train.train_epoch
-
-    def interrupted(experiment, number, *arguments):
-        if number > epoch:
-            raise KeyboardInterrupt
-        return train_epoch(experiment, number, *arguments)
-
-    monkeypatch.setattr(train, "train_epoch", interrupted)
     part = variant(settings, tmp_path / "part")
-    with pytest.raises(KeyboardInterrupt):
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as stopped:
+        signal_after(patch, epoch, step, number)
         run(part)
-    monkeypatch.undo()
+    place = f"after step {step} of 11 of epoch {epoch}"
+    assert f"stopped by {number.name} {place}; all is saved" in str(stopped.value)
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     summary, output = run(part)
-    assert f"resumed after epoch {epoch} of 3" in output
-    for name in ("params_sha256", "best_val_loss", "train_loss_at_best", "best_epoch"):
-        assert summary[name] == whole[0][name]
+    assert f"resumed {place}" in output
+    assert {name: summary[name] for name in FIGURES} == {name: whole[0][name] for name in FIGURES}
     assert len((tmp_path / "part" / "metrics.jsonl").read_text().splitlines()) == 3
+    assert not (tmp_path / "part" / "unfinished").exists()
 
 
-def test_killed_process_resumes_bit_for_bit(settings, whole, tmp_path):
-    workdir = tmp_path / "killed"
+def test_stop_at_an_epochs_end_saves_the_epoch_and_stops_in_the_next(
+    settings, whole, tmp_path, monkeypatch
+):
+    part = variant(settings, tmp_path / "part")
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Interrupted, match="step 1 of 11 of epoch 2"),
+    ):
+        patch.setattr(records, "plot_losses", lambda *_: None)
+        write = records.MetricsWriter.write
+        patch.setattr(
+            records.MetricsWriter,
+            "write",
+            lambda self, row: (write(self, row), signal.raise_signal(signal.SIGTERM)),
+        )
+        run(part)
+    assert run(part)[0]["params_sha256"] == whole[0]["params_sha256"]
+
+
+def test_saving_within_epochs_changes_nothing_and_is_resumed(
+    settings, whole, tmp_path, monkeypatch
+):
+    part = variant(settings, tmp_path / "part", save_every_steps=4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        save_or_stop = training_loop.save_or_stop
+
+        def killed(experiment, manager, signal_received, taken, progress):
+            save_or_stop(experiment, manager, signal_received, taken, progress)
+            if (len(progress.history), taken) == (1, 10):
+                raise KeyboardInterrupt
+
+        patch.setattr(training_loop, "save_or_stop", killed)
+        run(part)
+    summary, output = run(variant(part, part.workdir, save_every_steps=3))
+    assert "resumed after step 8 of 11 of epoch 2" in output
+    assert summary["params_sha256"] == whole[0]["params_sha256"]
+
+
+def test_damaged_checkpoint_within_an_epoch_is_set_aside(settings, whole, tmp_path, monkeypatch):
+    part = variant(settings, tmp_path / "part")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        signal_after(patch, 2, 5, signal.SIGTERM)
+        run(part)
+    for path in (part.workdir / "unfinished" / "16" / "state" / "d").iterdir():
+        os.truncate(path, path.stat().st_size // 2)
+    summary, output = run(part)
+    assert "checkpoint of step 16 is damaged" in output and "resumed after epoch 1 of 3" in output
+    assert summary["params_sha256"] == whole[0]["params_sha256"]
+    assert [path.name for path in (part.workdir / "unfinished").iterdir()] == ["damaged-16"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, EXIT_SAVED)]
+)
+def test_ended_process_resumes_bit_for_bit(settings, whole, tmp_path, number, code):
+    workdir = tmp_path / "ended"
     command = [
         *(sys.executable, "-m", "experiments.train", "--dataset=folder", "--width=4"),
         *(f"--data-dir={settings.data.data_dir}", "--warmup-fraction=0.2", "--batch-size=16"),
@@ -131,14 +199,19 @@ def test_killed_process_resumes_bit_for_bit(settings, whole, tmp_path):
     ]
     # As many devices as in this process, so that sums are added in the same order.
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
         deadline = time.monotonic() + 120
         while not (workdir / "checkpoints" / "1").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    if number == signal.SIGTERM:
+        assert errors.startswith(b"stopped by SIGTERM") and errors.count(b"\n") == 1
     assert (workdir / "checkpoints" / "1").exists() and not (workdir / "summary.json").exists()
     summary, output = run(variant(settings, workdir, resume="must"))
-    assert "resumed after epoch" in output
+    assert "resumed after " in output
     assert summary["params_sha256"] == whole[0]["params_sha256"]
 
 
@@ -201,17 +274,17 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(settin
     workdir = tmp_path / "explosive"
     with pytest.raises(CommandError, match=r"not finite at step 1 \(epoch 1\); nothing was saved"):
         run(variant(settings, workdir, optimization=explosive))
-    train_epoch = train.train_epoch
+    train_epoch = training_loop.train_epoch
 
-    def exploding(experiment, epoch, step, evaluate, state, console):
-        if epoch == 2:
-            state = dataclasses.replace(
-                state, params=jax.tree.map(lambda leaf: leaf * np.inf, state.params)
-            )
-        return train_epoch(experiment, epoch, step, evaluate, state, console)
+    def exploding(experiment, progress, *arguments):
+        if len(progress.history) == 1:
+            params = jax.tree.map(lambda leaf: leaf * np.inf, progress.state.params)
+            state = dataclasses.replace(progress.state, params=params)
+            progress = dataclasses.replace(progress, state=state)
+        return train_epoch(experiment, progress, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_epoch", exploding)
+        patch.setattr(training_loop, "train_epoch", exploding)
         with pytest.raises(CommandError, match=r"step 11 \(epoch 2\); the checkpoint of epoch 1"):
             run(variant(settings, tmp_path / "later"))
     with checkpoint.open_checkpoints(tmp_path / "later" / "checkpoints", print) as manager:
@@ -224,6 +297,10 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(settin
     [
         ({"batch_size": 184}, "batch_size=184 must be at most the 180 training images"),
         ({"batch_size": 12}, "batch_size=12 must divide by the 8 devices: take 8 or 16"),
+        (
+            {"batch_size": 40, "accumulate": 2},
+            "batch_size=40 must divide by the 8 devices times accumulate=2: take 32 or 48",
+        ),
         ({"network": NetworkSettings(rank=10)}, "rank=10"),
         ({"conv": "subkernel", "network": NetworkSettings(rank=2)}, "rank=2"),
         ({"conv": "subkernel", "network": NetworkSettings(norm=True)}, "norm=True"),
@@ -241,6 +318,15 @@ def test_wrong_settings_are_refused_before_anything_is_written(
         run(variant(settings, tmp_path / "run", **changes))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_accumulated_batches_train_as_well(settings, tmp_path):
+    summary, _ = run(variant(settings, tmp_path / "run", batch_size=32, accumulate=2, epochs=4))
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    # 180 images are five batches, of which the last of all is the twentieth update.
+    schedule = make_schedule(settings.training.optimization, epochs=4, steps_per_epoch=5)
+    assert json.loads(rows[-1])["learning_rate"] == pytest.approx(float(schedule(19)))
+    assert summary["best_val_accuracy"] > 0.6
 
 
 def test_workdir_among_the_images_is_refused(settings, images):

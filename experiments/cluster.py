@@ -1,0 +1,156 @@
+"""The processes of a run that has several, on one machine or on many.
+
+All of them do the same; where something is to happen once, process 0 does it alone.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from chansel_jax.training import data_mesh
+from experiments.command_line import CommandError
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterSettings:
+    """The processes, where Slurm, Open MPI, Kubernetes or Cloud TPU do not announce them."""
+
+    coordinator: str | None = None
+    """HOST:PORT at which all reach process 0; the port is any that is free there."""
+    num_processes: int | None = None
+    """How many there are."""
+    process_id: int | None = None
+    """Which of them this one is, from 0."""
+
+    def __post_init__(self):
+        values = dataclasses.asdict(self)
+        missing = [name for name, value in values.items() if value is None]
+        if 0 < len(missing) < len(values):
+            raise ValueError(f"{missing[0]}=None: it goes with the others of {', '.join(values)}")
+        if missing:
+            return
+        if not re.fullmatch(r".+:\d+", self.coordinator):
+            raise ValueError(f"coordinator={self.coordinator} must be HOST:PORT")
+        if self.num_processes < 1:
+            raise ValueError(f"num_processes={self.num_processes} must be at least 1")
+        if not 0 <= self.process_id < self.num_processes:
+            raise ValueError(
+                f"process_id={self.process_id} must be in [0, {self.num_processes}), "
+                "num_processes being the upper end"
+            )
+
+
+def join(settings: ClusterSettings) -> None:
+    """Joins the processes that `settings` name or else the environment announces, if it does.
+
+    It comes before anything else that JAX does. Each process waits here for all the others.
+
+    Raises:
+        CommandError: if they do not come together.
+    """
+    try:
+        jax.distributed.initialize(
+            settings.coordinator, settings.num_processes, settings.process_id
+        )
+    except ValueError as error:
+        # What JAX raises where neither the arguments nor the environment say anything.
+        if "JAX_COORDINATOR_ADDRESS" in os.environ:
+            raise CommandError(f"JAX_COORDINATOR_ADDRESS is set, but: {error}") from error
+    except RuntimeError as error:
+        raise CommandError(f"the processes did not come together: {error}") from error
+
+
+def is_first() -> bool:
+    """Whether this is process 0."""
+    return jax.process_index() == 0
+
+
+def first_alone(function: Callable[[], Result]) -> Result | None:
+    """Calls `function` in process 0, while the others wait; they get None.
+
+    Raises:
+        CommandError: in the other processes, if it failed.
+        Exception: in process 0, what `function` raises.
+    """
+    result, failure = None, None
+    if is_first():
+        try:
+            result = function()
+        except Exception as error:
+            failure = error
+    failed = any(gathered(failure is not None))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise CommandError("process 0 could not go on; its own message says why")
+    return result
+
+
+def in_turn(function: Callable[[], Result]) -> Result:
+    """What `function` returns, called in process 0 first, so that the others find its files.
+
+    Raises:
+        CommandError: in the other processes, if it failed in process 0.
+        Exception: what `function` raises.
+    """
+    result = first_alone(function)
+    return result if is_first() else function()
+
+
+def check_equal(what: str, content: Mapping[str, Any]) -> None:
+    """Checks that all processes have the same `content`, which is nested JSON.
+
+    Raises:
+        CommandError: in all of them, if not.
+    """
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
+    digests = gathered(np.frombuffer(digest, np.uint8))
+    for process, other in enumerate(digests):
+        if not np.array_equal(other, digests[0]):
+            raise CommandError(f"process {process} has other {what} than process 0")
+
+
+def any_of_all(number: Callable[[], int | None]) -> Callable[[], int | None]:
+    """`number` where there is one process; else a function that tells all of any process's number.
+
+    All processes must call it as often. It tells of what was there at the call before, so that none
+    waits for the step that is running.
+    """
+    if jax.process_count() == 1:
+        return number
+    mesh = data_mesh()
+    one_each = NamedSharding(mesh, PartitionSpec("data"))
+    highest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def send():
+        here = np.full(jax.local_device_count(), number() or 0, np.int32)
+        return highest(jax.make_array_from_process_local_data(one_each, here))
+
+    sent = send()
+
+    def received():
+        nonlocal sent
+        arrived, sent = int(sent), send()
+        return arrived or None
+
+    return received
+
+
+def gathered(value: Any) -> np.ndarray:
+    """The value of each process, in their order."""
+    value = np.asarray(value)
+    if jax.process_count() == 1:
+        return value[None]
+    return np.asarray(multihost_utils.process_allgather(value))

@@ -1,0 +1,256 @@
+"""The training loop: steps, evaluations and checkpoints, and how it stops and goes on."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.progress import track
+
+from chansel_jax import checkpoint, records, training
+from chansel_jax.workdir import CHECKPOINTS
+from experiments import cluster, printing
+from experiments.command_line import Interrupted
+from experiments.experiment import Experiment
+from experiments.interruption import noted_signals
+from experiments.memory import hand_back_memory
+from experiments.settings import run_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        state: after the last step.
+        history: a row for each finished epoch.
+        totals: of the epoch that is under way.
+        seconds: that epoch has taken so far.
+    """
+
+    state: training.TrainState
+    history: list[records.Row]
+    totals: training.Totals
+    seconds: float = 0.0
+
+
+def train(experiment: Experiment, workdir: Path, console: Console) -> Progress:
+    """Trains all that is still to come of the run in `workdir`.
+
+    Raises:
+        CheckpointError: if there are checkpoints, and none can be restored.
+        FloatingPointError: if a loss is not finite; earlier checkpoints stay.
+        Interrupted: after SIGINT or SIGTERM, when all is saved.
+    """
+    epochs = experiment.settings.training.epochs
+    finished, unfinished = (workdir / name for name in CHECKPOINTS)
+    with (
+        noted_signals() as signal_received,
+        checkpoint.open_checkpoints(finished, console.print) as after_epochs,
+        checkpoint.open_unfinished(unfinished) as within_epochs,
+    ):
+        progress = restore(experiment, after_epochs, within_epochs, console)
+        if len(progress.history) == epochs:
+            return progress
+        # An older one would be that of another run.
+        cluster.first_alone(lambda: (workdir / "summary.json").unlink(missing_ok=True))
+        step, evaluate = compile_functions(experiment, progress, console)
+        between_steps = functools.partial(
+            save_or_stop, experiment, within_epochs, cluster.any_of_all(signal_received)
+        )
+        console.print(printing.EPOCH_HEADER)
+        with recorded(workdir, progress.history, run_name(experiment.settings)) as record:
+            while len(progress.history) < epochs:
+                progress = train_epoch(experiment, progress, step, evaluate, between_steps, console)
+                record(progress.history)
+                row, history = progress.history[-1], {"history": progress.history}
+                checkpoint.save(
+                    after_epochs, row["epoch"], progress.state, history, row["val_loss"]
+                )
+                console.print(printing.epoch_line(progress.history))
+                hand_back_memory()
+    return progress
+
+
+@contextlib.contextmanager
+def recorded(
+    workdir: Path, history: list[records.Row], title: str
+) -> Iterator[Callable[[list[records.Row]], None]]:
+    """Within it the metrics are written, and in the end the losses drawn; by process 0.
+
+    Yields:
+        A function that takes the history whenever a row is new.
+    """
+    if not cluster.is_first():
+        yield lambda _: None
+        return
+    with records.MetricsWriter(workdir, history) as metrics:
+
+        def write(longer):
+            nonlocal history
+            history = longer
+            metrics.write(history[-1])
+
+        try:
+            yield write
+        finally:
+            if history:
+                records.plot_losses(history, workdir / "losses.png", title)
+
+
+def restore(
+    experiment: Experiment,
+    after_epochs: checkpoint.CheckpointManager,
+    within_epochs: checkpoint.CheckpointManager,
+    console: Console,
+) -> Progress:
+    """What the newest checkpoint holds, or the beginning.
+
+    Raises:
+        CheckpointError: if there are checkpoints, and none can be restored.
+    """
+    epochs = experiment.settings.training.epochs
+    state, totals = experiment.init_state(), training.init_totals(experiment.mesh)
+    progress = Progress(state, [], totals)
+    restored = checkpoint.restore_latest(after_epochs, state, console.print)
+    if restored is not None:
+        state, record = restored
+        progress = Progress(state, record["history"], totals)
+    begun = checkpoint.restore_unfinished(within_epochs, state, totals, console.print)
+    if begun is not None and begun[0].step > progress.state.step:
+        state, totals, record = begun
+        progress = Progress(state, record["history"], totals, record["seconds"])
+        taken = int(state.step) % experiment.steps_per_epoch
+        where = (
+            f"step {taken} of {experiment.steps_per_epoch} of epoch {len(record['history']) + 1}"
+        )
+        console.print(f"resumed after {where}")
+    elif restored is not None:
+        console.print(f"resumed after epoch {len(progress.history)} of {epochs}")
+    return progress
+
+
+def compile_functions(
+    experiment: Experiment, progress: Progress, console: Console
+) -> tuple[Callable, Callable]:
+    """The training step and the evaluation, compiled."""
+    splits, state = experiment.splits, progress.state
+    order = training.epoch_order(state, len(splits["train"].labels), experiment.steps_per_epoch)
+    start = time.perf_counter()
+    step = experiment.step.lower(state, progress.totals, splits["train"], order).compile()
+    evaluate = experiment.evaluate.lower(state, splits["validation"]).compile()
+    console.print(f"compiled in {time.perf_counter() - start:.1f} s")
+    return step, evaluate
+
+
+def train_epoch(
+    experiment: Experiment,
+    progress: Progress,
+    step: Callable,
+    evaluate: Callable,
+    between_steps: Callable[[int, Progress], None],
+    console: Console,
+) -> Progress:
+    """Takes the steps that are left of the epoch under way, then evaluates.
+
+    Args:
+        experiment: of the run.
+        progress: so far; its arrays are consumed.
+        step: the training step.
+        evaluate: the evaluation.
+        between_steps: is called with how many steps of the epoch are taken, and with the progress.
+        console: takes a bar.
+
+    Raises:
+        FloatingPointError: if a loss is not finite.
+    """
+    steps, split = experiment.steps_per_epoch, experiment.splits["train"]
+    state, totals, history = progress.state, progress.totals, progress.history
+    epoch = len(history) + 1
+    start = time.perf_counter() - progress.seconds
+    order = training.epoch_order(state, len(split.labels), steps)
+    for taken in track(
+        range(int(state.step) % steps + 1, steps + 1),
+        description=f"epoch {epoch}",
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ):
+        state, totals = step(state, totals, split, order)
+        if taken < steps:
+            between_steps(taken, Progress(state, history, totals, time.perf_counter() - start))
+    check_finite(totals, epoch)
+    seconds = time.perf_counter() - start
+    validation = jax.device_get(evaluate(state, experiment.splits["validation"]))
+    row = {
+        "epoch": epoch,
+        "train_loss": float(totals.loss / totals.count),
+        "train_accuracy": float(totals.correct / totals.count),
+        "val_loss": float(validation.loss / validation.count),
+        "val_accuracy": float(validation.correct / validation.count),
+        "learning_rate": float(experiment.schedule(epoch * experiment.updates_per_epoch - 1)),
+        "images_per_second": float(totals.count / seconds),
+        "seconds": seconds,
+    }
+    if not math.isfinite(row["val_loss"]):
+        raise FloatingPointError(not_finite("validation loss", epoch * steps - 1, epoch))
+    return Progress(state, [*history, row], training.init_totals(experiment.mesh))
+
+
+def save_or_stop(
+    experiment: Experiment,
+    within_epochs: checkpoint.CheckpointManager,
+    signal_received: Callable[[], int | None],
+    taken: int,
+    progress: Progress,
+) -> None:
+    """Saves `progress` within an epoch if it is time to, or a signal has come; then it stops.
+
+    Raises:
+        FloatingPointError: if a loss was not finite; nothing is saved then.
+        Interrupted: if a signal has come.
+    """
+    every = experiment.settings.save_every_steps
+    received = signal_received()
+    if received is None and (every is None or taken % every):
+        return
+    epoch = len(progress.history) + 1
+    check_finite(progress.totals, epoch)
+    record = {"history": progress.history, "seconds": progress.seconds}
+    checkpoint.save_unfinished(within_epochs, progress.state, progress.totals, record)
+    if received is not None:
+        if not cluster.is_first():
+            raise Interrupted
+        name = signal.Signals(received).name
+        raise Interrupted(
+            f"stopped by {name} after {place(experiment, progress)}; all is saved, and the same "
+            "command goes on from there"
+        )
+
+
+def place(experiment: Experiment, progress: Progress) -> str:
+    """How far the epoch that is under way is, for people."""
+    taken = int(progress.state.step) % experiment.steps_per_epoch
+    return f"step {taken} of {experiment.steps_per_epoch} of epoch {len(progress.history) + 1}"
+
+
+def check_finite(totals: training.Totals, epoch: int) -> None:
+    """Raises `FloatingPointError` if a loss in `totals` was not finite; waits for the last step."""
+    bad_step = int(totals.bad_step)
+    if bad_step != training.NO_STEP:
+        raise FloatingPointError(not_finite("training loss", bad_step, epoch))
+
+
+def not_finite(what: str, step: int, epoch: int) -> str:
+    """The message for a loss that is not finite at `step`, counted from 0."""
+    kept = f"the checkpoint of epoch {epoch - 1} is kept" if epoch > 1 else "nothing was saved yet"
+    return (
+        f"the {what} is not finite at step {step} (epoch {epoch}); {kept}; "
+        "a lower --learning-rate may help"
+    )

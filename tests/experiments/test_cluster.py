@@ -1,0 +1,138 @@
+"""Runs of several processes, on the loopback interface."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import cluster
+from experiments.cluster import ClusterSettings
+from experiments.command_line import EXIT_SAVED, CommandError
+
+DEVICES = 8  # as in this process
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"coordinator": "host:1"}, "num_processes=None"),
+        ({"process_id": 0, "num_processes": 2}, "coordinator=None"),
+        ({"coordinator": "host", "num_processes": 2, "process_id": 0}, "coordinator=host"),
+        ({"coordinator": "host:1", "num_processes": 0, "process_id": 0}, "num_processes=0"),
+        ({"coordinator": "host:1", "num_processes": 2, "process_id": 2}, "process_id=2"),
+        ({"coordinator": "host:1", "num_processes": 2, "process_id": -1}, "process_id=-1"),
+    ],
+)
+def test_wrong_cluster_is_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        ClusterSettings(**values)
+
+
+def test_one_process_is_the_first_and_waits_for_none():
+    assert cluster.is_first()
+    assert cluster.first_alone(lambda: 1) == cluster.in_turn(lambda: 1) == 1
+    with pytest.raises(KeyError):
+        cluster.first_alone({}.popitem)
+    cluster.check_equal("settings", {"epochs": 1})
+    assert cluster.gathered(3).tolist() == [3]
+    numbers = iter([None, 15])
+    assert [cluster.any_of_all(lambda: next(numbers))() for _ in range(2)] == [None, 15]
+
+
+@contextlib.contextmanager
+def processes(settings, workdir, count, **different):
+    """`count` processes of one run, over as many devices as this process has.
+
+    Those arguments in `different` are the last process's alone.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags = f"--xla_force_host_platform_device_count={DEVICES // count}"
+    with contextlib.ExitStack() as running:
+        found = []
+        for i in range(count):
+            command = [
+                *(sys.executable, "-m", "experiments.train", "--dataset=folder", "--width=4"),
+                *(f"--data-dir={settings.data.data_dir}", "--warmup-fraction=0.2"),
+                *("--batch-size=16", "--epochs=3", f"--workdir={workdir}"),
+                *(f"--coordinator=127.0.0.1:{port}", f"--num-processes={count}"),
+                f"--process-id={i}",
+            ]
+            if i == count - 1:
+                command += [f"--{name}={value}" for name, value in different.items()]
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, "XLA_FLAGS": flags},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            found.append(running.enter_context(process))
+            running.callback(process.kill)
+        yield found
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_processes_stop_together_and_one_goes_on_with_the_same_losses(settings, whole, tmp_path):
+    workdir = tmp_path / "run"
+    with processes(settings, workdir, 2) as both:
+        deadline = time.monotonic() + 300
+        while not (workdir / "checkpoints" / "1").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        both[1].send_signal(signal.SIGTERM)  # which tells the other
+        outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [EXIT_SAVED] * 2
+    assert "stopped by SIGTERM after step" in outputs[0][1]
+    assert "4 × cpu" not in outputs[0][0] and f"{DEVICES} × cpu" in outputs[0][0]
+    assert "stopped" not in outputs[1][1] and "epoch" not in outputs[1][0]  # one speaks
+    again = subprocess.run(
+        [
+            *(sys.executable, "-m", "experiments.train", "--dataset=folder", "--width=4"),
+            *(f"--data-dir={settings.data.data_dir}", "--warmup-fraction=0.2"),
+            *("--batch-size=16", "--epochs=3", f"--workdir={workdir}", "--resume=must"),
+        ],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 0 and "resumed after" in again.stdout, again.stderr
+    for row, expected in zip(rows(workdir), rows(settings.workdir), strict=True):
+        assert row["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-5)
+        # With running statistics, which add up rounding errors from the first step on.
+        assert row["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-4)
+
+
+def test_processes_that_differ_are_told(settings, tmp_path):
+    with processes(settings, tmp_path / "run", 2, seed=1) as both:
+        outputs = [process.communicate(timeout=300) for process in both]
+    for process, (_, errors) in zip(both, outputs, strict=True):
+        assert process.returncode == 1
+        assert "error: process 1 has other settings or images than process 0" in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_failure_of_the_first_process_ends_the_others(settings, tmp_path):
+    (tmp_path / "file").touch()
+    with processes(settings, tmp_path / "file" / "run", 2) as both:
+        outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [1, 1]
+    assert "cannot write to --workdir" in outputs[0][1]
+    assert "process 0 could not go on" in outputs[1][1]
+
+
+def test_processes_that_do_not_come_together_are_an_error(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
+
+    monkeypatch.setattr(cluster.jax.distributed, "initialize", fail)
+    with pytest.raises(CommandError, match="did not come together: DEADLINE_EXCEEDED"):
+        cluster.join(ClusterSettings("127.0.0.1:1", 2, 0))

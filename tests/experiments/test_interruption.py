@@ -1,0 +1,47 @@
+"""Signals, in processes of their own."""
+
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from experiments.interruption import noted_signals
+
+SCRIPT = """
+import signal, time
+from experiments.interruption import noted_signals
+with noted_signals() as received:
+    print(received(), flush=True)
+    while received() is None:
+        time.sleep(0.01)
+    print(received().name, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_is_noted_and_the_second_ends_the_process(first, second):
+    command = [sys.executable, "-c", SCRIPT]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "None\n"
+        process.send_signal(first)
+        assert process.stdout.readline() == f"{first.name}\n"
+        process.send_signal(second)
+        assert process.wait(timeout=10) == -second
+
+
+def test_other_threads_leave_signals_alone():
+    found = []
+
+    def target():
+        with noted_signals() as received:
+            found.append(received())
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+    assert found == [None] and signal.getsignal(signal.SIGTERM) is before
