@@ -6,11 +6,12 @@ epoch's totals too; the last is kept, in a folder of its own, under the number o
 written in the background; a checkpoint appears under its number only when it is complete.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,15 +31,21 @@ LAST_KEPT = 2
 
 
 class CheckpointError(Exception):
-    """No checkpoint could be restored."""
+    """No checkpoint could be restored, or one not be written; one line."""
 
 
-def open_checkpoints(directory: str | Path, report: Callable[[str], None]) -> ocp.CheckpointManager:
-    """The checkpoints under `directory`, which is made if need be; close it (or use `with`).
+@contextlib.contextmanager
+def open_checkpoints(
+    directory: str | Path, report: Callable[[str], None]
+) -> Iterator[ocp.CheckpointManager]:
+    """The checkpoints under `directory`, which is made if need be, within a `with`.
 
     Args:
         directory: where the checkpoints lie.
         report: takes one line for each checkpoint that had to be set aside as damaged.
+
+    Raises:
+        CheckpointError: in the end, if the last checkpoint could not be written.
     """
     _quieten_orbax()
     directory = Path(directory).absolute()
@@ -55,20 +62,20 @@ def open_checkpoints(directory: str | Path, report: Callable[[str], None]) -> oc
             policies.BestN(n=1, get_metric_fn=_val_loss, reverse=True),
         ]
     )
-    return ocp.CheckpointManager(
-        directory,
-        options=ocp.CheckpointManagerOptions(
-            preservation_policy=keep, best_fn=_val_loss, best_mode="min"
-        ),
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=keep, best_fn=_val_loss, best_mode="min"
     )
+    with _closing(ocp.CheckpointManager(directory, options=options)) as manager:
+        yield manager
 
 
-def open_unfinished(directory: str | Path) -> ocp.CheckpointManager:
+@contextlib.contextmanager
+def open_unfinished(directory: str | Path) -> Iterator[ocp.CheckpointManager]:
     """The checkpoints within an epoch under `directory`; as `open_checkpoints`."""
     _quieten_orbax()
-    keep = policies.LatestN(1)
-    options = ocp.CheckpointManagerOptions(preservation_policy=keep)
-    return ocp.CheckpointManager(Path(directory).absolute(), options=options)
+    options = ocp.CheckpointManagerOptions(preservation_policy=policies.LatestN(1))
+    with _closing(ocp.CheckpointManager(Path(directory).absolute(), options=options)) as manager:
+        yield manager
 
 
 def save(
@@ -77,16 +84,25 @@ def save(
     """Begins to save `state` and `record` (JSON) as the checkpoint of `epoch`.
 
     Both may change as soon as this returns.
+
+    Raises:
+        CheckpointError: if this one, or the one before, cannot be written; older ones stay.
     """
-    manager.save(epoch, args=_save_args(_tree(state), record), metrics={"val_loss": val_loss})
+    with _refused_writes(manager):
+        manager.save(epoch, args=_save_args(_tree(state), record), metrics={"val_loss": val_loss})
 
 
 def save_unfinished(
     manager: ocp.CheckpointManager, state: TrainState, totals: Totals, record: dict
 ) -> None:
-    """Begins to save what `save` does, and `totals`, as the checkpoint of the state's step."""
+    """Begins to save what `save` does, and `totals`, as the checkpoint of the state's step.
+
+    Raises:
+        CheckpointError: as `save`.
+    """
     tree = _tree(state) | {"totals": _tree(totals)}
-    manager.save(int(state.step), args=_save_args(tree, record), force=True)
+    with _refused_writes(manager):
+        manager.save(int(state.step), args=_save_args(tree, record), force=True)
 
 
 def restore_latest(
@@ -279,6 +295,25 @@ def _shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if hasattr(leaf, "shape")
     }
+
+
+@contextlib.contextmanager
+def _closing(manager: ocp.CheckpointManager) -> Iterator[ocp.CheckpointManager]:
+    try:
+        yield manager
+    finally:
+        with _refused_writes(manager):
+            manager.close()
+
+
+@contextlib.contextmanager
+def _refused_writes(manager: ocp.CheckpointManager) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # orbax has none of its own for a disk that is full
+        raise CheckpointError(
+            f"cannot save under {manager.directory} ({_first_line(error)}); older checkpoints stay"
+        ) from error
 
 
 def _wait_for_all(what: str) -> None:

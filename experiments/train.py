@@ -45,7 +45,7 @@ def train_and_evaluate(
 
     Raises:
         CommandError: if a setting or the data is wrong, the workdir holds another run, no
-            checkpoint can be restored, or a loss is not finite.
+            checkpoint can be restored, a loss is not finite, or nothing can be written.
         Interrupted: after SIGINT or SIGTERM, when all is saved.
     """
     workdir = settings.workdir or Path("runs", run_name(settings))
@@ -67,6 +67,10 @@ def train_and_evaluate(
             cluster.first_alone(lambda: finish(summary, workdir))
     except (WorkdirError, checkpoint.CheckpointError, FloatingPointError) as error:
         raise CommandError(error) from error
+    except OSError as error:
+        raise CommandError(
+            f"cannot write to {workdir} ({error.strerror}); what is saved there stays"
+        ) from error
     printing.print_summary(summary, workdir, console)
     return summary
 

@@ -97,11 +97,17 @@ def recorded(
             history = longer
             metrics.write(history[-1])
 
-        try:
-            yield write
-        finally:
+        def draw():
             if history:
                 records.plot_losses(history, workdir / "losses.png", title)
+
+        try:
+            yield write
+        except BaseException:
+            with contextlib.suppress(OSError):  # the error that is under way says more
+                draw()
+            raise
+        draw()
 
 
 def restore(

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -45,6 +46,13 @@ def snapshot(folder):
         for path in folder.rglob("*")
         if path.is_file()
     }
+
+
+def await_checkpoint(workdir, epoch):
+    """Waits until the checkpoint of `epoch`, which is written in the background, is there."""
+    deadline = time.monotonic() + 120
+    while not (workdir / "checkpoints" / str(epoch)).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def copy_run(source, target):
@@ -201,9 +209,7 @@ def test_ended_process_resumes_bit_for_bit(settings, whole, tmp_path, number, co
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=environment, **pipes) as process:
-        deadline = time.monotonic() + 120
-        while not (workdir / "checkpoints" / "1").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        await_checkpoint(workdir, 1)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == code
@@ -318,6 +324,31 @@ def test_wrong_settings_are_refused_before_anything_is_written(
         run(variant(settings, tmp_path / "run", **changes))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_full_disk_ends_the_run_and_keeps_the_older_checkpoints(
+    settings, whole, tmp_path, monkeypatch
+):
+    part = variant(settings, tmp_path / "part")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patch:
+        write = records.MetricsWriter.write
+
+        def write_and_fill(writer, row):
+            write(writer, row)
+            if row["epoch"] == 2:  # large files can be written no longer
+                await_checkpoint(part.workdir, 1)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+
+        patch.setattr(records.MetricsWriter, "write", write_and_fill)
+        try:
+            with pytest.raises(CommandError, match="cannot save under .*; older checkpoints stay"):
+                run(part)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    summary, output = run(part)
+    assert "resumed after epoch 1 of 3" in output and "damaged" not in output
+    assert summary["params_sha256"] == whole[0]["params_sha256"]
 
 
 def test_accumulated_batches_train_as_well(settings, tmp_path):
