@@ -6,8 +6,9 @@ import tempfile
 import jax
 import torch
 
-# Eight devices stand in for a machine with several. On a few cores their threads, waiting for each
-# other in a sum over devices, could leave none to compute what they wait for: let there be more.
+# Two devices stand in for a machine with several; more are in processes of their own. On few cores
+# their threads, waiting for each other in a sum over devices, could leave none to compute what they
+# wait for: let there be more.
 os.environ.setdefault("PJRT_NPROC", "16")
 # The same functions are compiled for many tests, and in processes of their own too, those of
 # pytest-xdist among them.
@@ -20,5 +21,5 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 # wrote beyond their arrays: PyTorch's own are the reference.
 torch.backends.mkldnn.enabled = False
 # Both must be set before anything is computed.
-jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -84,7 +84,7 @@ def test_channel_statistics_are_those_of_float64():
 
 
 def test_mesh_holds_all_local_devices():
-    assert training.data_mesh().size == jax.local_device_count() == 8
+    assert training.data_mesh().size == jax.local_device_count() == 2
 
 
 def test_step_is_traced_once(run):
@@ -152,7 +152,7 @@ def at_step(state, step):
     )
 
 
-def test_eight_devices_equal_one(split, run):
+def test_two_devices_equal_one(split, run):
     alone = Run(split, run.network, mesh=one_device())
     state, losses, _ = run.take(4)
     other, other_losses, _ = alone.take(4)
@@ -237,10 +237,10 @@ def test_digest_sees_every_name_dtype_shape_and_bit():
     assert training.digest(tree) == training.digest(jax.tree.map(jnp.asarray, tree))
 
 
-@pytest.mark.parametrize(("batch_size", "nearest"), [(12, "8 or 16"), (3, "8"), (0, "8")])
+@pytest.mark.parametrize(("batch_size", "nearest"), [(13, "12 or 14"), (1, "2"), (0, "2")])
 def test_batch_that_does_not_divide_is_refused(batch_size, nearest):
     with pytest.raises(
-        ValueError, match=rf"batch_size={batch_size} must .* 8 devices: take {nearest}$"
+        ValueError, match=rf"batch_size={batch_size} must .* 2 devices: take {nearest}$"
     ):
         training.make_evaluate(small_network(), mesh=training.data_mesh(), batch_size=batch_size)
 

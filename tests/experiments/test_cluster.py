@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from experiments import cluster
 from experiments.cluster import ClusterSettings
 from experiments.command_line import EXIT_SAVED, CommandError
 
-DEVICES = 8  # as in this process
+DEVICES = 8
 
 
 @pytest.mark.parametrize(
@@ -45,30 +46,36 @@ def test_one_process_is_the_first_and_waits_for_none():
     assert [cluster.any_of_all(lambda: next(numbers))() for _ in range(2)] == [None, 15]
 
 
+def command(settings, workdir):
+    return [
+        *(sys.executable, "-m", "experiments.train", "--dataset=folder", "--width=4"),
+        *(f"--data-dir={settings.data.data_dir}", "--warmup-fraction=0.2"),
+        *("--batch-size=16", "--epochs=3", f"--workdir={workdir}"),
+    ]
+
+
+def environment(devices):
+    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+
 @contextlib.contextmanager
 def processes(settings, workdir, count, **different):
-    """`count` processes of one run, over as many devices as this process has.
+    """`count` processes of one run over eight devices in all.
 
     Those arguments in `different` are the last process's alone.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    flags = f"--xla_force_host_platform_device_count={DEVICES // count}"
     with contextlib.ExitStack() as running:
         found = []
         for i in range(count):
-            command = [
-                *(sys.executable, "-m", "experiments.train", "--dataset=folder", "--width=4"),
-                *(f"--data-dir={settings.data.data_dir}", "--warmup-fraction=0.2"),
-                *("--batch-size=16", "--epochs=3", f"--workdir={workdir}"),
-                *(f"--coordinator=127.0.0.1:{port}", f"--num-processes={count}"),
-                f"--process-id={i}",
-            ]
+            words = [f"--coordinator=127.0.0.1:{port}", f"--num-processes={count}"]
+            words.append(f"--process-id={i}")
             if i == count - 1:
-                command += [f"--{name}={value}" for name, value in different.items()]
+                words += [f"--{name}={value}" for name, value in different.items()]
             process = subprocess.Popen(
-                command,
-                env={**os.environ, "XLA_FLAGS": flags},
+                command(settings, workdir) + words,
+                env=environment(DEVICES // count),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -94,21 +101,35 @@ def test_processes_stop_together_and_one_goes_on_with_the_same_losses(settings, 
     assert "stopped by SIGTERM after step" in outputs[0][1]
     assert "4 × cpu" not in outputs[0][0] and f"{DEVICES} × cpu" in outputs[0][0]
     assert "stopped" not in outputs[1][1] and "epoch" not in outputs[1][0]  # one speaks
-    again = subprocess.run(
-        [
-            *(sys.executable, "-m", "experiments.train", "--dataset=folder", "--width=4"),
-            *(f"--data-dir={settings.data.data_dir}", "--warmup-fraction=0.2"),
-            *("--batch-size=16", "--epochs=3", f"--workdir={workdir}", "--resume=must"),
-        ],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
-        capture_output=True,
-        text=True,
+    again = train(settings, workdir, devices=1)
+    assert "resumed after" in again.stdout
+    assert_same_losses(workdir, settings.workdir)
+
+
+def train(settings, workdir, devices):
+    done = subprocess.run(
+        command(settings, workdir), env=environment(devices), capture_output=True, text=True
     )
-    assert again.returncode == 0 and "resumed after" in again.stdout, again.stderr
-    for row, expected in zip(rows(workdir), rows(settings.workdir), strict=True):
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def assert_same_losses(workdir, other):
+    for row, expected in zip(rows(workdir), rows(other), strict=True):
         assert row["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-5)
         # With running statistics, which add up rounding errors from the first step on.
         assert row["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-4)
+
+
+def test_devices_give_the_same_losses_and_may_change_in_between(settings, whole, tmp_path):
+    """Two devices (this process's), eight, and one that goes on where eight were."""
+    eight = tmp_path / "eight"
+    train(settings, eight, devices=DEVICES)
+    assert_same_losses(eight, settings.workdir)
+    shutil.rmtree(eight / "checkpoints" / "3")
+    (eight / "summary.json").unlink()
+    assert "resumed after epoch 2 of 3" in train(settings, eight, devices=1).stdout
+    assert_same_losses(eight, settings.workdir)
 
 
 def test_processes_that_differ_are_told(settings, tmp_path):

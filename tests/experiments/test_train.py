@@ -102,7 +102,7 @@ def test_network_learns_what_colours_tell(whole):
 
 def test_output_names_devices_sizes_layers_and_epochs(whole):
     _, output = whole
-    for part in ("8 × cpu", "jax ", "180 train, 27 validation", "blocks.5.conv2", "total"):
+    for part in ("2 × cpu", "jax ", "180 train, 27 validation", "blocks.5.conv2", "total"):
         assert part in output
     assert len(re.findall(r"^ +[123]  +\d\.\d{4}  ", output, re.MULTILINE)) == 3
 
@@ -206,7 +206,7 @@ def test_ended_process_resumes_bit_for_bit(settings, whole, tmp_path, number, co
         *("--epochs=3", f"--workdir={workdir}"),
     ]
     # As many devices as in this process, so that sums are added in the same order.
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=environment, **pipes) as process:
         await_checkpoint(workdir, 1)
@@ -302,10 +302,10 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(settin
     ("changes", "message"),
     [
         ({"batch_size": 184}, "batch_size=184 must be at most the 180 training images"),
-        ({"batch_size": 12}, "batch_size=12 must divide by the 8 devices: take 8 or 16"),
+        ({"batch_size": 13}, "batch_size=13 must divide by the 2 devices: take 12 or 14"),
         (
-            {"batch_size": 40, "accumulate": 2},
-            "batch_size=40 must divide by the 8 devices times accumulate=2: take 32 or 48",
+            {"batch_size": 42, "accumulate": 2},
+            "batch_size=42 must divide by the 2 devices times accumulate=2: take 40 or 44",
         ),
         ({"network": NetworkSettings(rank=10)}, "rank=10"),
         ({"conv": "subkernel", "network": NetworkSettings(rank=2)}, "rank=2"),
