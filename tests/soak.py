@@ -98,7 +98,7 @@ def ending(workdir: Path) -> tuple[str, list[list[float]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--epochs", type=int, default=400, help="of four steps each")
+    parser.add_argument("--epochs", type=int, default=75, help="of four steps each")
     parser.add_argument("--seed", type=int, default=0, help="decides when to kill")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
