@@ -99,7 +99,7 @@ def test_dtype_and_shape_stay(dtype):
 
 
 def test_batch_sharded_over_devices_gives_the_same(images):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
 
     @jax.jit

@@ -228,7 +228,7 @@ def test_forward_mode_is_refused():
 
 
 def test_sharded_batch():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     x, kernel, dy = arrays((11, 9), (3, 3), batch=16, **WINDOW)
     expected = output_and_gradients(x, kernel, dy, **WINDOW, lowering="shifted")
     batch = NamedSharding(mesh, PartitionSpec("data"))

@@ -3,7 +3,6 @@ import io
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -46,6 +45,18 @@ def snapshot(folder):
         for path in folder.rglob("*")
         if path.is_file()
     }
+
+
+# As many devices as in this process, so that sums are added in the same order.
+TWO_DEVICES = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+
+
+def arguments(settings, workdir):
+    """The flags for `settings`, with another folder."""
+    return [
+        *("--dataset=folder", f"--data-dir={settings.data.data_dir}", "--width=4"),
+        *("--warmup-fraction=0.2", "--batch-size=16", "--epochs=3", f"--workdir={workdir}"),
+    ]
 
 
 def await_checkpoint(workdir, epoch):
@@ -200,15 +211,9 @@ def test_damaged_checkpoint_within_an_epoch_is_set_aside(settings, whole, tmp_pa
 )
 def test_ended_process_resumes_bit_for_bit(settings, whole, tmp_path, number, code):
     workdir = tmp_path / "ended"
-    command = [
-        *(sys.executable, "-m", "experiments.train", "--dataset=folder", "--width=4"),
-        *(f"--data-dir={settings.data.data_dir}", "--warmup-fraction=0.2", "--batch-size=16"),
-        *("--epochs=3", f"--workdir={workdir}"),
-    ]
-    # As many devices as in this process, so that sums are added in the same order.
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-m", "experiments.train", *arguments(settings, workdir)]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=environment, **pipes) as process:
+    with subprocess.Popen(command, env=TWO_DEVICES, **pipes) as process:
         await_checkpoint(workdir, 1)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
@@ -326,27 +331,33 @@ def test_wrong_settings_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_full_disk_ends_the_run_and_keeps_the_older_checkpoints(
-    settings, whole, tmp_path, monkeypatch
-):
-    part = variant(settings, tmp_path / "part")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with monkeypatch.context() as patch:
-        write = records.MetricsWriter.write
+# What it prints of the tasks that fail in the background belongs to a process of its own.
+FULL_DISK = """
+import resource, runpy, sys, time
+from pathlib import Path
+from chansel_jax import records
 
-        def write_and_fill(writer, row):
-            write(writer, row)
-            if row["epoch"] == 2:  # large files can be written no longer
-                await_checkpoint(part.workdir, 1)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+write, checkpoint = records.MetricsWriter.write, Path(sys.argv.pop(), "checkpoints", "1")
 
-        patch.setattr(records.MetricsWriter, "write", write_and_fill)
-        try:
-            with pytest.raises(CommandError, match="cannot save under .*; older checkpoints stay"):
-                run(part)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    summary, output = run(part)
+def write_and_fill(writer, row):
+    write(writer, row)
+    if row["epoch"] == 2:  # large files can be written no longer
+        while not checkpoint.exists():
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+
+records.MetricsWriter.write = write_and_fill
+runpy.run_module("experiments.train", run_name="__main__")
+"""
+
+
+def test_full_disk_ends_the_run_and_keeps_the_older_checkpoints(settings, whole, tmp_path):
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-c", FULL_DISK, *arguments(settings, workdir), str(workdir)]
+    ended = subprocess.run(command, env=TWO_DEVICES, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1
+    assert re.search("^error: cannot save under .*; older checkpoints stay$", ended.stderr, re.M)
+    summary, output = run(variant(settings, workdir))
     assert "resumed after epoch 1 of 3" in output and "damaged" not in output
     assert summary["params_sha256"] == whole[0]["params_sha256"]
 
