@@ -61,9 +61,8 @@ def train(experiment: Experiment, workdir: Path, console: Console) -> Progress:
         # An older one would be that of another run.
         cluster.first_alone(lambda: (workdir / "summary.json").unlink(missing_ok=True))
         step, evaluate = compile_functions(experiment, progress, console)
-        between_steps = functools.partial(
-            save_or_stop, experiment, within_epochs, cluster.any_of_all(signal_received)
-        )
+        signal_to_any = cluster.any_of_all(signal_received)
+        between_steps = functools.partial(save_or_stop, experiment, within_epochs, signal_to_any)
         console.print(printing.EPOCH_HEADER)
         with recorded(workdir, progress.history, run_name(experiment.settings)) as record:
             while len(progress.history) < epochs:
@@ -75,6 +74,8 @@ def train(experiment: Experiment, workdir: Path, console: Console) -> Progress:
                 )
                 console.print(printing.epoch_line(progress.history))
                 hand_back_memory()
+                if received := signal_to_any():
+                    raise stopped(experiment, progress, received)
     return progress
 
 
@@ -121,7 +122,6 @@ def restore(
     Raises:
         CheckpointError: if there are checkpoints, and none can be restored.
     """
-    epochs = experiment.settings.training.epochs
     state, totals = experiment.init_state(), training.init_totals(experiment.mesh)
     progress = Progress(state, [], totals)
     restored = checkpoint.restore_latest(after_epochs, state, console.print)
@@ -132,13 +132,8 @@ def restore(
     if begun is not None and begun[0].step > progress.state.step:
         state, totals, record = begun
         progress = Progress(state, record["history"], totals, record["seconds"])
-        taken = int(state.step) % experiment.steps_per_epoch
-        where = (
-            f"step {taken} of {experiment.steps_per_epoch} of epoch {len(record['history']) + 1}"
-        )
-        console.print(f"resumed after {where}")
-    elif restored is not None:
-        console.print(f"resumed after epoch {len(progress.history)} of {epochs}")
+    if progress.state.step > 0:
+        console.print(f"resumed after {place(experiment, progress)}")
     return progress
 
 
@@ -231,19 +226,26 @@ def save_or_stop(
     record = {"history": progress.history, "seconds": progress.seconds}
     checkpoint.save_unfinished(within_epochs, progress.state, progress.totals, record)
     if received is not None:
-        if not cluster.is_first():
-            raise Interrupted
-        name = signal.Signals(received).name
-        raise Interrupted(
-            f"stopped by {name} after {place(experiment, progress)}; all is saved, and the same "
-            "command goes on from there"
-        )
+        raise stopped(experiment, progress, received)
+
+
+def stopped(experiment: Experiment, progress: Progress, received: int) -> Interrupted:
+    """What to raise after a signal; only process 0 has something to say."""
+    if not cluster.is_first():
+        return Interrupted()
+    return Interrupted(
+        f"stopped by {signal.Signals(received).name} after {place(experiment, progress)}; all is "
+        "saved, and the same command goes on from there"
+    )
 
 
 def place(experiment: Experiment, progress: Progress) -> str:
-    """How far the epoch that is under way is, for people."""
-    taken = int(progress.state.step) % experiment.steps_per_epoch
-    return f"step {taken} of {experiment.steps_per_epoch} of epoch {len(progress.history) + 1}"
+    """How far a run has come, for people."""
+    steps, epochs = experiment.steps_per_epoch, len(progress.history)
+    taken = int(progress.state.step) % steps
+    if not taken:
+        return f"epoch {epochs} of {experiment.settings.training.epochs}"
+    return f"step {taken} of {steps} of epoch {epochs + 1}"
 
 
 def check_finite(totals: training.Totals, epoch: int) -> None:

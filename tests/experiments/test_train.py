@@ -155,23 +155,25 @@ def test_stopped_run_ends_bit_for_bit_like_the_whole(
     assert not (tmp_path / "part" / "unfinished").exists()
 
 
-def test_stop_at_an_epochs_end_saves_the_epoch_and_stops_in_the_next(
-    settings, whole, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_signal_at_an_epochs_end_stops_there(settings, whole, tmp_path, monkeypatch, epoch):
     part = variant(settings, tmp_path / "part")
     with (
         monkeypatch.context() as patch,
-        pytest.raises(Interrupted, match="step 1 of 11 of epoch 2"),
+        pytest.raises(Interrupted, match=f"after epoch {epoch} of"),
     ):
-        patch.setattr(records, "plot_losses", lambda *_: None)
         write = records.MetricsWriter.write
-        patch.setattr(
-            records.MetricsWriter,
-            "write",
-            lambda self, row: (write(self, row), signal.raise_signal(signal.SIGTERM)),
-        )
+
+        def write_and_signal(writer, row):
+            write(writer, row)
+            if row["epoch"] == epoch:
+                signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(records.MetricsWriter, "write", write_and_signal)
         run(part)
-    assert run(part)[0]["params_sha256"] == whole[0]["params_sha256"]
+    summary, output = run(part)
+    assert f"resumed after epoch {epoch} of 3" in output
+    assert summary["params_sha256"] == whole[0]["params_sha256"]
 
 
 def test_saving_within_epochs_changes_nothing_and_is_resumed(
