@@ -23,7 +23,8 @@ from jax.experimental import multihost_utils
 from jax.tree_util import DictKey
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from chansel_jax.training import Totals, TrainState, digest, network_tree
+from chansel_jax.digest import digest
+from chansel_jax.training import Totals, TrainState, network_tree
 
 CheckpointManager = ocp.CheckpointManager
 

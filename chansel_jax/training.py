@@ -8,7 +8,6 @@ and the step alone.
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -65,8 +64,9 @@ class Totals:
     count: jax.Array
     bad_step: jax.Array
 
-    def add(self, losses: jax.Array, correct: jax.Array, mask: jax.Array) -> "Totals":
+    def add(self, losses: jax.Array, correct: jax.Array, mask: jax.Array | bool) -> "Totals":
         """Adds the images `(N,)` of a batch where `mask` is True."""
+        mask = jnp.broadcast_to(mask, losses.shape)
         return dataclasses.replace(
             self,
             loss=self.loss + jnp.sum(jnp.where(mask, losses, 0)),
@@ -97,6 +97,22 @@ class DeviceSplit:
     std: jax.Array
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["images", "labels"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What a step takes.
+
+    Attributes:
+        images: `(N, H, W, C)` uint8.
+        labels: `(N,)` int32.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
     """How training images are varied."""
@@ -119,6 +135,11 @@ def data_mesh() -> Mesh:
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """A batch's: the first axis over all devices."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
     """`tree` on every device of `mesh`; every process has the same one."""
     sharding = _everywhere(mesh)
@@ -129,20 +150,6 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
 
     return jax.tree.map(put, tree)
-
-
-def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation `(C,)` float32 of each channel of images `(N, H, W, C)` uint8.
-
-    A channel without any variation gets the deviation 1.
-    """
-    channels = images.shape[-1]
-    counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(channels)])
-    shares = counts / counts.sum(axis=1, keepdims=True)
-    levels = np.arange(256.0)
-    mean = shares @ levels
-    std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(axis=1))
-    return mean.astype(np.float32), np.where(std > 0, std, 1).astype(np.float32)
 
 
 def put_split(split: Split, mean: np.ndarray, std: np.ndarray, mesh: Mesh) -> DeviceSplit:
@@ -181,11 +188,17 @@ def init_totals(mesh: Mesh) -> Totals:
     return replicate(_zero_totals(), mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("count", "steps_per_epoch"))
-def epoch_order(state: TrainState, count: int, steps_per_epoch: int) -> jax.Array:
-    """The order `(count,)` int32 in which the epoch of `state.step` visits `count` images."""
-    order_key, _ = jax.random.split(jax.random.wrap_key_data(state.key))
-    key = jax.random.fold_in(order_key, state.step // steps_per_epoch)
+@functools.partial(jax.jit, static_argnames="count")
+def epoch_order(key: jax.Array, epoch: int, count: int) -> jax.Array:
+    """The order `(count,)` int32 in which an epoch, counted from 0, visits `count` images.
+
+    Args:
+        key: that of the `TrainState`.
+        epoch: which one.
+        count: of the training images.
+    """
+    order_key, _ = jax.random.split(jax.random.wrap_key_data(key))
+    key = jax.random.fold_in(order_key, epoch)
     return jax.random.permutation(key, count).astype(jnp.int32)
 
 
@@ -217,30 +230,61 @@ def make_train_step(
         ValueError: if `batch_size` does not divide by the devices.
     """
     check_batch_size(batch_size, mesh)
-    apply = apply_function(network, train=True)
-    shard = functools.partial(
-        lax.with_sharding_constraint, shardings=NamedSharding(mesh, PartitionSpec("data"))
-    )
+    update = _update_function(network, optimizer, augmentation, label_smoothing)
 
     def train_step(state, totals, split, order):
+        first = state.step % steps_per_epoch * batch_size
+        index = lax.dynamic_slice_in_dim(order, first, batch_size)
+        index = lax.with_sharding_constraint(index, batch_sharding(mesh))
+        batch = Batch(split.images[index], split.labels[index])
+        return update(state, totals, batch, split.mean, split.std)
+
+    return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=_everywhere(mesh))
+
+
+def make_batch_step(
+    network: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    augmentation: Augmentation,
+    label_smoothing: float = 0.0,
+) -> Callable[..., tuple[TrainState, Totals]]:
+    """The jitted step `(state, totals, batch, mean, std) -> (state, totals)`.
+
+    As that of `make_train_step`, for images that are not on the devices: it is given its `Batch`,
+    sharded as `batch_sharding` says, and the channels' statistics `(C,)`.
+    """
+    update = _update_function(network, optimizer, augmentation, label_smoothing)
+    return jax.jit(update, donate_argnums=(0, 1), out_shardings=_everywhere(mesh))
+
+
+def _update_function(
+    network: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    augmentation: Augmentation,
+    label_smoothing: float,
+) -> Callable[..., tuple[TrainState, Totals]]:
+    apply = apply_function(network, train=True)
+
+    def update(state, totals, batch, mean, std):
         _, steps_key = jax.random.split(jax.random.wrap_key_data(state.key))
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(steps_key, state.step))
-        first = state.step % steps_per_epoch * batch_size
-        index = shard(lax.dynamic_slice_in_dim(order, first, batch_size))
         with jax.named_scope("augmentation"):  # scopes are what a profile shows
             images = random_crop_flip(
                 augment_key,
-                split.images[index],
+                batch.images,
                 padding=augmentation.crop_padding,
                 flip=augmentation.flip,
             )
-            images, labels = normalise(images, split.mean, split.std), split.labels[index]
+            images = normalise(images, mean, std)
             # `split` in the function above has made the keys 0 and 1 of this one.
             images = cutout(jax.random.fold_in(augment_key, 2), images, size=augmentation.cutout)
 
         def loss_function(params):
             logits, batch_stats = apply(params, state.batch_stats, images, dropout_key)
-            targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
+            one_hot = jax.nn.one_hot(batch.labels, logits.shape[-1])
+            targets = optax.smooth_labels(one_hot, label_smoothing)
             loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
             return loss, (logits, batch_stats)
 
@@ -250,7 +294,7 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        totals = totals.add(*_losses_and_correct(logits, labels), jnp.full(batch_size, True))
+        totals = totals.add(*_losses_and_correct(logits, batch.labels), True)
         bad_step = jnp.where(jnp.isfinite(loss), NO_STEP, state.step)
         totals = dataclasses.replace(totals, bad_step=jnp.minimum(totals.bad_step, bad_step))
         state = TrainState(
@@ -262,7 +306,7 @@ def make_train_step(
         )
         return state, totals
 
-    return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=_everywhere(mesh))
+    return update
 
 
 def make_evaluate(
@@ -276,24 +320,41 @@ def make_evaluate(
         ValueError: if `batch_size` does not divide by the devices.
     """
     check_batch_size(batch_size, mesh)
-    apply = apply_function(network, train=False)
-    shard = functools.partial(
-        lax.with_sharding_constraint, shardings=NamedSharding(mesh, PartitionSpec("data"))
-    )
+    add = _count_function(network)
 
     def evaluate(state, split):
         count = len(split.labels)
 
-        def add_batch(batch, totals):
-            index = shard(batch * batch_size + jnp.arange(batch_size))
+        def add_batch(number, totals):
+            index = number * batch_size + jnp.arange(batch_size)
+            index = lax.with_sharding_constraint(index, batch_sharding(mesh))
             taken = jnp.minimum(index, count - 1)
-            images = normalise(split.images[taken], split.mean, split.std)
-            logits, _ = apply(state.params, state.batch_stats, images, None)
-            return totals.add(*_losses_and_correct(logits, split.labels[taken]), index < count)
+            batch = Batch(split.images[taken], split.labels[taken])
+            return add(state, totals, batch, index < count, split.mean, split.std)
 
         return lax.fori_loop(0, -(-count // batch_size), add_batch, _zero_totals())
 
     return jax.jit(evaluate, out_shardings=_everywhere(mesh))
+
+
+def make_batch_evaluate(network: nnx.Module, *, mesh: Mesh) -> Callable[..., Totals]:
+    """The jitted function `(state, totals, batch, mask, mean, std) -> totals`.
+
+    It adds those images of a `Batch` where `mask` `(N,)` is True; both are sharded as
+    `batch_sharding` says.
+    """
+    return jax.jit(_count_function(network), donate_argnums=1, out_shardings=_everywhere(mesh))
+
+
+def _count_function(network: nnx.Module) -> Callable[..., Totals]:
+    apply = apply_function(network, train=False)
+
+    def add(state, totals, batch, mask, mean, std):
+        images = normalise(batch.images, mean, std)
+        logits, _ = apply(state.params, state.batch_stats, images, None)
+        return totals.add(*_losses_and_correct(logits, batch.labels), mask)
+
+    return add
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
@@ -330,16 +391,6 @@ def apply_function(network: nnx.Module, *, train: bool) -> Callable:
         return logits, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
     return apply
-
-
-def digest(tree: Tree) -> str:
-    """SHA-256, in hexadecimal, of a tree's arrays: their paths, dtypes, shapes and bytes."""
-    sha = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
-        sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        sha.update(array.tobytes())
-    return sha.hexdigest()
 
 
 def _everywhere(mesh: Mesh) -> NamedSharding:

@@ -20,7 +20,6 @@ from chansel_jax.metrics import Scores, scores
 from chansel_jax.resnet import ResNet
 from experiments import figures
 from experiments.command_line import CommandError, make_output, run
-from experiments.experiment import digest
 from experiments.printing import LAYOUT
 from experiments.runs import (
     Checkpoint,
@@ -137,7 +136,7 @@ def write_scores(
         "split": split,
         "epoch": trained.epoch,
         "flip_average": flip_average,
-        "images_sha256": digest(images),
+        "images_sha256": images.summary.digest,
         "class_names": trained.class_names,
         **as_json(found),
     }

@@ -1,7 +1,6 @@
 """All that the settings of a training run decide, built: data, network, optimiser, functions."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 import optax
 
 from chansel_jax import data, training
+from chansel_jax.digest import digest
 from chansel_jax.optimizer import accumulated, make_optimizer, make_schedule
 from chansel_jax.resnet import ResNet
 from experiments import cluster
@@ -27,11 +27,7 @@ class Experiment:
         schedule: the learning rate by update.
         optimizer: at that learning rate; it is called at every step.
         mesh: the devices.
-        splits: `"train"` and `"validation"` on the devices.
         updates_per_epoch: whole batches.
-        steps_per_epoch: their parts, if gradients are accumulated; else the same.
-        step: the jitted training step.
-        evaluate: the jitted evaluation.
     """
 
     settings: Settings
@@ -41,11 +37,32 @@ class Experiment:
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     mesh: jax.sharding.Mesh
-    splits: dict[str, training.DeviceSplit]
     updates_per_epoch: int
-    steps_per_epoch: int
-    step: Callable
-    evaluate: Callable
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Parts of batches, if gradients are accumulated; else batches."""
+        return self.updates_per_epoch * self.settings.training.accumulate
+
+    @property
+    def images_per_step(self) -> int:
+        """Over all devices."""
+        return self.settings.training.batch_size // self.settings.training.accumulate
+
+    @property
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation `(C,)` of each channel of the training images."""
+        summary = self.dataset.splits["train"].summary
+        return summary.mean, summary.std
+
+    def step_options(self) -> dict[str, Any]:
+        """What every kind of training step is made with."""
+        recipe = self.settings.training
+        return {
+            "mesh": self.mesh,
+            "augmentation": recipe.augmentation,
+            "label_smoothing": recipe.label_smoothing,
+        }
 
     def init_state(self) -> training.TrainState:
         """The state before the first step."""
@@ -53,19 +70,19 @@ class Experiment:
 
     def describe(self) -> dict[str, Any]:
         """All that decides the result: the settings, and the data's sizes and statistics."""
-        train_split = self.splits["train"]
-        sizes = {name: len(split.labels) for name, split in self.dataset.splits.items()}
+        splits = self.dataset.splits
+        mean, std = self.statistics
         begins_with = {"begins_with": self.begins_with} if self.begins_with else {}
         return {
             "settings": decisive(self.settings),
             **begins_with,
             "data": {
                 "class_names": self.dataset.class_names,
-                "image_shape": train_split.images.shape[1:],
-                "images": sizes,
-                "digests": {name: digest(split) for name, split in self.dataset.splits.items()},
-                "mean": train_split.mean.tolist(),
-                "std": train_split.std.tolist(),
+                "image_shape": splits["train"].images.shape[1:],
+                "images": {name: len(split.labels) for name, split in splits.items()},
+                "digests": {name: split.summary.digest for name, split in splits.items()},
+                "mean": mean.tolist(),
+                "std": std.tolist(),
             },
         }
 
@@ -82,62 +99,41 @@ def build(settings: Settings, network: ResNet | None = None) -> Experiment:
         ValueError: if a setting or the data is wrong.
         CommandError: if they are so in another process.
     """
-    dataset = cluster.in_turn(lambda: load_data(settings.data))
-    train_split = dataset.splits["train"]
+    in_memory = settings.input.input == "memory"
+    dataset = cluster.in_turn(lambda: load_data(settings.data, in_memory))
     recipe = settings.training
-    updates_per_epoch = len(train_split.labels) // recipe.batch_size
+    count = len(dataset.splits["train"].labels)
+    updates_per_epoch = count // recipe.batch_size
     if not updates_per_epoch:
         raise ValueError(
-            f"batch_size={recipe.batch_size} must be at most the {len(train_split.labels)} "
-            "training images"
+            f"batch_size={recipe.batch_size} must be at most the {count} training images"
         )
     schedule = make_schedule(
         recipe.optimization, epochs=recipe.epochs, steps_per_epoch=updates_per_epoch
     )
-    optimizer = accumulated(make_optimizer(recipe.optimization, schedule), recipe.accumulate)
     mesh = training.data_mesh()
     training.check_batch_size(recipe.batch_size, mesh, recipe.accumulate)
-    images_per_step = recipe.batch_size // recipe.accumulate
-    steps_per_epoch = updates_per_epoch * recipe.accumulate
-    built = network or build_network(settings, len(dataset.class_names))
-    step = training.make_train_step(
-        built,
-        optimizer,
-        mesh=mesh,
-        batch_size=images_per_step,
-        steps_per_epoch=steps_per_epoch,
-        augmentation=recipe.augmentation,
-        label_smoothing=recipe.label_smoothing,
-    )
-    statistics = training.channel_statistics(train_split.images)
     return Experiment(
         settings=settings,
         dataset=dataset,
-        network=built,
-        begins_with=network and training.digest(training.network_tree(network)),
+        network=network or build_network(settings, len(dataset.class_names)),
+        begins_with=network and digest(training.network_tree(network)),
         schedule=schedule,
-        optimizer=optimizer,
+        optimizer=accumulated(make_optimizer(recipe.optimization, schedule), recipe.accumulate),
         mesh=mesh,
-        splits={
-            name: training.put_split(dataset.splits[name], *statistics, mesh)
-            for name in ("train", "validation")
-        },
         updates_per_epoch=updates_per_epoch,
-        steps_per_epoch=steps_per_epoch,
-        step=step,
-        evaluate=training.make_evaluate(built, mesh=mesh, batch_size=images_per_step),
     )
 
 
-def load_data(settings: DataSettings) -> data.Dataset:
-    """The images that `settings` name.
+def load_data(settings: DataSettings, in_memory: bool = True) -> data.Dataset:
+    """The images that `settings` name, in memory or where they are stored.
 
     Raises:
         ValueError: if they cannot be had.
     """
     arguments = dataclasses.asdict(settings)
     train_images = arguments.pop("train_images")
-    dataset = data.load(arguments.pop("dataset"), **arguments)
+    dataset = data.load(arguments.pop("dataset"), **arguments, in_memory=in_memory)
     if train_images is None:
         return dataset
     few = first_of_each_class(dataset.splits["train"], train_images)
@@ -161,8 +157,3 @@ def first_of_each_class(split: data.Split, count: int) -> data.Split:
         ranks[of_label] = np.arange(of_label.sum())
     chosen = np.sort(np.argsort(ranks, kind="stable")[:count])
     return data.Split(split.images[chosen], split.labels[chosen])
-
-
-def digest(split: data.Split) -> str:
-    """Of the images and labels, in order."""
-    return training.digest((split.images, split.labels))

@@ -124,8 +124,8 @@ def profile_step(settings: Settings, conv: str, folder: Path) -> Profile:
     )
     state = training.init_state(network, optimizer, 0, mesh)
     totals = training.init_totals(mesh)
-    split = training.put_split(split, *training.channel_statistics(split.images), mesh)
-    order = training.epoch_order(state, settings.batch_size, 1)
+    split = training.put_split(split, split.summary.mean, split.summary.std, mesh)
+    order = training.epoch_order(state.key, 0, settings.batch_size)
     step = step.lower(state, totals, split, order).compile()
 
     def take_steps(count: int, one_at_a_time: bool = False) -> float:

@@ -15,7 +15,7 @@ from chansel_jax.checkpoint import CheckpointError, restore_network
 from chansel_jax.records import Row
 from chansel_jax.resnet import ResNet
 from experiments.command_line import CommandError
-from experiments.experiment import digest, load_data
+from experiments.experiment import load_data
 from experiments.settings import Settings, build_network
 
 Checkpoint = int | Literal["best", "last"]
@@ -145,7 +145,7 @@ def load_images(run: Run, data_dir: Path | None) -> tuple[data.Dataset, tuple[st
             f"{run.workdir} has {', '.join(run.class_names)}"
         )
     splits = dataset.splits.items()
-    others = tuple(name for name, split in splits if digest(split) != run.digests.get(name))
+    others = tuple(name for name, split in splits if split.summary.digest != run.digests.get(name))
     return dataset, others
 
 

@@ -73,6 +73,20 @@ class DataSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class InputSettings:
+    """How the images reach the network; it does not change the result."""
+
+    input: Literal["memory", "streaming"] = "memory"
+    """All on every device; or read from disk as they are needed, where memory is too small."""
+    workers: int = 2
+    """streaming: processes that read and decode; 0 does so in threads of the training's."""
+
+    def __post_init__(self):
+        if self.workers < 0:
+            raise ValueError(f"workers={self.workers} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingSettings:
     """How the network is trained."""
 
@@ -126,6 +140,7 @@ class Settings:
     """Channel selection, or the ordinary dense convolution."""
     network: NetworkSettings = NetworkSettings()
     data: DataSettings = DataSettings()
+    input: InputSettings = InputSettings()
     training: TrainingSettings = RECIPES["short"]
     seed: int = 0
     """Decides initial parameters, order, augmentation and dropout."""
@@ -171,10 +186,11 @@ def checked_seeds(seeds: Sequence[int]) -> Sequence[int]:
 def decisive(settings: Settings) -> dict[str, Any]:
     """What decides a run's result, as nested JSON.
 
-    Where its files and images are does not, nor when it is saved and by which processes trained.
+    Where its files and images are does not, nor how these are read, when it is saved, and by which
+    processes trained.
     """
     found = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
-    for name in ("workdir", "resume", "save_every_steps", "cluster"):
+    for name in ("workdir", "resume", "save_every_steps", "input", "cluster"):
         del found[name]
     del found["data"]["data_dir"]
     return found

@@ -16,7 +16,7 @@ from chansel_jax.records import Row
 from chansel_jax.workdir import differences, holds_run
 from experiments.command_line import CommandError
 from experiments.evaluate import recorded_scores
-from experiments.experiment import digest, load_data
+from experiments.experiment import load_data
 from experiments.runs import Records, read_config, read_records
 from experiments.settings import DataSettings, Settings, build_network, decisive
 from experiments.train import train_and_evaluate
@@ -147,7 +147,7 @@ def image_digests(settings: DataSettings) -> Mapping[str, str]:
         CommandError: if they cannot be had.
     """
     try:
-        return {name: digest(split) for name, split in load_data(settings).splits.items()}
+        return {name: split.summary.digest for name, split in load_data(settings).splits.items()}
     except ValueError as error:
         raise CommandError(error) from error
 

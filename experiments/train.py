@@ -14,8 +14,9 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from chansel_jax import checkpoint, records, training
+from chansel_jax import checkpoint, records
 from chansel_jax.counting import LayerCount, count_network
+from chansel_jax.digest import digest
 from chansel_jax.resnet import ResNet
 from chansel_jax.workdir import WorkdirError, claim
 from experiments import cluster, printing
@@ -87,7 +88,9 @@ def print_beginning(
     """Prints what is trained, on what, and where it goes; returns the network's layers."""
     settings = experiment.settings
     printing.print_header(experiment.dataset, experiment.mesh.devices.ravel(), console)
-    rows = count_network(experiment.network.config, experiment.splits["train"].images.shape[1:3])
+    rows = count_network(
+        experiment.network.config, experiment.dataset.splits["train"].images.shape[1:3]
+    )
     printing.print_layers(rows, f"{settings.network.model}, multiply-adds for one image", console)
     console.print(f"run: {workdir}" + (f" (the one before is now {aside})" if aside else ""))
     return rows
@@ -108,7 +111,7 @@ def summarise(
         "parameters": sum(row.parameters for row in rows),
         "multiply_adds": sum(row.multiply_adds for row in rows),
         **records.summarise(progress.history),
-        "params_sha256": training.digest((state.params, state.batch_stats)),
+        "params_sha256": digest((state.params, state.batch_stats)),
     }
 
 

@@ -16,6 +16,7 @@ from rich.progress import track
 from chansel_jax import checkpoint, records, training
 from chansel_jax.workdir import CHECKPOINTS
 from experiments import cluster, printing
+from experiments import feed as feeds
 from experiments.command_line import Interrupted
 from experiments.experiment import Experiment
 from experiments.interruption import noted_signals
@@ -54,19 +55,20 @@ def train(experiment: Experiment, workdir: Path, console: Console) -> Progress:
         noted_signals() as signal_received,
         checkpoint.open_checkpoints(finished, console.print) as after_epochs,
         checkpoint.open_unfinished(unfinished) as within_epochs,
+        contextlib.ExitStack() as opened,
     ):
         progress = restore(experiment, after_epochs, within_epochs, console)
         if len(progress.history) == epochs:
             return progress
         # An older one would be that of another run.
         cluster.first_alone(lambda: (workdir / "summary.json").unlink(missing_ok=True))
-        step, evaluate = compile_functions(experiment, progress, console)
+        feed = opened.enter_context(compiled_feed(experiment, progress, console))
         signal_to_any = cluster.any_of_all(signal_received)
         between_steps = functools.partial(save_or_stop, experiment, within_epochs, signal_to_any)
         console.print(printing.EPOCH_HEADER)
         with recorded(workdir, progress.history, run_name(experiment.settings)) as record:
             while len(progress.history) < epochs:
-                progress = train_epoch(experiment, progress, step, evaluate, between_steps, console)
+                progress = train_epoch(experiment, progress, feed, between_steps, console)
                 record(progress.history)
                 row, history = progress.history[-1], {"history": progress.history}
                 checkpoint.save(
@@ -137,24 +139,21 @@ def restore(
     return progress
 
 
-def compile_functions(
+@contextlib.contextmanager
+def compiled_feed(
     experiment: Experiment, progress: Progress, console: Console
-) -> tuple[Callable, Callable]:
-    """The training step and the evaluation, compiled."""
-    splits, state = experiment.splits, progress.state
-    order = training.epoch_order(state, len(splits["train"].labels), experiment.steps_per_epoch)
+) -> Iterator[feeds.Feed]:
+    """The feed of what is left, with the time that its functions took to compile printed."""
     start = time.perf_counter()
-    step = experiment.step.lower(state, progress.totals, splits["train"], order).compile()
-    evaluate = experiment.evaluate.lower(state, splits["validation"]).compile()
-    console.print(f"compiled in {time.perf_counter() - start:.1f} s")
-    return step, evaluate
+    with feeds.open_feed(experiment, progress.state) as feed:
+        console.print(f"compiled in {time.perf_counter() - start:.1f} s")
+        yield feed
 
 
 def train_epoch(
     experiment: Experiment,
     progress: Progress,
-    step: Callable,
-    evaluate: Callable,
+    feed: feeds.Feed,
     between_steps: Callable[[int, Progress], None],
     console: Console,
 ) -> Progress:
@@ -163,32 +162,31 @@ def train_epoch(
     Args:
         experiment: of the run.
         progress: so far; its arrays are consumed.
-        step: the training step.
-        evaluate: the evaluation.
+        feed: the images.
         between_steps: is called with how many steps of the epoch are taken, and with the progress.
         console: takes a bar.
 
     Raises:
         FloatingPointError: if a loss is not finite.
     """
-    steps, split = experiment.steps_per_epoch, experiment.splits["train"]
+    steps = experiment.steps_per_epoch
     state, totals, history = progress.state, progress.totals, progress.history
     epoch = len(history) + 1
     start = time.perf_counter() - progress.seconds
-    order = training.epoch_order(state, len(split.labels), steps)
-    for taken in track(
+    left = track(
         range(int(state.step) % steps + 1, steps + 1),
         description=f"epoch {epoch}",
         console=console,
         transient=True,
         disable=not console.is_terminal,
-    ):
-        state, totals = step(state, totals, split, order)
+    )
+    for taken, arguments in zip(left, feed.arguments(state), strict=True):
+        state, totals = feed.step(state, totals, *arguments)
         if taken < steps:
             between_steps(taken, Progress(state, history, totals, time.perf_counter() - start))
     check_finite(totals, epoch)
     seconds = time.perf_counter() - start
-    validation = jax.device_get(evaluate(state, experiment.splits["validation"]))
+    validation = jax.device_get(feed.evaluate(state))
     row = {
         "epoch": epoch,
         "train_loss": float(totals.loss / totals.count),

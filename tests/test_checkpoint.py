@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from chansel_jax import checkpoint, resnet14, training
+from chansel_jax.digest import digest
 
 VAL_LOSSES = (5.0, 1.0, 3.0, 4.0, 5.0)
 
@@ -107,7 +108,7 @@ def test_damaged_newest_is_reported_and_the_one_before_used(directory, file, dam
 
 def test_state_that_is_not_the_one_saved_is_damage(directory, monkeypatch):
     # Arrays that read well but differ from those saved: only the digest can tell.
-    digest, seen = training.digest, []
+    seen = []
 
     def digest_that_differs_once(tree):
         seen.append(tree)

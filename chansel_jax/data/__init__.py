@@ -1,4 +1,4 @@
-"""Data sets in memory, prepared and cached through tensorflow-datasets, without TensorFlow."""
+"""Data sets, prepared and cached through tensorflow-datasets, without TensorFlow."""
 
 from chansel_jax.data.dataset import Dataset, Split
 from chansel_jax.data.errors import DataError

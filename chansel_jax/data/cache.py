@@ -6,9 +6,13 @@ Nothing here imports TensorFlow, and nothing is printed but progress bars.
 import contextlib
 import dataclasses
 import logging
+import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -19,8 +23,10 @@ from tqdm.auto import tqdm
 from chansel_jax.data.dataset import Dataset, Split
 from chansel_jax.data.errors import DataError
 from chansel_jax.data.source import Source
+from chansel_jax.data.stored import StoredImages
+from chansel_jax.data.summary import CHUNK, Summary, summarise_chunks
 
-CHUNK = 1024  # images read at a time
+PART = 64  # images of a chunk that a thread reads
 
 
 @dataclasses.dataclass(eq=False)
@@ -74,13 +80,17 @@ class ChanselImages(tfds.core.GeneratorBasedBuilder):
         pass
 
 
-def load_source(source: Source, data_dir: str | Path | None = None) -> Dataset:
+def load_source(
+    source: Source, data_dir: str | Path | None = None, *, in_memory: bool = True
+) -> Dataset:
     """Loads a source's prepared data set, after preparing it if that has not been done.
 
     Args:
         source: where the images come from.
         data_dir: where prepared data sets and downloads are kept; by default the folder that
             tensorflow-datasets uses, `TFDS_DATA_DIR` or ~/tensorflow_datasets.
+        in_memory: whether the images are read at once. Else they stay where they are, and only
+            what one pass over them tells is read; it is kept beside them.
 
     Raises:
         DataError: the source is at fault, `data_dir` cannot be written, or what has been
@@ -97,7 +107,7 @@ def load_source(source: Source, data_dir: str | Path | None = None) -> Dataset:
             if not folder.joinpath(str(builder.version)).exists():  # no other process was faster
                 raise DataError(f"cannot prepare {source.name} in {data_dir}: {error}") from error
         with _unreadable(folder):
-            return _read(_builder(source, data_dir))
+            return _read(_builder(source, data_dir), in_memory)
 
 
 def _builder(source: Source, data_dir: Path) -> ChanselImages:
@@ -105,11 +115,12 @@ def _builder(source: Source, data_dir: Path) -> ChanselImages:
     return ChanselImages(config=config, data_dir=data_dir, file_format="array_record")
 
 
-def _read(builder: ChanselImages) -> Dataset:
+def _read(builder: ChanselImages, in_memory: bool) -> Dataset:
+    read = _read_split if in_memory else _refer_to_split
     return Dataset(
         name=builder.builder_config.name,
         class_names=tuple(builder.info.features["label"].names),
-        splits={name: _read_split(builder, name) for name in builder.info.splits},
+        splits={name: read(builder, name) for name in builder.info.splits},
     )
 
 
@@ -117,12 +128,62 @@ def _read_split(builder: ChanselImages, name: str) -> Split:
     records = builder.as_data_source(name)
     images = np.empty((len(records), *records[0]["image"].shape), np.uint8)
     labels = np.empty(len(records), np.int32)
-    chunks = range(0, len(records), CHUNK)
-    for start in tqdm(chunks, desc=f"Reading {name}", delay=1, leave=False, disable=None):
-        indices = range(start, min(start + CHUNK, len(records)))
-        for i, record in zip(indices, records.__getitems__(list(indices)), strict=True):
-            images[i], labels[i] = record["image"], record["label"]
+    for start, chunk_images, chunk_labels in _chunks(records, name):
+        images[start : start + len(chunk_images)] = chunk_images
+        labels[start : start + len(chunk_images)] = chunk_labels
     return Split(images, labels)
+
+
+def _refer_to_split(builder: ChanselImages, name: str) -> Split:
+    folder = Path(builder.data_dir)
+    summary_file = folder / f"summary-{name}.npz"
+    if not summary_file.exists():
+        _write_whole(summary_file, _measure(builder.as_data_source(name), name))
+    with summary_file.open("rb") as file, np.load(file) as found:
+        images = StoredImages(folder, name, tuple(found["shape"].tolist()))
+        summary = Summary(str(found["digest"]), found["mean"], found["std"])
+        return Split(images, found["labels"], summary)
+
+
+def _measure(records: Any, name: str) -> dict[str, Any]:
+    """What is to be known of stored images, from one pass over them."""
+    shape = (len(records), *records[0]["image"].shape)
+    labels = np.empty(len(records), np.int32)
+
+    def images():
+        for start, chunk_images, chunk_labels in _chunks(records, name):
+            labels[start : start + len(chunk_images)] = chunk_labels
+            yield chunk_images
+
+    summary = summarise_chunks(images(), shape, labels)
+    return {"shape": shape, "labels": labels} | dataclasses.asdict(summary)
+
+
+def _chunks(records: Any, name: str) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Each chunk's first number, images `(n, H, W, C)` and labels `(n,)`, with a progress bar."""
+    starts = range(0, len(records), CHUNK)
+    with ThreadPoolExecutor() as pool:
+        for start in tqdm(starts, desc=f"Reading {name}", delay=1, leave=False, disable=None):
+            indices = range(start, min(start + CHUNK, len(records)))
+            parts = [list(indices[i : i + PART]) for i in range(0, len(indices), PART)]
+            found = [record for part in pool.map(records.__getitems__, parts) for record in part]
+            yield (
+                start,
+                np.stack([record["image"] for record in found]),
+                np.array([record["label"] for record in found], np.int32),
+            )
+
+
+def _write_whole(path: Path, arrays: dict[str, Any]) -> None:
+    """Writes an npz file that appears only when it is complete; other processes may do so too."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+        try:
+            np.savez(file, **arrays)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 @contextlib.contextmanager

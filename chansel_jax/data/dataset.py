@@ -1,8 +1,12 @@
-"""A data set in memory."""
+"""A data set: its splits and classes."""
 
 import dataclasses
+import functools
 
 import numpy as np
+
+from chansel_jax.data.stored import StoredImages
+from chansel_jax.data.summary import Summary, summarise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -10,12 +14,19 @@ class Split:
     """The images of one split.
 
     Attributes:
-        images: (N, H, W, 3) uint8, contiguous.
+        images: (N, H, W, 3) uint8, in memory or on disk; sliced, they are arrays.
         labels: (N,) int32, indices into the data set's class names.
+        recorded: the summary, where it is known; else a pass over the images is made for it.
     """
 
-    images: np.ndarray
+    images: np.ndarray | StoredImages
     labels: np.ndarray
+    recorded: Summary | None = None
+
+    @functools.cached_property
+    def summary(self) -> Summary:
+        """Digest and channel statistics."""
+        return self.recorded or summarise(self.images, self.labels)
 
 
 @dataclasses.dataclass(frozen=True)

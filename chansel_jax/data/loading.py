@@ -28,8 +28,9 @@ def load(
     classes: Sequence[str] = (),
     train_per_class: int | None = None,
     split_seed: int = 0,
+    in_memory: bool = True,
 ) -> Dataset:
-    """Loads a data set into memory; the first time it is prepared, and downloaded if need be.
+    """Loads a data set; the first time it is prepared, and downloaded if need be.
 
     Args:
         name: one of DATASETS.
@@ -37,8 +38,9 @@ def load(
             validation or test or both, or PATH/<class>/*. For the others where downloads and
             prepared data sets are kept; by default where tensorflow-datasets keeps them,
             `TFDS_DATA_DIR` or ~/tensorflow_datasets, which is also where "folder" does.
+        in_memory: whether the images are read into memory; else they are `StoredImages`.
 
-    The other arguments are for "folder" alone:
+    These are for "folder" alone:
         image_size: scale the shorter side to this many pixels and keep the centre; by default
             the images must be of one size.
         classes: the classes to take, in the order of their labels; by default all,
@@ -63,7 +65,7 @@ def load(
             train_per_class=train_per_class,
             split_seed=split_seed,
         )
-        return dataclasses.replace(load_source(source), name=name)
+        return dataclasses.replace(load_source(source, in_memory=in_memory), name=name)
 
     if name not in SOURCES:
         raise DataError(f"there is no data set {name}, but {', '.join(DATASETS)}")
@@ -75,4 +77,4 @@ def load(
     ):
         if value:
             raise DataError(f"{option}={value} is for the data set folder only, not for {name}")
-    return load_source(SOURCES[name](), data_dir)
+    return load_source(SOURCES[name](), data_dir, in_memory=in_memory)

@@ -288,7 +288,8 @@ class _Epoch(_JaxRunner):
         jax.block_until_ready(self.state)
 
     def _order(self) -> jax.Array:
-        return training.epoch_order(self.state, len(self.split.labels), self.steps)
+        epoch = self.state.step // self.steps
+        return training.epoch_order(self.state.key, epoch, len(self.split.labels))
 
 
 RUNNERS = {"step": _Step, "forward": _Forward, "layer": _Layer, "epoch": _Epoch}

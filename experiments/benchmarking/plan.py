@@ -6,7 +6,7 @@ from typing import get_args
 
 from flax import nnx
 
-from chansel_jax import data, training
+from chansel_jax import data
 from chansel_jax.optimizer import OptimizerSettings
 from chansel_jax.resnet import CONVS, PRESETS, PooledStem, ResNet
 from experiments.benchmarking.cases import (
@@ -187,7 +187,8 @@ def load_train_images(settings: Settings) -> TrainImages | None:
         ).splits["train"]
     except ValueError as error:
         raise PlanError(error) from error
-    return TrainImages(split.images, split.labels, *training.channel_statistics(split.images))
+    summary = split.summary
+    return TrainImages(split.images, split.labels, summary.mean, summary.std)
 
 
 def default_lowering(conv: Conv) -> str:

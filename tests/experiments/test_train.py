@@ -20,7 +20,7 @@ from chansel_jax.optimizer import OptimizerSettings, make_schedule
 from experiments import train, training_loop
 from experiments.benchmarking.machine import cpu_name
 from experiments.command_line import EXIT_SAVED, CommandError, Interrupted
-from experiments.settings import DataSettings, NetworkSettings
+from experiments.settings import DataSettings, InputSettings, NetworkSettings
 
 
 def run(settings):
@@ -226,6 +226,61 @@ def test_ended_process_resumes_bit_for_bit(settings, whole, tmp_path, number, co
     summary, output = run(variant(settings, workdir, resume="must"))
     assert "resumed after " in output
     assert summary["params_sha256"] == whole[0]["params_sha256"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_images_train_bit_for_bit_like_those_in_memory(
+    settings, whole, tmp_path, monkeypatch, workers
+):
+    part = variant(settings, tmp_path / "part", input=InputSettings("streaming", workers))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        signal_after(patch, 2, 5, signal.SIGTERM)
+        run(part)
+    summary, output = run(part)
+    assert "resumed after step 5 of 11 of epoch 2" in output
+    assert summary["params_sha256"] == whole[0]["params_sha256"]
+    assert summary["best_val_loss"] == pytest.approx(whole[0]["best_val_loss"], rel=1e-6)
+    # What was begun from one can go on from the other.
+    assert variant(part, part.workdir, input=InputSettings()) != part
+    assert run(variant(part, part.workdir, input=InputSettings()))[0] == summary
+
+
+def test_interrupt_from_a_terminal_lets_a_streaming_run_save(settings, whole, tmp_path):
+    """It reaches the processes that decode, too."""
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-m", "experiments.train", *arguments(settings, workdir)]
+    command += ["--input=streaming", "--workers=1"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=TWO_DEVICES, start_new_session=True, **pipes) as process:
+        await_checkpoint(workdir, 1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == EXIT_SAVED
+    assert errors.startswith(b"stopped by SIGINT") and errors.count(b"\n") == 1
+    summary, _ = run(variant(settings, workdir, resume="must"))
+    assert summary["params_sha256"] == whole[0]["params_sha256"]
+
+
+def test_larger_images_train_resnet18_through_a_stream(settings, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(10):
+            image = Image.fromarray(rng.integers(0, 256, (80, 96, 3), np.uint8))
+            image.save(tmp_path / "images" / name / f"{i}.jpg")
+    data = DataSettings(dataset="folder", data_dir=tmp_path / "images", image_size=64)
+    streamed = variant(
+        settings,
+        tmp_path / "run",
+        data=data,
+        network=NetworkSettings(model="resnet18", width=4),
+        input=InputSettings("streaming", workers=1),
+        epochs=1,
+        batch_size=8,
+    )
+    summary, output = run(streamed)
+    assert "16 train, 4 validation images of 64 × 64 × 3" in output
+    assert summary["model"] == "resnet18" and np.isfinite(summary["best_val_loss"])
 
 
 def test_finished_run_is_reported_again(settings, whole):
