@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from flax import nnx
@@ -25,32 +26,59 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from chansel_jax.digest import digest
 from chansel_jax.training import Totals, TrainState, network_tree
-
-CheckpointManager = ocp.CheckpointManager
+from chansel_jax.workdir import CHECKPOINTS, UNFINISHED
 
 LAST_KEPT = 2
+DAMAGED = "damaged-"
 
 
 class CheckpointError(Exception):
     """No checkpoint could be restored, or one not be written; one line."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """Those of a run.
+
+    Attributes:
+        after_epochs: by epoch.
+        within_epochs: by step.
+    """
+
+    after_epochs: ocp.CheckpointManager
+    within_epochs: ocp.CheckpointManager
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held.
+
+    Attributes:
+        state: of the training.
+        totals: of the epoch under way; None after an epoch.
+        record: what was saved with them.
+    """
+
+    state: TrainState
+    totals: Totals | None
+    record: dict
+
+
 @contextlib.contextmanager
-def open_checkpoints(
-    directory: str | Path, report: Callable[[str], None]
-) -> Iterator[ocp.CheckpointManager]:
-    """The checkpoints under `directory`, which is made if need be, within a `with`.
+def open_checkpoints(workdir: str | Path, report: Callable[[str], None]) -> Iterator[Checkpoints]:
+    """The checkpoints of the run in `workdir`, whose folders are made if need be, within a `with`.
 
     Args:
-        directory: where the checkpoints lie.
+        workdir: the run's folder.
         report: takes one line for each checkpoint that had to be set aside as damaged.
 
     Raises:
         CheckpointError: in the end, if the last checkpoint could not be written.
     """
     _quieten_orbax()
-    directory = Path(directory).absolute()
-    for epoch in _saved_epochs(directory):
+    workdir = Path(workdir).absolute()
+    directory = workdir / CHECKPOINTS
+    for epoch in _saved_numbers(directory):
         # The manager reads all metrics when it opens, and fails as a whole if it cannot.
         try:
             _saved_val_loss(directory, epoch)
@@ -63,24 +91,33 @@ def open_checkpoints(
             policies.BestN(n=1, get_metric_fn=_val_loss, reverse=True),
         ]
     )
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=keep, best_fn=_val_loss, best_mode="min"
-    )
-    with _closing(ocp.CheckpointManager(directory, options=options)) as manager:
-        yield manager
+    with (
+        _managed(directory, preservation_policy=keep, best_fn=_val_loss, best_mode="min") as after,
+        _managed(workdir / UNFINISHED, preservation_policy=policies.LatestN(1)) as within,
+    ):
+        yield Checkpoints(after, within)
 
 
 @contextlib.contextmanager
-def open_unfinished(directory: str | Path) -> Iterator[ocp.CheckpointManager]:
-    """The checkpoints within an epoch under `directory`; as `open_checkpoints`."""
-    _quieten_orbax()
-    options = ocp.CheckpointManagerOptions(preservation_policy=policies.LatestN(1))
-    with _closing(ocp.CheckpointManager(Path(directory).absolute(), options=options)) as manager:
+def _managed(directory: Path, **options: Any) -> Iterator[ocp.CheckpointManager]:
+    options = ocp.CheckpointManagerOptions(
+        **options,
+        cleanup_tmp_directories=True,  # of a process that was killed while it saved
+        # Two managers that save at once must not wait for each other's processes.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            barrier_sync_key_prefix=directory.name
+        ),
+    )
+    manager = ocp.CheckpointManager(directory, options=options)
+    try:
         yield manager
+    finally:
+        with _refused_writes(manager):
+            manager.close()
 
 
 def save(
-    manager: ocp.CheckpointManager, epoch: int, state: TrainState, record: dict, val_loss: float
+    checkpoints: Checkpoints, epoch: int, state: TrainState, record: dict, val_loss: float
 ) -> None:
     """Begins to save `state` and `record` (JSON) as the checkpoint of `epoch`.
 
@@ -89,102 +126,107 @@ def save(
     Raises:
         CheckpointError: if this one, or the one before, cannot be written; older ones stay.
     """
+    manager = checkpoints.after_epochs
     with _refused_writes(manager):
         manager.save(epoch, args=_save_args(_tree(state), record), metrics={"val_loss": val_loss})
 
 
 def save_unfinished(
-    manager: ocp.CheckpointManager, state: TrainState, totals: Totals, record: dict
+    checkpoints: Checkpoints, state: TrainState, totals: Totals, record: dict
 ) -> None:
     """Begins to save what `save` does, and `totals`, as the checkpoint of the state's step.
 
     Raises:
         CheckpointError: as `save`.
     """
-    tree = _tree(state) | {"totals": _tree(totals)}
+    manager, tree = checkpoints.within_epochs, _tree(state) | {"totals": _tree(totals)}
     with _refused_writes(manager):
         manager.save(int(state.step), args=_save_args(tree, record), force=True)
 
 
-def restore_latest(
-    manager: ocp.CheckpointManager, like: TrainState, report: Callable[[str], None]
-) -> tuple[TrainState, dict] | None:
-    """The newest checkpoint that is whole: its state and record; None where there is none at all.
+def restore_newest(
+    checkpoints: Checkpoints, like: TrainState, totals: Totals, report: Callable[[str], None]
+) -> Restored | None:
+    """The checkpoint of the most steps that is whole; None where there is none at all.
 
-    Damaged ones that are newer are told to `report` and moved to `damaged-EPOCH` beside it.
+    Damaged ones that were tried are told to `report` and moved to `damaged-NUMBER` beside it.
 
     Args:
-        manager: from `open_checkpoints`.
+        checkpoints: from `open_checkpoints`.
         like: a state of the same structure, shapes, dtypes and placement.
+        totals: likewise.
         report: takes one line for each damaged checkpoint.
 
     Raises:
         CheckpointError: if there are checkpoints, and none can be restored; all stay then.
     """
-    failures: dict[int, Exception] = {}
-    for epoch in sorted(manager.all_steps(), reverse=True):
+    after, within = checkpoints.after_epochs, checkpoints.within_epochs
+    newest, failures_after = _newest_whole(after, _tree(like))
+    steps = -1 if newest is None else int(newest.state.step)
+    begun, failures_within = _newest_whole(
+        within, _tree(like) | {"totals": _tree(totals)}, above=steps
+    )
+    newest = begun or newest
+    failed = ((after, "epoch", failures_after), (within, "step", failures_within))
+    for manager, kind, failures in failed:
+        for number, error in failures.items():
+            if newest is None:
+                raise CheckpointError(
+                    f"no checkpoint under {manager.directory} can be restored "
+                    f"({kind} {number}: {_first_line(error)})"
+                )
+            _set_aside(Path(manager.directory), number, error, report, kind)
+        if failures:
+            _wait_for_all(f"damaged checkpoints are set aside, {kind}")
+            manager.reload()
+    return newest
+
+
+def _newest_whole(
+    manager: ocp.CheckpointManager, like: dict[str, Any], above: int = -1
+) -> tuple[Restored | None, dict[int, Exception]]:
+    """The newest that can be restored of those of higher numbers than `above`.
+
+    Also why newer ones could not, by number.
+    """
+    failures = {}
+    for number in sorted(manager.all_steps(), reverse=True):
+        if number <= above:
+            break
         try:
-            restored = restore(manager, epoch, like)
+            return restore(manager, number, like), failures
         except Exception as error:  # orbax has no exception of its own for a damaged file
-            failures[epoch] = error
-            continue
-        for damaged, error in failures.items():
-            _set_aside(Path(manager.directory), damaged, error, report)
-        _wait_for_all("damaged checkpoints are set aside")
-        manager.reload()
-        return restored
-    if failures:
-        newest, error = next(iter(failures.items()))
-        raise CheckpointError(
-            f"no checkpoint under {manager.directory} can be restored "
-            f"(epoch {newest}: {_first_line(error)})"
-        )
-    return None
+            failures[number] = error
+    return None, failures
 
 
-def restore(
-    manager: ocp.CheckpointManager, epoch: int, like: TrainState
-) -> tuple[TrainState, dict]:
-    """State and record of the checkpoint of `epoch`.
+def restore(manager: ocp.CheckpointManager, number: int, like: dict[str, Any]) -> Restored:
+    """One checkpoint, of a tree like `like`.
 
     Raises:
         CheckpointError: if the state is not the one that was saved.
         Exception: whatever orbax raises for a checkpoint that is missing or cannot be read.
     """
-    tree, record = _restore(manager, epoch, _tree(like))
-    return TrainState(**tree), record
+    _read_through_everywhere(Path(manager.directory) / str(number) / "state")
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    restored = manager.restore(
+        number,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
+        ),
+    )
+    tree, record = restored["state"], restored["record"]
+    if digest(tree) != record["digest"]:
+        raise CheckpointError("the digest of its state differs from the one saved with it")
+    totals = Totals(**tree.pop("totals")) if "totals" in tree else None
+    return Restored(TrainState(**tree), totals, record["run"])
 
 
-def restore_unfinished(
-    manager: ocp.CheckpointManager, like: TrainState, totals: Totals, report: Callable[[str], None]
-) -> tuple[TrainState, Totals, dict] | None:
-    """State, totals and record of the newest checkpoint within an epoch, if there is one.
-
-    Damaged ones are told to `report` and moved to `damaged-STEP` beside it.
-
-    Args:
-        manager: from `open_unfinished`.
-        like: a state of the same structure, shapes, dtypes and placement.
-        totals: likewise.
-        report: takes one line for each damaged checkpoint.
-    """
-    for step in sorted(manager.all_steps(), reverse=True):
-        try:
-            tree, record = _restore(manager, step, _tree(like) | {"totals": _tree(totals)})
-            saved_totals = Totals(**tree.pop("totals"))
-        except Exception as error:  # as above
-            _set_aside(Path(manager.directory), step, error, report, "step")
-            _wait_for_all("a damaged checkpoint is set aside")
-            manager.reload()
-            continue
-        return TrainState(**tree), saved_totals, record
-    return None
-
-
-def discard(directory: Path) -> None:
-    """Deletes the checkpoints under `directory`, damaged ones that were set aside excepted."""
+def discard_unfinished(workdir: Path) -> None:
+    """Deletes the checkpoints within epochs, damaged ones that were set aside excepted."""
+    directory = workdir / UNFINISHED
     for path in directory.iterdir():
-        if path.name.isdigit():
+        if not path.name.startswith(DAMAGED):
             shutil.rmtree(path)
     if not any(directory.iterdir()):
         directory.rmdir()
@@ -208,7 +250,7 @@ def restore_network(
         CheckpointError: if there is no such checkpoint, or it does not fit the network.
     """
     directory = Path(directory).absolute()
-    epochs = _saved_epochs(directory)
+    epochs = _saved_numbers(directory)
     if not epochs:
         raise CheckpointError(f"{directory} holds no checkpoint")
     if epoch == "best":
@@ -252,28 +294,11 @@ def _save_args(tree: dict[str, Any], record: dict) -> ocp.args.Composite:
     )
 
 
-def _restore(
-    manager: ocp.CheckpointManager, number: int, like: dict[str, Any]
-) -> tuple[dict[str, Any], dict]:
-    _read_through(Path(manager.directory) / str(number) / "state")
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    restored = manager.restore(
-        number,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
-        ),
-    )
-    tree, record = restored["state"], restored["record"]
-    if digest(tree) != record["digest"]:
-        raise CheckpointError("the digest of its state differs from the one saved with it")
-    return tree, record["run"]
-
-
 def _val_loss(metrics: dict[str, float]) -> float:
     return metrics["val_loss"]
 
 
-def _saved_epochs(directory: Path) -> list[int]:
+def _saved_numbers(directory: Path) -> list[int]:
     """The epochs of the finished checkpoints; one that is being written has another name."""
     return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
 
@@ -296,15 +321,6 @@ def _shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if hasattr(leaf, "shape")
     }
-
-
-@contextlib.contextmanager
-def _closing(manager: ocp.CheckpointManager) -> Iterator[ocp.CheckpointManager]:
-    try:
-        yield manager
-    finally:
-        with _refused_writes(manager):
-            manager.close()
 
 
 @contextlib.contextmanager
@@ -345,18 +361,36 @@ def _read_through(directory: Path) -> None:
         store.read(key).result()
 
 
+def _read_through_everywhere(directory: Path) -> None:
+    """As `_read_through`, and all processes fail if one does.
+
+    Restoring is done together: one that gave up alone would leave the others waiting.
+    """
+    failure = None
+    try:
+        _read_through(directory)
+    except Exception as error:
+        failure = error
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.asarray(failure is not None))
+        if failure is None and failed.any():
+            raise CheckpointError(f"another process cannot read {directory}")
+    if failure is not None:
+        raise failure
+
+
 def _set_aside(
     directory: Path,
     number: int,
     error: Exception,
     report: Callable[[str], None],
-    what: str = "epoch",
+    kind: str = "epoch",
 ) -> None:
-    """Process 0 moves a checkpoint to the first free name `damaged-EPOCH`, `damaged-EPOCH-2`, …"""
+    """Process 0 moves a checkpoint to the first free of `damaged-NUMBER`, `damaged-NUMBER-2`, …"""
     if jax.process_index() != 0:
         return
-    target, attempt = directory / f"damaged-{number}", 2
+    target, attempt = directory / f"{DAMAGED}{number}", 2
     while target.exists():
-        target, attempt = directory / f"damaged-{number}-{attempt}", attempt + 1
+        target, attempt = directory / f"{DAMAGED}{number}-{attempt}", attempt + 1
     (directory / str(number)).rename(target)
-    report(f"checkpoint of {what} {number} is damaged ({_first_line(error)}); moved to {target}")
+    report(f"checkpoint of {kind} {number} is damaged ({_first_line(error)}); moved to {target}")

@@ -214,8 +214,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Totals, DeviceSplit, jax.Array], tuple[TrainState, Totals]]:
     """The jitted step `(state, totals, split, order) -> (state, totals)`.
 
-    It takes the `batch_size` images that are next in `order`, and consumes (donates) `state` and
-    `totals`. The totals hold the cross-entropy without label smoothing.
+    It takes the `batch_size` images that are next in `order`, and consumes (donates) `state`. The
+    totals hold the cross-entropy without label smoothing.
 
     Args:
         network: gives the structure; its arrays are not used.
@@ -239,7 +239,7 @@ def make_train_step(
         batch = Batch(split.images[index], split.labels[index])
         return update(state, totals, batch, split.mean, split.std)
 
-    return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=_everywhere(mesh))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=_everywhere(mesh))
 
 
 def make_batch_step(
@@ -256,7 +256,7 @@ def make_batch_step(
     sharded as `batch_sharding` says, and the channels' statistics `(C,)`.
     """
     update = _update_function(network, optimizer, augmentation, label_smoothing)
-    return jax.jit(update, donate_argnums=(0, 1), out_shardings=_everywhere(mesh))
+    return jax.jit(update, donate_argnums=0, out_shardings=_everywhere(mesh))
 
 
 def _update_function(

@@ -10,8 +10,8 @@ from filelock import FileLock, Timeout
 
 from chansel_jax.records import write_json
 
-CHECKPOINTS = ("checkpoints", "unfinished")
-"""The folders, within that of a run, of its checkpoints after an epoch, and within one."""
+# The folders, within that of a run, of its checkpoints after an epoch, and within one.
+CHECKPOINTS, UNFINISHED = "checkpoints", "unfinished"
 
 
 class WorkdirError(Exception):
@@ -44,7 +44,7 @@ def claim(
     config = json.loads(json.dumps(config))
     if resume == "must" and not holds_run(workdir):
         raise WorkdirError(f"--resume=must: there is no run in {workdir}")
-    if resume == "never" and workdir.is_dir() and workdir.samefile(Path.cwd()):
+    if resume == "never" and holds_run(workdir) and workdir.samefile(Path.cwd()):
         # Renamed, it would still be where everything is written to.
         raise WorkdirError("--resume=never cannot rename the current folder: name its --workdir")
     with contextlib.ExitStack() as locks:
@@ -68,7 +68,7 @@ def claim(
 
 def holds_run(workdir: Path) -> bool:
     """Whether there is something to resume in `workdir`, or a finished run to lose."""
-    saved = (name for folder in CHECKPOINTS for name in (workdir / folder).glob("*"))
+    saved = (path for name in (CHECKPOINTS, UNFINISHED) for path in (workdir / name).glob("*"))
     return any(path.name.isdigit() for path in saved) or (workdir / "summary.json").is_file()
 
 

@@ -64,17 +64,40 @@ def join(settings: ClusterSettings) -> None:
         jax.distributed.initialize(
             settings.coordinator, settings.num_processes, settings.process_id
         )
-    except ValueError as error:
+    except Exception as error:  # each kind of cluster has its own
+        announced = settings.coordinator or "JAX_COORDINATOR_ADDRESS" in os.environ
         # What JAX raises where neither the arguments nor the environment say anything.
-        if "JAX_COORDINATOR_ADDRESS" in os.environ:
-            raise CommandError(f"JAX_COORDINATOR_ADDRESS is set, but: {error}") from error
-    except RuntimeError as error:
-        raise CommandError(f"the processes did not come together: {error}") from error
+        if isinstance(error, ValueError) and not announced and "coordinator_address" in str(error):
+            return
+        raise CommandError(
+            f"the processes did not come together: {type(error).__name__}: {error} (for a single "
+            "one: --coordinator=127.0.0.1:PORT --num-processes=1 --process-id=0)"
+        ) from error
 
 
 def is_first() -> bool:
     """Whether this is process 0."""
     return jax.process_index() == 0
+
+
+def together(function: Callable[[], Result]) -> Result:
+    """What `function` returns in this process; if it fails in one of them, all of them end.
+
+    Raises:
+        CommandError: if it has failed in others only.
+        Exception: what `function` raises.
+    """
+    result, failure = None, None
+    try:
+        result = function()
+    except Exception as error:
+        failure = error
+    failed = np.flatnonzero(gathered(failure is not None))
+    if failure is not None:
+        raise failure
+    if len(failed):
+        raise CommandError(f"process {failed[0]} could not go on; its own message says why")
+    return result
 
 
 def first_alone(function: Callable[[], Result]) -> Result | None:
@@ -84,29 +107,18 @@ def first_alone(function: Callable[[], Result]) -> Result | None:
         CommandError: in the other processes, if it failed.
         Exception: in process 0, what `function` raises.
     """
-    result, failure = None, None
-    if is_first():
-        try:
-            result = function()
-        except Exception as error:
-            failure = error
-    failed = any(gathered(failure is not None))
-    if failure is not None:
-        raise failure
-    if failed:
-        raise CommandError("process 0 could not go on; its own message says why")
-    return result
+    return together(lambda: function() if is_first() else None)
 
 
 def in_turn(function: Callable[[], Result]) -> Result:
     """What `function` returns, called in process 0 first, so that the others find its files.
 
     Raises:
-        CommandError: in the other processes, if it failed in process 0.
+        CommandError: in the other processes, if it failed in one.
         Exception: what `function` raises.
     """
     result = first_alone(function)
-    return result if is_first() else function()
+    return together(lambda: result if is_first() else function())
 
 
 def check_equal(what: str, content: Mapping[str, Any]) -> None:
@@ -122,11 +134,11 @@ def check_equal(what: str, content: Mapping[str, Any]) -> None:
             raise CommandError(f"process {process} has other {what} than process 0")
 
 
-def any_of_all(number: Callable[[], int | None]) -> Callable[[], int | None]:
-    """`number` where there is one process; else a function that tells all of any process's number.
+def shared_maximum(number: Callable[[], int | None]) -> Callable[[], int | None]:
+    """A function that tells all processes of the highest `number` of any, None being the least.
 
-    All processes must call it as often. It tells of what was there at the call before, so that none
-    waits for the step that is running.
+    All must call it as often. Where there are several it tells of what was there at the call
+    before, so that none waits for the step that is running.
     """
     if jax.process_count() == 1:
         return number

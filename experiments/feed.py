@@ -17,7 +17,7 @@ class Feed:
     """The images of a run, with the functions that take them.
 
     Attributes:
-        step: `(state, totals, *arguments) -> (state, totals)`, compiled; it consumes both.
+        step: `(state, totals, *arguments) -> (state, totals)`, compiled; it consumes the state.
         arguments: of the steps that are left in the epoch of a state.
         evaluate: the validation totals of a state.
     """

@@ -1,9 +1,11 @@
 """Signals that ask a run to stop, noted so that it can save first."""
 
 import contextlib
+import os
 import signal
+import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -12,23 +14,54 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def noted_signals() -> Iterator[Callable[[], signal.Signals | None]]:
     """Within it the first SIGINT or SIGTERM is noted only; a second one ends the process at once.
 
+    The exit code is then 128 and the signal's number, as a shell tells it. A signal that is ignored
+    (as SIGINT is by what a script runs in the background) stays ignored.
+
     Yields:
         A function that returns the signal that has come, or None.
     """
-    received = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None  # signals are the main thread's
         return
+    received = []
+    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
     def note(number, _):
         received.append(signal.Signals(number))
-        for other in SIGNALS:
-            signal.signal(other, signal.SIG_DFL)
 
-    # One that was not set in Python (JAX's own, in a run of several processes) is None.
-    before = {number: signal.signal(number, note) or signal.SIG_DFL for number in SIGNALS}
+    with _ended_by_the_second_of(heeded):
+        # One that was not set in Python (JAX's own, in a run of several processes) is None.
+        before = {number: signal.signal(number, note) or signal.SIG_DFL for number in heeded}
+        try:
+            yield lambda: received[0] if received else None
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _ended_by_the_second_of(numbers: Collection[int]) -> Iterator[None]:
+    """Within it a thread ends the process at the second of these signals.
+
+    A handler would have to wait for what the main thread does: a compilation may take minutes.
+    """
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+
+    def count():
+        seen = 0
+        while number := reading.recv(1):
+            seen += number[0] in numbers
+            if seen == 2:
+                os._exit(128 + number[0])
+
+    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=count, daemon=True)
+    thread.start()
     try:
-        yield lambda: received[0] if received else None
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
+        writing.close()
+        thread.join()
+        reading.close()

@@ -56,7 +56,8 @@ def train_and_evaluate(
     except ValueError as error:
         raise CommandError(error) from error
     description = experiment.describe()
-    cluster.check_equal("settings or images", description)
+    of_all = {"save_every_steps": settings.save_every_steps, "resume": settings.resume}
+    cluster.check_equal("settings or images", description | of_all)
     try:
         with contextlib.ExitStack() as claimed:
             aside = cluster.first_alone(
@@ -69,8 +70,9 @@ def train_and_evaluate(
     except (WorkdirError, checkpoint.CheckpointError, FloatingPointError) as error:
         raise CommandError(error) from error
     except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
         raise CommandError(
-            f"cannot write to {workdir} ({error.strerror}); what is saved there stays"
+            f"{where}{error.strerror or error}; what is saved in {workdir} stays"
         ) from error
     printing.print_summary(summary, workdir, console)
     return summary
@@ -79,7 +81,7 @@ def train_and_evaluate(
 def finish(summary: Mapping[str, Any], workdir: Path) -> None:
     """Leaves the summary, and deletes what only an unfinished run needs."""
     records.write_json(workdir / "summary.json", summary)
-    checkpoint.discard(workdir / "unfinished")
+    checkpoint.discard_unfinished(workdir)
 
 
 def print_beginning(

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.progress import track
 
 from chansel_jax import checkpoint, records, training
-from chansel_jax.workdir import CHECKPOINTS
 from experiments import cluster, printing
 from experiments import feed as feeds
 from experiments.command_line import Interrupted
@@ -50,30 +49,26 @@ def train(experiment: Experiment, workdir: Path, console: Console) -> Progress:
         Interrupted: after SIGINT or SIGTERM, when all is saved.
     """
     epochs = experiment.settings.training.epochs
-    finished, unfinished = (workdir / name for name in CHECKPOINTS)
     with (
         noted_signals() as signal_received,
-        checkpoint.open_checkpoints(finished, console.print) as after_epochs,
-        checkpoint.open_unfinished(unfinished) as within_epochs,
+        checkpoint.open_checkpoints(workdir, console.print) as checkpoints,
         contextlib.ExitStack() as opened,
     ):
-        progress = restore(experiment, after_epochs, within_epochs, console)
+        progress = restore(experiment, checkpoints, console)
         if len(progress.history) == epochs:
             return progress
         # An older one would be that of another run.
         cluster.first_alone(lambda: (workdir / "summary.json").unlink(missing_ok=True))
         feed = opened.enter_context(compiled_feed(experiment, progress, console))
-        signal_to_any = cluster.any_of_all(signal_received)
-        between_steps = functools.partial(save_or_stop, experiment, within_epochs, signal_to_any)
+        signal_to_any = cluster.shared_maximum(signal_received)
+        between_steps = functools.partial(save_or_stop, experiment, checkpoints, signal_to_any)
         console.print(printing.EPOCH_HEADER)
         with recorded(workdir, progress.history, run_name(experiment.settings)) as record:
             while len(progress.history) < epochs:
                 progress = train_epoch(experiment, progress, feed, between_steps, console)
-                record(progress.history)
-                row, history = progress.history[-1], {"history": progress.history}
-                checkpoint.save(
-                    after_epochs, row["epoch"], progress.state, history, row["val_loss"]
-                )
+                cluster.together(functools.partial(record, progress.history))
+                row, saved = progress.history[-1], {"history": progress.history}
+                checkpoint.save(checkpoints, row["epoch"], progress.state, saved, row["val_loss"])
                 console.print(printing.epoch_line(progress.history))
                 hand_back_memory()
                 if received := signal_to_any():
@@ -114,28 +109,26 @@ def recorded(
 
 
 def restore(
-    experiment: Experiment,
-    after_epochs: checkpoint.CheckpointManager,
-    within_epochs: checkpoint.CheckpointManager,
-    console: Console,
+    experiment: Experiment, checkpoints: checkpoint.Checkpoints, console: Console
 ) -> Progress:
     """What the newest checkpoint holds, or the beginning.
 
     Raises:
         CheckpointError: if there are checkpoints, and none can be restored.
+        CommandError: if the processes do not see the same ones.
     """
+    managers = (checkpoints.after_epochs, checkpoints.within_epochs)
+    there = {"checkpoints": [sorted(manager.all_steps()) for manager in managers]}
+    cluster.check_equal("checkpoints in its --workdir, which all must share,", there)
     state, totals = experiment.init_state(), training.init_totals(experiment.mesh)
-    progress = Progress(state, [], totals)
-    restored = checkpoint.restore_latest(after_epochs, state, console.print)
-    if restored is not None:
-        state, record = restored
-        progress = Progress(state, record["history"], totals)
-    begun = checkpoint.restore_unfinished(within_epochs, state, totals, console.print)
-    if begun is not None and begun[0].step > progress.state.step:
-        state, totals, record = begun
-        progress = Progress(state, record["history"], totals, record["seconds"])
-    if progress.state.step > 0:
-        console.print(f"resumed after {place(experiment, progress)}")
+    found = checkpoint.restore_newest(checkpoints, state, totals, console.print)
+    if found is None:
+        return Progress(state, [], totals)
+    record = found.record
+    progress = Progress(
+        found.state, record["history"], found.totals or totals, record.get("seconds", 0.0)
+    )
+    console.print(f"resumed after {place(experiment, progress)}")
     return progress
 
 
@@ -161,7 +154,7 @@ def train_epoch(
 
     Args:
         experiment: of the run.
-        progress: so far; its arrays are consumed.
+        progress: so far; its state is consumed.
         feed: the images.
         between_steps: is called with how many steps of the epoch are taken, and with the progress.
         console: takes a bar.
@@ -169,24 +162,40 @@ def train_epoch(
     Raises:
         FloatingPointError: if a loss is not finite.
     """
-    steps = experiment.steps_per_epoch
-    state, totals, history = progress.state, progress.totals, progress.history
-    epoch = len(history) + 1
+    steps, epoch = experiment.steps_per_epoch, len(progress.history) + 1
     start = time.perf_counter() - progress.seconds
     left = track(
-        range(int(state.step) % steps + 1, steps + 1),
+        range(int(progress.state.step) % steps + 1, steps + 1),
         description=f"epoch {epoch}",
         console=console,
         transient=True,
         disable=not console.is_terminal,
     )
-    for taken, arguments in zip(left, feed.arguments(state), strict=True):
-        state, totals = feed.step(state, totals, *arguments)
+    for taken, arguments in zip(left, feed.arguments(progress.state), strict=True):
+        running = progress.totals
+        state, totals = feed.step(progress.state, progress.totals, *arguments)
+        # No more than one step waits for another, so that a signal is heeded soon.
+        jax.block_until_ready(running)
+        progress = Progress(state, progress.history, totals, time.perf_counter() - start)
         if taken < steps:
-            between_steps(taken, Progress(state, history, totals, time.perf_counter() - start))
-    check_finite(totals, epoch)
+            between_steps(taken, progress)
+    check_finite(progress.totals, epoch)
     seconds = time.perf_counter() - start
-    validation = jax.device_get(feed.evaluate(state))
+    row = summarise_epoch(experiment, progress, jax.device_get(feed.evaluate(progress.state)))
+    row |= {"images_per_second": float(progress.totals.count / seconds), "seconds": seconds}
+    history = [*progress.history, row]
+    return Progress(progress.state, history, training.init_totals(experiment.mesh))
+
+
+def summarise_epoch(
+    experiment: Experiment, progress: Progress, validation: training.Totals
+) -> records.Row:
+    """Losses and accuracies of the epoch whose last step was taken.
+
+    Raises:
+        FloatingPointError: if the validation loss is not finite.
+    """
+    totals, epoch = progress.totals, len(progress.history) + 1
     row = {
         "epoch": epoch,
         "train_loss": float(totals.loss / totals.count),
@@ -194,17 +203,16 @@ def train_epoch(
         "val_loss": float(validation.loss / validation.count),
         "val_accuracy": float(validation.correct / validation.count),
         "learning_rate": float(experiment.schedule(epoch * experiment.updates_per_epoch - 1)),
-        "images_per_second": float(totals.count / seconds),
-        "seconds": seconds,
     }
     if not math.isfinite(row["val_loss"]):
-        raise FloatingPointError(not_finite("validation loss", epoch * steps - 1, epoch))
-    return Progress(state, [*history, row], training.init_totals(experiment.mesh))
+        last_step = epoch * experiment.steps_per_epoch - 1
+        raise FloatingPointError(not_finite("validation loss", last_step, epoch))
+    return row
 
 
 def save_or_stop(
     experiment: Experiment,
-    within_epochs: checkpoint.CheckpointManager,
+    checkpoints: checkpoint.Checkpoints,
     signal_received: Callable[[], int | None],
     taken: int,
     progress: Progress,
@@ -222,7 +230,7 @@ def save_or_stop(
     epoch = len(progress.history) + 1
     check_finite(progress.totals, epoch)
     record = {"history": progress.history, "seconds": progress.seconds}
-    checkpoint.save_unfinished(within_epochs, progress.state, progress.totals, record)
+    checkpoint.save_unfinished(checkpoints, progress.state, progress.totals, record)
     if received is not None:
         raise stopped(experiment, progress, received)
 

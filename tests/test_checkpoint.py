@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 
 import chex
@@ -34,17 +35,24 @@ def make_state(seed):
 @pytest.fixture
 def directory(tmp_path):
     """Checkpoints of epochs 1 to 5, of which 2 was the best."""
-    with checkpoint.open_checkpoints(tmp_path / "checkpoints", print) as manager:
+    with checkpoint.open_checkpoints(tmp_path, print) as checkpoints:
         for epoch, val_loss in enumerate(VAL_LOSSES, 1):
-            checkpoint.save(manager, epoch, make_state(epoch), {"history": [epoch]}, val_loss)
+            checkpoint.save(checkpoints, epoch, make_state(epoch), {"history": [epoch]}, val_loss)
     return tmp_path / "checkpoints"
 
 
 def restore(directory):
     """What is restored, and the lines reported."""
     lines = []
-    with checkpoint.open_checkpoints(directory, lines.append) as manager:
-        return checkpoint.restore_latest(manager, make_state(0), lines.append), lines
+    with checkpoint.open_checkpoints(directory.parent, lines.append) as checkpoints:
+        return newest(checkpoints, lines.append), lines
+
+
+def newest(checkpoints, report=print, like=None):
+    """State and record of the newest checkpoint, if there is one."""
+    like, totals = like or make_state(0), training.init_totals(training.data_mesh())
+    found = checkpoint.restore_newest(checkpoints, like, totals, report)
+    return found and (found.state, found.record)
 
 
 def data_file(directory, epoch):
@@ -73,14 +81,15 @@ def test_state_record_and_placement_come_back(directory):
 
 def test_last_two_and_best_are_kept(directory):
     assert sorted(path.name for path in directory.iterdir()) == ["2", "4", "5"]
-    with checkpoint.open_checkpoints(directory, print) as manager:
-        assert manager.best_step() == 2
-        state, _ = checkpoint.restore(manager, 2, make_state(0))
-    chex.assert_trees_all_equal(state, make_state(2))
+    with checkpoint.open_checkpoints(directory.parent, print) as checkpoints:
+        assert checkpoints.after_epochs.best_step() == 2
+    for epoch in (4, 5):
+        shutil.rmtree(directory / str(epoch))
+    chex.assert_trees_all_equal(restore(directory)[0][0], make_state(2))
 
 
 def test_nothing_to_restore(tmp_path):
-    assert restore(tmp_path / "new") == (None, [])
+    assert restore(tmp_path / "new" / "checkpoints") == (None, [])
 
 
 @pytest.mark.parametrize(
@@ -124,9 +133,9 @@ def test_training_goes_on_after_damage(directory):
     truncate(data_file(directory, 5))
     lines = []
     for _ in range(2):  # the second time a damaged-5 is already there
-        with checkpoint.open_checkpoints(directory, lines.append) as manager:
-            checkpoint.restore_latest(manager, make_state(0), lines.append)
-            checkpoint.save(manager, 5, make_state(55), {"history": []}, 0.5)
+        with checkpoint.open_checkpoints(directory.parent, lines.append) as checkpoints:
+            newest(checkpoints, lines.append)
+            checkpoint.save(checkpoints, 5, make_state(55), {"history": []}, 0.5)
         (state, _), _ = restore(directory)
         chex.assert_trees_all_equal(state, make_state(55))
         truncate(data_file(directory, 5))
@@ -142,14 +151,27 @@ def test_all_damaged_is_an_error(directory):
     assert sorted(path.name for path in directory.iterdir()) == ["2", "4", "5"]
 
 
+def test_whole_checkpoint_within_an_epoch_stands_in_for_damaged_ones_after(directory):
+    totals = training.init_totals(training.data_mesh())
+    with checkpoint.open_checkpoints(directory.parent, print) as checkpoints:
+        checkpoint.save_unfinished(checkpoints, make_state(3), totals, {"history": [3]})
+    assert restore(directory)[0][1] == {"history": [5]}  # of more steps
+    for epoch in (2, 4, 5):
+        truncate(data_file(directory, epoch))
+    (state, record), lines = restore(directory)
+    chex.assert_trees_all_equal(state, make_state(3))
+    assert record == {"history": [3]}
+    assert ["is damaged" in line for line in lines] == [True] * 3
+
+
 def test_state_of_another_structure_sets_nothing_aside(directory):
     state = make_state(0)
     other = dataclasses.replace(state, params={"kernel": jnp.zeros(3)})
     with (
-        checkpoint.open_checkpoints(directory, print) as manager,
+        checkpoint.open_checkpoints(directory.parent, print) as checkpoints,
         pytest.raises(checkpoint.CheckpointError, match="no checkpoint"),
     ):
-        checkpoint.restore_latest(manager, other, print)
+        newest(checkpoints, like=other)
     assert sorted(path.name for path in directory.iterdir()) == ["2", "4", "5"]
 
 
@@ -162,13 +184,13 @@ def test_checkpoint_that_was_never_finished_is_ignored(directory):
 
 def test_save_does_not_see_later_changes(tmp_path):
     # The next step consumes the state, and the history grows, while a checkpoint is written.
-    with checkpoint.open_checkpoints(tmp_path, print) as manager:
+    with checkpoint.open_checkpoints(tmp_path, print) as checkpoints:
         for epoch in (1, 2, 3):
             state, history = make_state(epoch), [epoch]
-            checkpoint.save(manager, epoch, state, {"history": history}, 1.0)
+            checkpoint.save(checkpoints, epoch, state, {"history": history}, 1.0)
             history.append("later")
             jax.jit(lambda s: jax.tree.map(jnp.zeros_like, s), donate_argnums=0)(state)
-    (restored, record), _ = restore(tmp_path)
+    (restored, record), _ = restore(tmp_path / "checkpoints")
     chex.assert_trees_all_equal(restored, make_state(3))
     assert record == {"history": [3]}
 
@@ -179,10 +201,10 @@ def network_run(tmp_path):
     network = resnet14(width=4, rngs=nnx.Rngs(0))
     state = training.init_state(network, optax.adam(1.0), 0, training.data_mesh())
     zero = dataclasses.replace(state, params=jax.tree.map(jnp.zeros_like, state.params))
-    with checkpoint.open_checkpoints(tmp_path / "run", print) as manager:
-        checkpoint.save(manager, 1, state, {}, 1.0)
-        checkpoint.save(manager, 2, zero, {}, 2.0)
-    return tmp_path / "run", state, zero
+    with checkpoint.open_checkpoints(tmp_path / "run", print) as checkpoints:
+        checkpoint.save(checkpoints, 1, state, {}, 1.0)
+        checkpoint.save(checkpoints, 2, zero, {}, 2.0)
+    return tmp_path / "run" / "checkpoints", state, zero
 
 
 def test_network_gets_the_best_parameters_without_the_optimiser(network_run):

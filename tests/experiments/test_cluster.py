@@ -43,7 +43,7 @@ def test_one_process_is_the_first_and_waits_for_none():
     cluster.check_equal("settings", {"epochs": 1})
     assert cluster.gathered(3).tolist() == [3]
     numbers = iter([None, 15])
-    assert [cluster.any_of_all(lambda: next(numbers))() for _ in range(2)] == [None, 15]
+    assert [cluster.shared_maximum(lambda: next(numbers))() for _ in range(2)] == [None, 15]
 
 
 def command(settings, workdir):

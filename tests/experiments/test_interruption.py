@@ -10,27 +10,42 @@ import pytest
 from experiments.interruption import noted_signals
 
 SCRIPT = """
-import signal, time
+import ctypes, signal, time
 from experiments.interruption import noted_signals
 with noted_signals() as received:
     print(received(), flush=True)
     while received() is None:
         time.sleep(0.01)
     print(received().name, flush=True)
-    time.sleep(60)
+    WAIT
 """
+# While Python runs, and while it waits for a function in C that is not interrupted by signals.
+WAITS = ("while True: pass", "libc = ctypes.CDLL(None); [libc.usleep(999999) for _ in range(99)]")
 
 
+@pytest.mark.parametrize("wait", WAITS)
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-def test_first_signal_is_noted_and_the_second_ends_the_process(first, second):
-    command = [sys.executable, "-c", SCRIPT]
+def test_first_signal_is_noted_and_the_second_ends_the_process(first, second, wait):
+    command = [sys.executable, "-c", SCRIPT.replace("WAIT", wait)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "None\n"
         process.send_signal(first)
         assert process.stdout.readline() == f"{first.name}\n"
         process.send_signal(second)
-        assert process.wait(timeout=10) == -second
+        assert process.wait(timeout=10) == 128 + second
+
+
+def test_ignored_signals_stay_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with noted_signals() as received:
+            signal.raise_signal(signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert received() is None
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_other_threads_leave_signals_alone():

@@ -355,8 +355,8 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(settin
         patch.setattr(training_loop, "train_epoch", exploding)
         with pytest.raises(CommandError, match=r"step 11 \(epoch 2\); the checkpoint of epoch 1"):
             run(variant(settings, tmp_path / "later"))
-    with checkpoint.open_checkpoints(tmp_path / "later" / "checkpoints", print) as manager:
-        assert manager.all_steps() == [1]
+    with checkpoint.open_checkpoints(tmp_path / "later", print) as checkpoints:
+        assert checkpoints.after_epochs.all_steps() == [1]
     assert (tmp_path / "later" / "losses.png").exists()
 
 
