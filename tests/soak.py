@@ -45,8 +45,8 @@ def soak(folder: Path, kills: int, epochs: int, seed: int = 0) -> Outcome:
     """
     rng = random.Random(seed)
     command = [
-        *(sys.executable, "-m", "experiments.train", "--width=4", "--train-images=64"),
-        *(f"--epochs={epochs}", "--batch-size=16", "--save-every-steps=1"),
+        *(sys.executable, "-m", "experiments.train", "--width=4", "--train-images=512"),
+        *(f"--epochs={epochs}", "--batch-size=16"),
     ]
     environment = {
         **os.environ,
@@ -57,7 +57,7 @@ def soak(folder: Path, kills: int, epochs: int, seed: int = 0) -> Outcome:
     subprocess.run(
         [*command, f"--workdir={whole}"], env=environment, check=True, stdout=subprocess.DEVNULL
     )
-    again = [*command, f"--workdir={killed}"]
+    again = [*command, f"--workdir={killed}", "--save-every-steps=1"]
     moments = [kill_at_random(again, environment, rng) for _ in range(kills)]
     subprocess.run(again, env=environment, check=True, stdout=subprocess.DEVNULL)
     return Outcome(kills, tuple(moments), ending(whole) == ending(killed))
@@ -84,7 +84,9 @@ def kill_at_random(command: list[str], environment: dict[str, str], rng: random.
         process.send_signal(signal.SIGKILL)
         rest, errors = process.communicate()
     if process.returncode != -signal.SIGKILL:
-        raise RuntimeError(f"it ended by itself ({process.returncode}): {errors or lines[-1]}")
+        raise RuntimeError(
+            f"it ended ({process.returncode}) before it was killed: {errors or lines[-1]}"
+        )
     return [*lines, *rest.splitlines()][-1]
 
 
@@ -98,7 +100,7 @@ def ending(workdir: Path) -> tuple[str, list[list[float]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--epochs", type=int, default=75, help="of four steps each")
+    parser.add_argument("--epochs", type=int, default=50, help="of 32 steps each")
     parser.add_argument("--seed", type=int, default=0, help="decides when to kill")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:

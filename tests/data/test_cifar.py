@@ -30,13 +30,16 @@ class Small:
     train: tuple[np.ndarray, np.ndarray]
     test: tuple[np.ndarray, np.ndarray]
 
-    def packed(self):
+    def packed(self, *others):
+        """The archive's bytes; `others` are members without content."""
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
             for name, content in self.files.items():
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
+            for info in others:
+                tar.addfile(info)
         return buffer.getvalue()
 
     def served_by(self, server, packed=None):
@@ -241,6 +244,15 @@ def with_another_label(small):
     return small.packed()
 
 
+def with_link(small):
+    """To the file of another member, in place of one."""
+    name = "cifar-10-batches-bin/test_batch.bin"
+    del small.files[name]
+    link = tarfile.TarInfo(name)
+    link.type, link.linkname = tarfile.SYMTYPE, "data_batch_1.bin"
+    return small.packed(link)
+
+
 def cut_in_half(small):
     packed = small.packed()
     return packed[: len(packed) // 2]
@@ -257,6 +269,7 @@ def not_gzipped(small):
         (with_short_file, "test_batch.bin has 61459 bytes, not 61460"),
         (with_too_few_records, "data_batch_3.bin has 58387 bytes, not 61460"),
         (with_another_label, "the labels are not 0 to 9"),
+        (with_link, "it has no cifar-10-batches-bin/test_batch.bin"),
         (cut_in_half, ""),
         (not_gzipped, "not a gzip file"),
     ],
@@ -273,6 +286,16 @@ def test_corrupt_archive_leaves_nothing_and_can_be_repeated(
 
     dataset = load_source(cifar.cifar10(small10.served_by(server, good)), tmp_path)
     assert_holds(dataset, small10.train, small10.test, validation_per_class=1)
+
+
+@pytest.mark.parametrize("name", ["../escaped", "/{}/escaped", "cifar-10-batches-bin/../escaped"])
+def test_members_that_leave_the_folder_are_passed_over(server, small10, tmp_path, name):
+    name = name.format(tmp_path)
+    small10.files[name] = b"content"
+    data_dir = tmp_path / "data" / "sets"
+    dataset = load_source(cifar.cifar10(small10.served_by(server)), data_dir)
+    assert_holds(dataset, small10.train, small10.test, validation_per_class=1)
+    assert not list(tmp_path.rglob("escaped"))
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:1000], lambda content: content[::-1]])

@@ -159,6 +159,47 @@ def test_photograph_taken_sideways_is_turned(root, write_images):
     assert any((np.rot90(pixels, -1) == image).all() for s in splits for image in s.images)
 
 
+def animated(array, other):
+    buffer = io.BytesIO()
+    frames = [Image.fromarray(other)]
+    Image.fromarray(array).save(
+        buffer, "webp", lossless=True, save_all=True, append_images=frames, duration=100
+    )
+    return buffer.getvalue()
+
+
+def test_first_frame_of_an_animation_is_taken(root, write_images):
+    write_images(root, SPLITS)
+    first, second = NOISE, 255 - NOISE
+    path = root / "train" / "cat" / "00.webp"
+    path.write_bytes(animated(first, second))
+    images = by_label(load("folder", data_dir=root).splits["train"])[0]
+    assert first.tobytes() in images and second.tobytes() not in images
+
+
+def test_printers_colours_become_red_green_and_blue(root, write_images):
+    write_images(root, SPLITS)
+    path = root / "train" / "cat" / "00.jpg"
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(path, quality=100)
+    (train, _) = load("folder", data_dir=root).splits.values()
+    red = np.abs(train.images.astype(int) - (255, 0, 0)).max(axis=(1, 2, 3)) < 5
+    assert red.sum() == 1 and train.labels[red] == 0
+
+
+def test_extension_need_not_be_that_of_the_content(root, write_images):
+    arrays = write_images(root, SPLITS)
+    path = root / "train" / "cat" / "00.png"
+    path.rename(path.with_suffix(".jpg"))
+    assert arrays[path].tobytes() in by_label(load("folder", data_dir=root).splits["train"])[0]
+
+
+def test_single_pixel_fills_an_image(root, write_images):
+    write_images(root, SPLITS)
+    Image.new("RGB", (1, 1), (1, 2, 3)).save(root / "train" / "cat" / "00.png")
+    images = load("folder", data_dir=root, image_size=8).splits["train"].images
+    assert ((images == (1, 2, 3)).all(axis=(1, 2, 3))).sum() == 1
+
+
 def test_negative_split_seed(root, write_images):
     write_images(root, {"cat": 5, "dog": 5})
     assert "--split-seed=-1" in refusal(root, split_seed=-1)
@@ -339,7 +380,17 @@ def encoded(array, file_format):
 
 
 NOISE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+
+
+def bomb():
+    """A small file of 20,000 × 20,000 pixels."""
+    buffer = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(buffer, "png")
+    return buffer.getvalue()
+
+
 NO_IMAGES = {
+    "bomb": bomb(),
     "empty": b"",
     "text": b"no image",
     **{f"cut {kind}": encoded(NOISE, kind)[:-40] for kind in ("png", "jpeg", "webp")},

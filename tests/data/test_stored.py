@@ -69,6 +69,20 @@ def test_damage_is_one_line(both, tmp_path, cache_dir, damaged):
     assert "\n" not in str(error.value)
 
 
+class Command:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_nothing_stored_is_executed(both, tmp_path, cache_dir, monkeypatch):
+    (path,) = cache_dir.glob("*/*/*/summary-train.npz")
+    np.savez(path, labels=np.array([Command()], object), shape=[1, 8, 8, 3], digest="", mean=0)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(data.DataError, match="cannot be read, delete "):
+        load(tmp_path / "images")
+    assert not (tmp_path / "executed").exists()
+
+
 def test_summary_is_that_of_the_whole_arrays(monkeypatch):
     monkeypatch.setattr("chansel_jax.data.summary.CHUNK", 4)
     rng = np.random.default_rng(0)

@@ -59,7 +59,7 @@ def environment(devices):
 
 
 @contextlib.contextmanager
-def processes(settings, workdir, count, **different):
+def processes(settings, workdir, count, *words_of_all, **different):
     """`count` processes of one run over eight devices in all.
 
     Those arguments in `different` are the last process's alone.
@@ -70,9 +70,9 @@ def processes(settings, workdir, count, **different):
         found = []
         for i in range(count):
             words = [f"--coordinator=127.0.0.1:{port}", f"--num-processes={count}"]
-            words.append(f"--process-id={i}")
+            words += [f"--process-id={i}", *words_of_all]
             if i == count - 1:
-                words += [f"--{name}={value}" for name, value in different.items()]
+                words += [f"--{k.replace('_', '-')}={v}" for k, v in different.items()]
             process = subprocess.Popen(
                 command(settings, workdir) + words,
                 env=environment(DEVICES // count),
@@ -91,7 +91,7 @@ def rows(workdir):
 
 def test_processes_stop_together_and_one_goes_on_with_the_same_losses(settings, whole, tmp_path):
     workdir = tmp_path / "run"
-    with processes(settings, workdir, 2) as both:
+    with processes(settings, workdir, 2, "--input=streaming", "--workers=0") as both:
         deadline = time.monotonic() + 300
         while not (workdir / "checkpoints" / "1").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -126,10 +126,25 @@ def test_devices_give_the_same_losses_and_may_change_in_between(settings, whole,
     eight = tmp_path / "eight"
     train(settings, eight, devices=DEVICES)
     assert_same_losses(eight, settings.workdir)
-    shutil.rmtree(eight / "checkpoints" / "3")
-    (eight / "summary.json").unlink()
+    take_back_an_epoch(eight)
     assert "resumed after epoch 2 of 3" in train(settings, eight, devices=1).stdout
     assert_same_losses(eight, settings.workdir)
+
+
+def take_back_an_epoch(workdir):
+    shutil.rmtree(workdir / "checkpoints" / "3")
+    (workdir / "summary.json").unlink()
+
+
+def test_two_processes_go_on_where_one_was(settings, whole, tmp_path):
+    """With four times the devices."""
+    workdir = shutil.copytree(settings.workdir, tmp_path / "run")
+    take_back_an_epoch(workdir)
+    with processes(settings, workdir, 2) as both:
+        outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert "resumed after epoch 2 of 3" in outputs[0][0]
+    assert_same_losses(workdir, settings.workdir)
 
 
 def test_processes_that_differ_are_told(settings, tmp_path):
@@ -139,6 +154,25 @@ def test_processes_that_differ_are_told(settings, tmp_path):
         assert process.returncode == 1
         assert "error: process 1 has other settings or images than process 0" in errors
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_other_files_are_told(settings, whole, tmp_path):
+    """As on machines that do not share the folder: the second finds the first's run nowhere."""
+    workdir = shutil.copytree(settings.workdir, tmp_path / "run")
+    take_back_an_epoch(workdir)
+    with processes(settings, workdir, 2, workdir=tmp_path / "elsewhere") as both:
+        outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [1, 1]
+    for _, errors in outputs:
+        assert "error: process 1 has other checkpoints in its --workdir" in errors
+
+
+def test_failure_of_another_process_ends_the_first(settings, tmp_path):
+    with processes(settings, tmp_path / "run", 2, data_dir=tmp_path / "none") as both:
+        outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [1, 1]
+    assert "error: process 1 could not go on; its own message says why" in outputs[0][1]
+    assert f"there is no folder {tmp_path / 'none'}" in outputs[1][1]
 
 
 def test_failure_of_the_first_process_ends_the_others(settings, tmp_path):
