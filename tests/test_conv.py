@@ -1,5 +1,9 @@
 """The two layers: against PyTorch, against each other, and at the edges of their arguments."""
 
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +11,7 @@ import pytest
 import torch
 from flax import nnx
 from jax import lax
+from layers import pads
 
 from chansel_jax import ChannelSelectionConv, SubKernelConv
 from chansel_jax.lowerings import runnable
@@ -375,3 +380,61 @@ def test_images_that_do_not_fit(layer_type):
         layer(jnp.zeros((5, 4)))
     with pytest.raises(ValueError, match=r"\(H, W\)=\(2, 5\)"):
         layer(jnp.zeros((1, 2, 5, 4)))
+
+
+# Valid values and, now and then, one that is not.
+few = st.sampled_from((1, 2, 3, 4, 7, 1, 2, 3, 4, 7, 0))
+SETTINGS = {
+    "channels": st.tuples(few, few),
+    "kernel_size": st.one_of(few, st.tuples(few, few)),
+    "strides": st.one_of(few, st.tuples(few, few)),
+    "kernel_dilation": st.one_of(few, st.tuples(few, few)),
+    "padding": st.one_of(
+        st.sampled_from(("SAME", "VALID")), st.integers(-1, 3), st.tuples(pads, pads)
+    ),
+    "rank": st.sampled_from((1, 1, 2, 3, 9)),
+    "size": st.tuples(st.integers(1, 12), st.integers(1, 12)),
+}
+
+
+@hypothesis.settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@hypothesis.given(**SETTINGS)
+def test_layer_has_the_shape_of_flax_s_or_names_what_is_wrong(channels, rank, size, **window):
+    """Nothing is computed: shapes alone."""
+
+    def output(layer_type, **options):
+        layer = layer_type(*channels, **window, **options, rngs=nnx.Rngs(0))
+        return layer(jnp.zeros((2, *size, channels[0])))
+
+    wrong = what_is_wrong(channels, rank, size, **window)
+    factored = functools.partial(output, ChannelSelectionConv, rank=rank)
+    if wrong is not None:
+        with pytest.raises(ValueError, match=f"{wrong}="):
+            jax.eval_shape(factored)
+        return
+    expected = jax.eval_shape(functools.partial(output, nnx.Conv))
+    assert jax.eval_shape(factored).shape == expected.shape
+    assert jax.eval_shape(functools.partial(output, SubKernelConv)).shape == expected.shape
+
+
+def what_is_wrong(channels, rank, size, kernel_size, strides, padding, kernel_dilation):
+    """The first argument that must be refused, if there is one."""
+    for name, value in zip(("in_channels", "out_channels"), channels, strict=True):
+        if value < 1:
+            return name
+    for name, value in (("kernel_size", kernel_size), ("strides", strides)):
+        if np.min(value) < 1:
+            return name
+    if isinstance(padding, int) and padding < 0:
+        return "padding"
+    if np.min(kernel_dilation) < 1:
+        return "kernel_dilation"
+    kernel = np.broadcast_to(kernel_size, 2)
+    if rank > min(channels[0], kernel.prod()):
+        return "rank"
+    if padding == "SAME":
+        return None
+    extent = (kernel - 1) * np.broadcast_to(kernel_dilation, 2) + 1
+    around = 0 if padding == "VALID" else np.broadcast_to(padding, (2, 2)).sum(axis=1)
+    padded = np.array(size) + around
+    return "kernel_size" if (padded < extent).any() else None

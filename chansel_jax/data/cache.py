@@ -5,9 +5,7 @@ Nothing here imports TensorFlow, and nothing is printed but progress bars.
 
 import contextlib
 import dataclasses
-import logging
 import os
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +20,7 @@ from tqdm.auto import tqdm
 
 from chansel_jax.data.dataset import Dataset, Split
 from chansel_jax.data.errors import DataError
+from chansel_jax.data.quiet import quiet
 from chansel_jax.data.source import Source
 from chansel_jax.data.stored import StoredImages
 from chansel_jax.data.summary import CHUNK, Summary, summarise_chunks
@@ -98,7 +97,7 @@ def load_source(
     """
     data_dir = Path(data_dir or constants.get_default_data_dir()).expanduser()
     folder = data_dir / ChanselImages.name / source.name
-    with _quiet():
+    with quiet():
         with _unreadable(folder):
             builder = _builder(source, data_dir)
         try:
@@ -195,21 +194,3 @@ def _unreadable(folder: Path) -> Iterator[None]:
         raise DataError(
             f"the prepared data set cannot be read, delete {folder} and try again: {error}"
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Holds back tensorflow-datasets' warnings, and its progress bars where no terminal is.
-
-    The warnings concern none of its users here; bars in a file are no help.
-    """
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
-        tfds.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        tfds.enable_progress_bar()

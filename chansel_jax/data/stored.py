@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from chansel_jax.data.errors import DataError
+from chansel_jax.data.quiet import quiet
 
 
 class StoredImages:
@@ -43,7 +44,10 @@ class StoredImages:
 
     @functools.cached_property
     def _records(self) -> Any:
-        return tfds.builder_from_directory(self.folder).as_data_source(self.split)
+        with quiet():
+            records = tfds.builder_from_directory(self.folder).as_data_source(self.split)
+            records[0]  # the first that a process decodes is remarked upon
+        return records
 
     def _decoded(self, indices: list[int]) -> list[np.ndarray]:
         try:

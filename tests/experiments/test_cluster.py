@@ -59,10 +59,10 @@ def environment(devices):
 
 
 @contextlib.contextmanager
-def processes(settings, workdir, count, *words_of_all, **different):
+def processes(settings, workdir, count, *words_of_all, last=()):
     """`count` processes of one run over eight devices in all.
 
-    Those arguments in `different` are the last process's alone.
+    The arguments in `last` are the last process's alone.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -72,7 +72,7 @@ def processes(settings, workdir, count, *words_of_all, **different):
             words = [f"--coordinator=127.0.0.1:{port}", f"--num-processes={count}"]
             words += [f"--process-id={i}", *words_of_all]
             if i == count - 1:
-                words += [f"--{k.replace('_', '-')}={v}" for k, v in different.items()]
+                words += last
             process = subprocess.Popen(
                 command(settings, workdir) + words,
                 env=environment(DEVICES // count),
@@ -148,7 +148,7 @@ def test_two_processes_go_on_where_one_was(settings, whole, tmp_path):
 
 
 def test_processes_that_differ_are_told(settings, tmp_path):
-    with processes(settings, tmp_path / "run", 2, seed=1) as both:
+    with processes(settings, tmp_path / "run", 2, last=["--seed=1"]) as both:
         outputs = [process.communicate(timeout=300) for process in both]
     for process, (_, errors) in zip(both, outputs, strict=True):
         assert process.returncode == 1
@@ -160,7 +160,8 @@ def test_processes_with_other_files_are_told(settings, whole, tmp_path):
     """As on machines that do not share the folder: the second finds the first's run nowhere."""
     workdir = shutil.copytree(settings.workdir, tmp_path / "run")
     take_back_an_epoch(workdir)
-    with processes(settings, workdir, 2, workdir=tmp_path / "elsewhere") as both:
+    elsewhere = tmp_path / "elsewhere"
+    with processes(settings, workdir, 2, last=[f"--workdir={elsewhere}"]) as both:
         outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [1, 1]
     for _, errors in outputs:
@@ -168,7 +169,7 @@ def test_processes_with_other_files_are_told(settings, whole, tmp_path):
 
 
 def test_failure_of_another_process_ends_the_first(settings, tmp_path):
-    with processes(settings, tmp_path / "run", 2, data_dir=tmp_path / "none") as both:
+    with processes(settings, tmp_path / "run", 2, last=[f"--data-dir={tmp_path / 'none'}"]) as both:
         outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [1, 1]
     assert "error: process 1 could not go on; its own message says why" in outputs[0][1]
