@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.tree_util import DictKey
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from chansel_jax.digest import digest
+from chansel_jax.processes import together, wait_for_all
 from chansel_jax.training import Totals, TrainState, network_tree
 from chansel_jax.workdir import CHECKPOINTS, UNFINISHED
 
@@ -84,7 +83,7 @@ def open_checkpoints(workdir: str | Path, report: Callable[[str], None]) -> Iter
             _saved_val_loss(directory, epoch)
         except (OSError, ValueError, TypeError, KeyError) as error:
             _set_aside(directory, epoch, error, report)
-    _wait_for_all("damaged checkpoints are set aside")
+    wait_for_all("damaged checkpoints are set aside")
     keep = policies.AnyPreservationPolicy(
         [
             policies.LatestN(LAST_KEPT),
@@ -167,18 +166,20 @@ def restore_newest(
         within, _tree(like) | {"totals": _tree(totals)}, above=steps
     )
     newest = begun or newest
-    failed = ((after, "epoch", failures_after), (within, "step", failures_within))
-    for manager, kind, failures in failed:
-        for number, error in failures.items():
-            if newest is None:
-                raise CheckpointError(
-                    f"no checkpoint under {manager.directory} can be restored "
-                    f"({kind} {number}: {_first_line(error)})"
-                )
-            _set_aside(Path(manager.directory), number, error, report, kind)
-        if failures:
-            _wait_for_all(f"damaged checkpoints are set aside, {kind}")
-            manager.reload()
+    failures = [(after, "epoch", *failure) for failure in failures_after.items()]
+    failures += [(within, "step", *failure) for failure in failures_within.items()]
+    if failures and newest is None:
+        manager, kind, number, error = failures[0]
+        raise CheckpointError(
+            f"no checkpoint under {manager.directory} can be restored "
+            f"({kind} {number}: {_first_line(error)})"
+        )
+    for manager, kind, number, error in failures:
+        _set_aside(Path(manager.directory), number, error, report, kind)
+    if failures:
+        wait_for_all("damaged checkpoints are set aside")
+        after.reload()
+        within.reload()
     return newest
 
 
@@ -207,7 +208,8 @@ def restore(manager: ocp.CheckpointManager, number: int, like: dict[str, Any]) -
         CheckpointError: if the state is not the one that was saved.
         Exception: whatever orbax raises for a checkpoint that is missing or cannot be read.
     """
-    _read_through_everywhere(Path(manager.directory) / str(number) / "state")
+    # Restoring is done together: a process that gave up alone would leave the others waiting.
+    together(lambda: _read_through(Path(manager.directory) / str(number) / "state"))
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     restored = manager.restore(
         number,
@@ -216,8 +218,7 @@ def restore(manager: ocp.CheckpointManager, number: int, like: dict[str, Any]) -
         ),
     )
     tree, record = restored["state"], restored["record"]
-    if digest(tree) != record["digest"]:
-        raise CheckpointError("the digest of its state differs from the one saved with it")
+    together(lambda: _check_digest(tree, record["digest"]))
     totals = Totals(**tree.pop("totals")) if "totals" in tree else None
     return Restored(TrainState(**tree), totals, record["run"])
 
@@ -226,7 +227,7 @@ def discard_unfinished(workdir: Path) -> None:
     """Deletes the checkpoints within epochs, damaged ones that were set aside excepted."""
     directory = workdir / UNFINISHED
     for path in directory.iterdir():
-        if not path.name.startswith(DAMAGED):
+        if path.is_dir() and not path.name.startswith(DAMAGED):
             shutil.rmtree(path)
     if not any(directory.iterdir()):
         directory.rmdir()
@@ -294,6 +295,11 @@ def _save_args(tree: dict[str, Any], record: dict) -> ocp.args.Composite:
     )
 
 
+def _check_digest(tree: dict[str, Any], saved: str) -> None:
+    if digest(tree) != saved:
+        raise CheckpointError("the digest of its state differs from the one saved with it")
+
+
 def _val_loss(metrics: dict[str, float]) -> float:
     return metrics["val_loss"]
 
@@ -333,12 +339,6 @@ def _refused_writes(manager: ocp.CheckpointManager) -> Iterator[None]:
         ) from error
 
 
-def _wait_for_all(what: str) -> None:
-    """Waits until all processes have come to the same place."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
-
-
 def _quieten_orbax() -> None:
     # Orbax reports every phase of every save; what went wrong reaches the caller as an exception.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -359,24 +359,6 @@ def _read_through(directory: Path) -> None:
         raise CheckpointError(f"{directory} holds no arrays")
     for key in keys:
         store.read(key).result()
-
-
-def _read_through_everywhere(directory: Path) -> None:
-    """As `_read_through`, and all processes fail if one does.
-
-    Restoring is done together: one that gave up alone would leave the others waiting.
-    """
-    failure = None
-    try:
-        _read_through(directory)
-    except Exception as error:
-        failure = error
-    if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.asarray(failure is not None))
-        if failure is None and failed.any():
-            raise CheckpointError(f"another process cannot read {directory}")
-    if failure is not None:
-        raise failure
 
 
 def _set_aside(

@@ -7,13 +7,13 @@ what comes: a stream can begin at any step, over any number of processes.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import grain
 import jax
@@ -21,15 +21,16 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from chansel_jax.data import Split
+from chansel_jax.data import DataError, Split
 from chansel_jax.training import Batch, batch_sharding, epoch_order
 
 READ_AHEAD = 2  # batches of a worker, or of a thread
+MOST_THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingOrder:
-    """Which image each place of each step of a training takes.
+    """Which images each step of a training takes.
 
     Attributes:
         key: `(2,)` uint32, that of the `TrainState`.
@@ -43,18 +44,40 @@ class TrainingOrder:
     batch_size: int
     steps_per_epoch: int
 
-    def __call__(self, step: int, row: int) -> int:
-        """The number of the image in a row of a step's batch."""
+    def __call__(self, step: int) -> np.ndarray:
+        """The numbers `(batch_size,)` of a step's images."""
         epoch, step = divmod(step, self.steps_per_epoch)
-        return int(self._epoch(epoch)[step * self.batch_size + row])
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        return _epoch_order(self.key.tobytes(), epoch, self.count)
+        order = _epoch_order(self.key.tobytes(), epoch, self.count)
+        return order[step * self.batch_size :][: self.batch_size]
 
 
-@functools.lru_cache(maxsize=4)  # threads that read ahead are in two epochs at once
+@functools.lru_cache(maxsize=2 * MOST_THREADS)  # with short epochs each thread may be in another
 def _epoch_order(key: bytes, epoch: int, count: int) -> np.ndarray:
     return np.asarray(epoch_order(np.frombuffer(key, np.uint32), epoch, count))
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenOrder:
+    """All images in their own order; the last batch is filled up with the last image.
+
+    Attributes:
+        count: of the images.
+        batch_size: over all devices.
+    """
+
+    count: int
+    batch_size: int
+
+    def __call__(self, step: int) -> np.ndarray:
+        """The numbers `(batch_size,)` of a batch's images."""
+        return np.minimum(self._places(step), self.count - 1)
+
+    def mask(self, step: int) -> np.ndarray:
+        """`(batch_size,)` bool: False where the last image is repeated."""
+        return self._places(step) < self.count
+
+    def _places(self, step: int) -> np.ndarray:
+        return step * self.batch_size + np.arange(self.batch_size)
 
 
 @contextlib.contextmanager
@@ -62,6 +85,8 @@ def training_batches(
     split: Split, order: TrainingOrder, mesh: Mesh, *, first_step: int, steps: int, workers: int
 ) -> Iterator[Iterator[Batch]]:
     """The batches of the steps from `first_step` on, within a `with`.
+
+    Their iterator raises `DataError` if images cannot be read, or a worker ends.
 
     Args:
         split: the training images.
@@ -72,9 +97,8 @@ def training_batches(
         workers: processes that read and decode; 0 does so in threads of this one.
     """
     rows = local_rows(mesh, order.batch_size)
-    source = _Rows(split, order, rows, steps)
-    with _reading(source, first_step, len(rows), workers) as batches:
-        yield (put_batch(batch, mesh) for batch in batches)
+    with _reading(_Batches(split, order, rows, steps), first_step, workers) as batches:
+        yield map(functools.partial(put_batch, mesh=mesh), batches)
 
 
 @contextlib.contextmanager
@@ -86,30 +110,21 @@ def evaluation_batches(
     The last batch is filled up with the last image, and the mask `(N,)` is False there. It is read
     in threads of this process.
     """
-    count = len(split.labels)
-    rows = local_rows(mesh, batch_size)
-    steps = -(-count // batch_size)
-    place = functools.partial(_place_in_order, batch_size)
-    source = _Rows(split, lambda step, row: min(place(step, row), count - 1), rows, steps)
-    sharding = batch_sharding(mesh)
+    order, rows = GivenOrder(len(split.labels), batch_size), local_rows(mesh, batch_size)
+    steps = -(-order.count // batch_size)
 
-    def masked(batches):
-        for step, batch in enumerate(batches):
-            mask = np.array([place(step, row) < count for row in rows])
-            yield put_batch(batch, mesh), jax.make_array_from_process_local_data(sharding, mask)
+    def masked(step, batch):
+        mask = jax.make_array_from_process_local_data(batch_sharding(mesh), order.mask(step)[rows])
+        return put_batch(batch, mesh), mask
 
-    with _reading(source, 0, len(rows), 0) as batches:
-        yield masked(batches)
+    with _reading(_Batches(split, order, rows, steps), first_step=0, workers=0) as batches:
+        yield map(masked, itertools.count(), batches)
 
 
-def _place_in_order(batch_size: int, step: int, row: int) -> int:
-    return step * batch_size + row
-
-
-def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """The rows of a global batch that the devices of this process hold, ascending."""
     parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return sorted(row for (part,) in parts for row in range(*part.indices(batch_size)))
+    return np.sort(np.concatenate([np.arange(batch_size)[part] for (part,) in parts]))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
@@ -125,30 +140,32 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
-    """Grain's source: one after another the images of this process's rows of each step's batch."""
+class _Batches:
+    """Grain's source: of each step the rows of this process."""
 
     split: Split
-    order: Callable[[int, int], int]
-    rows: list[int]
+    order: Callable[[int], np.ndarray]
+    rows: np.ndarray
     steps: int
 
     def __len__(self) -> int:
-        return self.steps * len(self.rows)
+        return self.steps
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        step, place = divmod(position, len(self.rows))
-        number = self.order(step, self.rows[place])
-        return {"images": self.split.images[number], "labels": self.split.labels[number]}
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        numbers = self.order(step)[self.rows]
+        return {"images": self.split.images[numbers], "labels": self.split.labels[numbers]}
 
 
 @contextlib.contextmanager
-def _reading(source: _Rows, first_step: int, rows: int, workers: int) -> Iterator[Iterator[dict]]:
+def _reading(
+    source: _Batches, first_step: int, workers: int
+) -> Iterator[Iterator[dict[str, np.ndarray]]]:
     _parse_flags()
-    threads = 1 if workers else os.cpu_count() or 1
+    if not workers:
+        source.split.images[0]  # opens the files, before several threads want to
+    threads = 1 if workers else min(MOST_THREADS, os.cpu_count() or 1)
     dataset = (
-        grain.MapDataset.source(source)[first_step * rows :]
-        .batch(rows)
+        grain.MapDataset.source(source)[first_step:]
         .to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=READ_AHEAD * threads)
         )
@@ -159,9 +176,36 @@ def _reading(source: _Rows, first_step: int, rows: int, workers: int) -> Iterato
     )
     batches = iter(dataset)
     try:
-        yield batches
+        yield _checked(batches, workers)
     finally:
         batches.close()
+
+
+def _checked(batches: Iterator[dict], workers: int) -> Iterator[dict]:
+    try:
+        with _signals_held_back():  # the workers begin with the first batch
+            first = list(itertools.islice(batches, 1))
+        yield from first
+        yield from batches
+    except RuntimeError as error:  # Grain's, where a worker ends
+        raise DataError(
+            f"workers={workers}: the images cannot be read ({error}); memory may be short, which "
+            "fewer workers take less of"
+        ) from error
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """What begins within it, process or thread, never hears of SIGINT and SIGTERM.
+
+    A terminal sends them to all processes at once, and workers must outlive them: the training
+    saves first, and then ends its workers itself.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _parse_flags() -> None:
@@ -176,9 +220,6 @@ def _parse_flags() -> None:
 def _begin_worker(_index: int, _count: int) -> None:
     # The order of an epoch is computed by JAX; accelerators are the training's.
     jax.config.update("jax_platforms", "cpu")
-    # The training is told to stop, saves, and then ends its workers.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_training, daemon=True).start()
 
 

@@ -1,9 +1,9 @@
 """The training step, the evaluation and their state: pure functions under `jax.jit`.
 
 Everything runs over a mesh of all devices of all processes, data-parallel: batches are sharded, the
-state is replicated, BatchNorm sees the whole batch. A data set lies on the devices as uint8; which
-images a step takes, how they are cropped and mirrored, and what dropout drops depend on the seed
-and the step alone.
+state is replicated, BatchNorm sees the whole batch. Images are uint8, a whole data set on the
+devices or one batch at a time. Which images a step takes, how they are cropped and mirrored, and
+what dropout drops depend on the seed and the step alone.
 """
 
 import dataclasses

@@ -20,7 +20,8 @@ import math
 import re
 from collections.abc import Sequence
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+# Of an element, by XLA's name.
+BYTES = {"pred": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +43,13 @@ class Link:
 
 
 def all_reduces(compiled: str) -> list[int]:
-    """The bytes of each all-reduce of a compiled program, given as XLA's text."""
+    """The bytes of each all-reduce of a compiled program, given as XLA's text.
+
+    Raises:
+        KeyError: if one is of a type that is not in `BYTES`.
+    """
     instruction = re.compile(r" = (.*?) all-reduce(?:-start)?\(")
-    arrays = re.compile(rf"\b({'|'.join(BYTES)})\[([\d,]*)\]")
+    arrays = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
     return [
         sum(
             BYTES[dtype] * math.prod(int(size) for size in shape.split(",") if size)

@@ -3,24 +3,28 @@
 All of them do the same; where something is to happen once, process 0 does it alone.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from chansel_jax.processes import OtherProcessError, gathered, together
 from chansel_jax.training import data_mesh
-from experiments.command_line import CommandError
+from experiments.command_line import EXIT_ERROR, CommandError, Interrupted, print_error
 
 Result = TypeVar("Result")
+
+GRACE = 2.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,36 +79,36 @@ def join(settings: ClusterSettings) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def ended_together() -> Iterator[None]:
+    """Within it an error of one process ends the others, instead of leaving them waiting for it.
+
+    JAX's own way out would have each process wait for all, for minutes.
+    """
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            error = OtherProcessError(f"another process may have ended, it says why: {error}")
+        print_error(error)
+        time.sleep(GRACE)  # for the others to say what they have to: process 0 takes them with it
+        os._exit(EXIT_ERROR)
+
+
 def is_first() -> bool:
     """Whether this is process 0."""
     return jax.process_index() == 0
-
-
-def together(function: Callable[[], Result]) -> Result:
-    """What `function` returns in this process; if it fails in one of them, all of them end.
-
-    Raises:
-        CommandError: if it has failed in others only.
-        Exception: what `function` raises.
-    """
-    result, failure = None, None
-    try:
-        result = function()
-    except Exception as error:
-        failure = error
-    failed = np.flatnonzero(gathered(failure is not None))
-    if failure is not None:
-        raise failure
-    if len(failed):
-        raise CommandError(f"process {failed[0]} could not go on; its own message says why")
-    return result
 
 
 def first_alone(function: Callable[[], Result]) -> Result | None:
     """Calls `function` in process 0, while the others wait; they get None.
 
     Raises:
-        CommandError: in the other processes, if it failed.
+        OtherProcessError: in the other processes, if it failed.
         Exception: in process 0, what `function` raises.
     """
     return together(lambda: function() if is_first() else None)
@@ -114,7 +118,7 @@ def in_turn(function: Callable[[], Result]) -> Result:
     """What `function` returns, called in process 0 first, so that the others find its files.
 
     Raises:
-        CommandError: in the other processes, if it failed in one.
+        OtherProcessError: if it failed in others only.
         Exception: what `function` raises.
     """
     result = first_alone(function)
@@ -158,11 +162,3 @@ def shared_maximum(number: Callable[[], int | None]) -> Callable[[], int | None]
         return arrived or None
 
     return received
-
-
-def gathered(value: Any) -> np.ndarray:
-    """The value of each process, in their order."""
-    value = np.asarray(value)
-    if jax.process_count() == 1:
-        return value[None]
-    return np.asarray(multihost_utils.process_allgather(value))

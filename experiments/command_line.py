@@ -54,7 +54,7 @@ def run(
     try:
         main(parse(settings_type, name, recipes=recipes))
     except (CommandError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print_error(error)
         sys.exit(EXIT_ERROR)
     except Interrupted as stop:
         if str(stop):
@@ -63,6 +63,11 @@ def run(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def print_error(error: Exception) -> None:
+    """Prints an error as one line, at once."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
 
 
 def typed(name: str, settings: Any, recipes: Mapping[str, object] | None = None) -> str:

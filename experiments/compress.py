@@ -115,7 +115,7 @@ def compress(settings: Settings, console: Console) -> list[Compressed]:
         raise CommandError(
             f"workdir={settings.workdir} is a run of --conv={dense.settings.conv}, not subkernel"
         )
-    dataset, others = load_images(dense, settings.data_dir)
+    dataset, others = load_images(dense, settings.data_dir, in_memory=True)
     if others:
         raise CommandError(f"the {' and '.join(others)} images are not those of the run")
     output = settings.output or settings.workdir / "compressed"

@@ -1,4 +1,4 @@
-"""All that the settings of a training run decide, built: data, network, optimiser, functions."""
+"""All that the settings of a training run decide, built: data, network, optimiser."""
 
 import dataclasses
 from typing import Any
@@ -97,7 +97,7 @@ def build(settings: Settings, network: ResNet | None = None) -> Experiment:
 
     Raises:
         ValueError: if a setting or the data is wrong.
-        CommandError: if they are so in another process.
+        OtherProcessError: if the data are so in another process.
     """
     in_memory = settings.input.input == "memory"
     dataset = cluster.in_turn(lambda: load_data(settings.data, in_memory))
@@ -156,4 +156,8 @@ def first_of_each_class(split: data.Split, count: int) -> data.Split:
         of_label = split.labels == label
         ranks[of_label] = np.arange(of_label.sum())
     chosen = np.sort(np.argsort(ranks, kind="stable")[:count])
-    return data.Split(split.images[chosen], split.labels[chosen])
+    images = split.images
+    stays_stored = isinstance(images, data.StoredImages)
+    return data.Split(
+        images.select(chosen) if stays_stored else images[chosen], split.labels[chosen]
+    )

@@ -128,15 +128,19 @@ def load_run(workdir: Path, epoch: Checkpoint = "best") -> Run:
     return Run(**vars(config), workdir=workdir, network=network, epoch=epoch)
 
 
-def load_images(run: Run, data_dir: Path | None) -> tuple[data.Dataset, tuple[str, ...]]:
+def load_images(
+    run: Run, data_dir: Path | None, in_memory: bool = False
+) -> tuple[data.Dataset, tuple[str, ...]]:
     """The images of `run`, and the splits whose images are not those it was trained with.
+
+    By default they stay on disk: most of them may never be looked at.
 
     Raises:
         CommandError: if they cannot be had, or are of other classes.
     """
     settings = dataclasses.replace(run.settings.data, data_dir=data_dir)
     try:
-        dataset = load_data(settings)
+        dataset = load_data(settings, in_memory)
     except ValueError as error:
         raise CommandError(error) from error
     if dataset.class_names != run.class_names:

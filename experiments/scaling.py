@@ -98,6 +98,8 @@ class Point:
 
 def main(settings: Settings) -> None:
     """Measures, predicts and reports."""
+    # The threads of virtual devices wait for each other in a sum; some must be left to compute.
+    os.environ.setdefault("PJRT_NPROC", "16")
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         wanted = max(settings.devices, default=len(machine.usable_cores()))
         jax.config.update("jax_num_cpu_devices", wanted)
@@ -152,6 +154,8 @@ def device_counts(settings: Settings) -> Sequence[int]:
     counts = sorted({1, *(settings.devices or powers)})
     if counts[-1] > there:
         raise CommandError(f"devices={counts[-1]} must be at most the {there} that there are")
+    if counts == [1]:
+        raise CommandError("devices=1: what several send each other takes two at least")
     return counts
 
 

@@ -147,7 +147,8 @@ def image_digests(settings: DataSettings) -> Mapping[str, str]:
         CommandError: if they cannot be had.
     """
     try:
-        return {name: split.summary.digest for name, split in load_data(settings).splits.items()}
+        splits = load_data(settings, in_memory=False).splits
+        return {name: split.summary.digest for name, split in splits.items()}
     except ValueError as error:
         raise CommandError(error) from error
 

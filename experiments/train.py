@@ -15,23 +15,29 @@ import jax
 from rich.console import Console
 
 from chansel_jax import checkpoint, records
+from chansel_jax.checkpoint import CheckpointError
 from chansel_jax.counting import LayerCount, count_network
+from chansel_jax.data import DataError
 from chansel_jax.digest import digest
+from chansel_jax.processes import OtherProcessError
 from chansel_jax.resnet import ResNet
 from chansel_jax.workdir import WorkdirError, claim
 from experiments import cluster, printing
 from experiments.benchmarking import machine
 from experiments.command_line import CommandError, run
 from experiments.experiment import Experiment, build
-from experiments.settings import RECIPES, Settings, run_name
+from experiments.settings import RECIPES, Settings, decisive, run_name
 from experiments.training_loop import Progress, train
+
+EXPECTED = (WorkdirError, CheckpointError, DataError, FloatingPointError, OtherProcessError)
 
 
 def main(settings: Settings) -> None:
     """Trains as `settings` say, and prints how it goes."""
     cluster.join(settings.cluster)
-    quiet = not cluster.is_first()
-    train_and_evaluate(settings, Console(highlight=False, soft_wrap=True, quiet=quiet))
+    with cluster.ended_together():
+        quiet = not cluster.is_first()
+        train_and_evaluate(settings, Console(highlight=False, soft_wrap=True, quiet=quiet))
 
 
 def train_and_evaluate(
@@ -51,13 +57,13 @@ def train_and_evaluate(
     """
     workdir = settings.workdir or Path("runs", run_name(settings))
     refuse_workdir_among_images(workdir, settings)
+    cluster.check_equal("settings", equal_in_all_processes(settings))
     try:
         experiment = build(settings, network)
-    except ValueError as error:
+    except (ValueError, OtherProcessError) as error:
         raise CommandError(error) from error
     description = experiment.describe()
-    of_all = {"save_every_steps": settings.save_every_steps, "resume": settings.resume}
-    cluster.check_equal("settings or images", description | of_all)
+    cluster.check_equal("images", description)
     try:
         with contextlib.ExitStack() as claimed:
             aside = cluster.first_alone(
@@ -67,7 +73,7 @@ def train_and_evaluate(
             progress = train(experiment, workdir, console)
             summary = summarise(experiment, rows, progress)
             cluster.first_alone(lambda: finish(summary, workdir))
-    except (WorkdirError, checkpoint.CheckpointError, FloatingPointError) as error:
+    except EXPECTED as error:
         raise CommandError(error) from error
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -76,6 +82,12 @@ def train_and_evaluate(
         ) from error
     printing.print_summary(summary, workdir, console)
     return summary
+
+
+def equal_in_all_processes(settings: Settings) -> dict[str, Any]:
+    """What processes must agree on to take the same steps, and to do the same between them."""
+    others = {name: getattr(settings, name) for name in ("save_every_steps", "resume")}
+    return decisive(settings) | others | {"input": settings.input.input}
 
 
 def finish(summary: Mapping[str, Any], workdir: Path) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from chansel_jax import checkpoint, records, training
+from chansel_jax.processes import together
 from experiments import cluster, printing
 from experiments import feed as feeds
 from experiments.command_line import Interrupted
@@ -66,7 +67,7 @@ def train(experiment: Experiment, workdir: Path, console: Console) -> Progress:
         with recorded(workdir, progress.history, run_name(experiment.settings)) as record:
             while len(progress.history) < epochs:
                 progress = train_epoch(experiment, progress, feed, between_steps, console)
-                cluster.together(functools.partial(record, progress.history))
+                together(functools.partial(record, progress.history))
                 row, saved = progress.history[-1], {"history": progress.history}
                 checkpoint.save(checkpoints, row["epoch"], progress.state, saved, row["val_loss"])
                 console.print(printing.epoch_line(progress.history))

@@ -180,6 +180,7 @@ def test_checkpoint_that_was_never_finished_is_ignored(directory):
     partial.mkdir(parents=True)
     (partial / "metrics").touch()
     assert restore(directory)[0][1] == {"history": [5]}
+    assert not partial.exists()  # nor does it stay
 
 
 def test_save_does_not_see_later_changes(tmp_path):

@@ -1,4 +1,3 @@
-import itertools
 import os
 import signal
 import subprocess
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from chansel_jax import streaming, training
-from chansel_jax.data import Split
+from chansel_jax.data import DataError, Split
 
 COUNT, BATCH_SIZE, STEPS = 37, 8, 4  # an epoch leaves five images out
 
@@ -55,18 +54,21 @@ def test_evaluation_sees_every_image_once(split, batch_size):
     assert {len(batch.labels) for _, batch in found} == {batch_size}
 
 
-def test_processes_hold_the_rows_of_their_devices(monkeypatch):
-    mesh = training.data_mesh()
-    assert streaming.local_rows(mesh, 6) == [0, 1, 2, 3, 4, 5]
-    first = mesh.devices.ravel()[0]
-    sharding = type(training.batch_sharding(mesh))
-    indices = sharding.addressable_devices_indices_map
-    monkeypatch.setattr(
-        sharding,
-        "addressable_devices_indices_map",
-        lambda self, shape: {d: i for d, i in indices(self, shape).items() if d == first},
-    )
-    assert streaming.local_rows(mesh, 6) == [0, 1, 2]
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([slice(0, 3), slice(3, 6)], [0, 1, 2, 3, 4, 5]),
+        ([slice(4, 6), slice(0, 2)], [0, 1, 4, 5]),  # of a mesh that mixes the processes' devices
+        ([slice(None)], [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_processes_hold_the_rows_of_their_devices(monkeypatch, parts, expected):
+    class Sharding:
+        def addressable_devices_indices_map(self, shape):
+            return {number: (part,) for number, part in enumerate(parts)}
+
+    monkeypatch.setattr(streaming, "batch_sharding", lambda mesh: Sharding())
+    assert streaming.local_rows(None, 6).tolist() == expected
 
 
 KILLED = """
@@ -109,18 +111,40 @@ def is_running(pid):
     return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_images_that_cannot_be_read_end_the_stream(order):
-    class Damaged:
-        shape = (COUNT, 4, 4, 3)
+class Damaged(np.ndarray):
+    """Images of which some cannot be read."""
 
-        def __getitem__(self, number):
-            raise ValueError(f"image {number} is damaged")
+    def __getitem__(self, key):
+        if np.ndim(key):
+            raise DataError("they are damaged")
+        return super().__getitem__(key)
 
-    split = Split(Damaged(), np.zeros(COUNT, np.int32))
+
+class Deadly(np.ndarray):
+    """Images that end whoever reads them."""
+
+    def __getitem__(self, key):
+        if np.ndim(key):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize(
+    ("images", "workers", "message"),
+    [
+        (Damaged, 0, "they are damaged"),
+        (Damaged, 1, "they are damaged"),
+        (Deadly, 1, "workers=1: the images cannot be read"),
+    ],
+)
+def test_images_that_cannot_be_read_are_an_error(split, order, images, workers, message):
+    damaged = Split(split.images.view(images), split.labels)
+    mesh = training.data_mesh()
     with (
         streaming.training_batches(
-            split, order, training.data_mesh(), first_step=0, steps=STEPS, workers=0
+            damaged, order, mesh, first_step=0, steps=STEPS, workers=workers
         ) as batches,
-        pytest.raises(ValueError, match="is damaged"),
+        pytest.raises(DataError, match=message) as error,
     ):
-        next(itertools.islice(batches, 1))
+        next(batches)
+    assert "\n" not in str(error.value)

@@ -6,7 +6,6 @@ Nothing here imports TensorFlow, and nothing is printed but progress bars.
 import contextlib
 import dataclasses
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -135,13 +134,24 @@ def _read_split(builder: ChanselImages, name: str) -> Split:
 
 def _refer_to_split(builder: ChanselImages, name: str) -> Split:
     folder = Path(builder.data_dir)
-    summary_file = folder / f"summary-{name}.npz"
-    if not summary_file.exists():
-        _write_whole(summary_file, _measure(builder.as_data_source(name), name))
-    with summary_file.open("rb") as file, np.load(file) as found:
-        images = StoredImages(folder, name, tuple(found["shape"].tolist()))
-        summary = Summary(str(found["digest"]), found["mean"], found["std"])
-        return Split(images, found["labels"], summary)
+    found = _kept_summary(folder / f"summary-{name}.npz", builder, name)
+    labels = found["labels"]
+    image_shape = tuple(map(int, found["image_shape"]))
+    images = StoredImages(folder, name, image_shape, np.arange(len(labels)))
+    return Split(images, labels, Summary(str(found["digest"]), found["mean"], found["std"]))
+
+
+def _kept_summary(path: Path, builder: ChanselImages, name: str) -> dict[str, Any]:
+    if path.exists():
+        with path.open("rb") as file, np.load(file) as found:
+            return dict(found)
+    measured = _measure(builder.as_data_source(name), name)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with contextlib.suppress(OSError):  # a folder of others; it is measured again next time
+        with partial.open("wb") as file:
+            np.savez(file, **measured)
+        partial.replace(path)
+    return measured
 
 
 def _measure(records: Any, name: str) -> dict[str, Any]:
@@ -155,7 +165,7 @@ def _measure(records: Any, name: str) -> dict[str, Any]:
             yield chunk_images
 
     summary = summarise_chunks(images(), shape, labels)
-    return {"shape": shape, "labels": labels} | dataclasses.asdict(summary)
+    return {"image_shape": shape[1:], "labels": labels} | dataclasses.asdict(summary)
 
 
 def _chunks(records: Any, name: str) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -171,18 +181,6 @@ def _chunks(records: Any, name: str) -> Iterator[tuple[int, np.ndarray, np.ndarr
                 np.stack([record["image"] for record in found]),
                 np.array([record["label"] for record in found], np.int32),
             )
-
-
-def _write_whole(path: Path, arrays: dict[str, Any]) -> None:
-    """Writes an npz file that appears only when it is complete; other processes may do so too."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
-        try:
-            np.savez(file, **arrays)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ def quiet() -> Iterator[None]:
     """
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(max(level, logging.ERROR))
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     try:

@@ -1,7 +1,6 @@
 """Images of a prepared data set that stay on disk until they are asked for."""
 
 import functools
-import operator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,14 @@ from chansel_jax.data.quiet import quiet
 class StoredImages:
     """The images of a split in array_record files, decoded one by one.
 
-    It is indexed as an array: a number gives `(H, W, 3)`, a slice or an array of numbers
+    It is indexed as an array along its first axis: a number gives `(H, W, 3)`, a slice or an array
     `(n, H, W, 3)`. Pickled, it is only the names of the files: every process opens its own.
+
+    Args:
+        folder: of the prepared data set.
+        split: its name.
+        image_shape: `(H, W, 3)`.
+        index: `(N,)`, the number in the files of each image.
 
     Attributes:
         shape: `(N, H, W, 3)`.
@@ -25,22 +30,24 @@ class StoredImages:
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, folder: Path, split: str, shape: tuple[int, int, int, int]):
-        self.folder, self.split, self.shape = folder, split, shape
+    def __init__(self, folder: Path, split: str, image_shape: tuple[int, ...], index: np.ndarray):
+        self.folder, self.split, self.index = folder, split, index
+        self.shape = (len(index), *image_shape)
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return len(self.index)
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        if isinstance(key, slice):
-            key = range(*key.indices(len(self)))
-        elif not np.ndim(key):
-            return self._decoded([operator.index(key)])[0]
-        found = self._decoded([int(index) for index in key])
-        return np.stack(found) if found else np.empty((0, *self.shape[1:]), self.dtype)
+        numbers = self.index[key]
+        found = self._decoded(np.ravel(numbers).tolist())
+        return np.reshape(found, (*np.shape(numbers), *self.shape[1:])).astype(self.dtype)
+
+    def select(self, key: Any) -> "StoredImages":
+        """Those that `self[key]` would read, still on disk."""
+        return StoredImages(self.folder, self.split, self.shape[1:], self.index[key])
 
     def __reduce__(self):
-        return StoredImages, (self.folder, self.split, self.shape)
+        return StoredImages, (self.folder, self.split, self.shape[1:], self.index)
 
     @functools.cached_property
     def _records(self) -> Any:
@@ -49,9 +56,9 @@ class StoredImages:
             records[0]  # the first that a process decodes is remarked upon
         return records
 
-    def _decoded(self, indices: list[int]) -> list[np.ndarray]:
+    def _decoded(self, numbers: list[int]) -> list[np.ndarray]:
         try:
-            return [record["image"] for record in self._records.__getitems__(indices)]
+            return [record["image"] for record in self._records.__getitems__(numbers)]
         except Exception as error:  # the readers raise all kinds
             raise DataError(
                 f"the prepared data set cannot be read, delete {self.folder} and try again: {error}"

@@ -13,7 +13,7 @@ from chansel_jax.digest import digest
 def both(tmp_path, write_images):
     """The same images in memory and on disk, and the folder of images."""
     root = tmp_path / "images"
-    write_images(root, {"cat": 7, "dog": 5})
+    write_images(root, {"train/cat": 6, "train/dog": 4, "validation/cat": 1, "validation/dog": 1})
     return tuple(load(root, in_memory) for in_memory in (True, False))
 
 
@@ -36,19 +36,51 @@ def test_stored_images_are_those_in_memory(both):
         np.testing.assert_array_equal(split.summary.std, expected.summary.std)
 
 
-@pytest.mark.parametrize(
-    "key", [0, np.int64(3), slice(2, 5), slice(7, None), slice(4, 4), np.array([4, 1, 1]), [2]]
-)
+KEYS = [
+    *(0, -1, np.int64(3), slice(2, 5), slice(7, None), slice(4, 4), slice(None, None, -2)),
+    *(np.array([4, 1, 1]), [2], np.arange(10) % 3 == 0),
+]
+
+
+@pytest.mark.parametrize("key", KEYS, ids=str)
 def test_stored_images_are_indexed_like_arrays(both, key):
     in_memory, stored = (dataset.splits["train"].images for dataset in both)
     np.testing.assert_array_equal(stored[key], in_memory[key])
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(stored))[key], in_memory[key])
+    if np.ndim(in_memory[key]) == 4:
+        selected = stored.select(key)
+        assert selected.shape == in_memory[key].shape
+        np.testing.assert_array_equal(selected[:], in_memory[key])
+
+
+def test_images_that_are_not_there_are_no_damage(both):
+    images = both[1].splits["train"].images
+    with pytest.raises(IndexError):
+        images[10]
+    assert len(list(images)) == 10
 
 
 def test_pickled_images_are_the_names_of_their_files(both):
     images = both[1].splits["train"].images
     images[0]
     assert len(pickle.dumps(images)) < 1000
+
+
+def test_others_may_read_what_is_kept(both, cache_dir):
+    kept, records = (next(cache_dir.glob(f"*/*/*/{name}")) for name in ("summary*", "*record*"))
+    assert kept.stat().st_mode == records.stat().st_mode
+
+
+def test_folder_that_cannot_be_written_does(both, tmp_path, cache_dir, monkeypatch):
+    for path in cache_dir.glob("*/*/*/summary*"):
+        path.unlink()
+
+    def refuse(*_, **__):
+        raise OSError("read-only file system")
+
+    monkeypatch.setattr(np, "savez", refuse)
+    splits = load(tmp_path / "images").splits
+    assert splits["train"].summary.digest == both[0].splits["train"].summary.digest
 
 
 def test_digest_and_statistics_are_computed_once(both, tmp_path, monkeypatch):
@@ -76,7 +108,9 @@ class Command:
 
 def test_nothing_stored_is_executed(both, tmp_path, cache_dir, monkeypatch):
     (path,) = cache_dir.glob("*/*/*/summary-train.npz")
-    np.savez(path, labels=np.array([Command()], object), shape=[1, 8, 8, 3], digest="", mean=0)
+    np.savez(
+        path, labels=np.array([Command()], object), image_shape=[8, 8, 3], digest="", mean=0, std=1
+    )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(data.DataError, match="cannot be read, delete "):
         load(tmp_path / "images")

@@ -15,6 +15,7 @@ import pytest
 from experiments import cluster
 from experiments.cluster import ClusterSettings
 from experiments.command_line import EXIT_SAVED, CommandError
+from experiments.experiment import load_data
 
 DEVICES = 8
 
@@ -41,7 +42,6 @@ def test_one_process_is_the_first_and_waits_for_none():
     with pytest.raises(KeyError):
         cluster.first_alone({}.popitem)
     cluster.check_equal("settings", {"epochs": 1})
-    assert cluster.gathered(3).tolist() == [3]
     numbers = iter([None, 15])
     assert [cluster.shared_maximum(lambda: next(numbers))() for _ in range(2)] == [None, 15]
 
@@ -59,10 +59,10 @@ def environment(devices):
 
 
 @contextlib.contextmanager
-def processes(settings, workdir, count, *words_of_all, last=()):
+def processes(settings, workdir, count, *words_of_all, last=(), last_environment=()):
     """`count` processes of one run over eight devices in all.
 
-    The arguments in `last` are the last process's alone.
+    The arguments in `last`, and `last_environment`, are the last process's alone.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -71,11 +71,13 @@ def processes(settings, workdir, count, *words_of_all, last=()):
         for i in range(count):
             words = [f"--coordinator=127.0.0.1:{port}", f"--num-processes={count}"]
             words += [f"--process-id={i}", *words_of_all]
+            variables = environment(DEVICES // count)
             if i == count - 1:
                 words += last
+                variables |= dict(last_environment)
             process = subprocess.Popen(
                 command(settings, workdir) + words,
-                env=environment(DEVICES // count),
+                env=variables,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -91,7 +93,7 @@ def rows(workdir):
 
 def test_processes_stop_together_and_one_goes_on_with_the_same_losses(settings, whole, tmp_path):
     workdir = tmp_path / "run"
-    with processes(settings, workdir, 2, "--input=streaming", "--workers=0") as both:
+    with processes(settings, workdir, 2, "--input=streaming", "--workers=1") as both:
         deadline = time.monotonic() + 300
         while not (workdir / "checkpoints" / "1").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -147,12 +149,13 @@ def test_two_processes_go_on_where_one_was(settings, whole, tmp_path):
     assert_same_losses(workdir, settings.workdir)
 
 
-def test_processes_that_differ_are_told(settings, tmp_path):
-    with processes(settings, tmp_path / "run", 2, last=["--seed=1"]) as both:
+@pytest.mark.parametrize("last", ["--seed=1", "--input=streaming"])
+def test_processes_that_differ_are_told(settings, tmp_path, last):
+    with processes(settings, tmp_path / "run", 2, last=[last]) as both:
         outputs = [process.communicate(timeout=300) for process in both]
     for process, (_, errors) in zip(both, outputs, strict=True):
         assert process.returncode == 1
-        assert "error: process 1 has other settings or images than process 0" in errors
+        assert "error: process 1 has other settings than process 0" in errors
     assert not (tmp_path / "run").exists()
 
 
@@ -174,6 +177,24 @@ def test_failure_of_another_process_ends_the_first(settings, tmp_path):
     assert [process.returncode for process in both] == [1, 1]
     assert "error: process 1 could not go on; its own message says why" in outputs[0][1]
     assert f"there is no folder {tmp_path / 'none'}" in outputs[1][1]
+
+
+def test_process_that_fails_while_it_trains_ends_the_others(settings, tmp_path, monkeypatch):
+    """It cannot read its images: the other waits for it in a sum over devices."""
+    caches = [tmp_path / "good", tmp_path / "bad"]
+    for cache in caches:
+        monkeypatch.setenv("TFDS_DATA_DIR", str(cache))
+        load_data(settings.data, in_memory=False)
+    (path,) = caches[1].rglob("*train.array_record*")
+    os.truncate(path, path.stat().st_size // 2)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(caches[0]))
+    bad = {"TFDS_DATA_DIR": str(caches[1])}
+    words = ("--input=streaming", "--workers=0")
+    with processes(settings, tmp_path / "run", 2, *words, last_environment=bad) as both:
+        outputs = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [1, 1]
+    assert "cannot be read" in outputs[1][1]
+    assert "error: another process may have ended" in outputs[0][1]
 
 
 def test_failure_of_the_first_process_ends_the_others(settings, tmp_path):

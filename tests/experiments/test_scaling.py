@@ -105,8 +105,12 @@ def test_wrong_settings_are_named(values, message):
         scaling.Settings(**values)
 
 
-def test_more_devices_than_there_are_is_an_error(tmp_path):
-    settings = scaling.Settings(devices=(64,), output=tmp_path / "none")
-    with pytest.raises(CommandError, match="devices=64 must be at most the 2"):
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [((64,), "devices=64 must be at most the 2"), ((1,), "devices=1: .* two at least")],
+)
+def test_too_many_or_few_devices_are_an_error(tmp_path, devices, message):
+    settings = scaling.Settings(devices=devices, output=tmp_path / "none")
+    with pytest.raises(CommandError, match=message):
         scaling.scale(settings, Console(file=io.StringIO()))
     assert not (tmp_path / "none").exists()

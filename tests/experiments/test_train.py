@@ -20,6 +20,7 @@ from chansel_jax.optimizer import OptimizerSettings, make_schedule
 from experiments import train, training_loop
 from experiments.benchmarking.machine import cpu_name
 from experiments.command_line import EXIT_SAVED, CommandError, Interrupted
+from experiments.experiment import load_data
 from experiments.settings import DataSettings, InputSettings, NetworkSettings
 
 
@@ -59,11 +60,11 @@ def arguments(settings, workdir):
     ]
 
 
-def await_checkpoint(workdir, epoch):
-    """Waits until the checkpoint of `epoch`, which is written in the background, is there."""
-    deadline = time.monotonic() + 120
-    while not (workdir / "checkpoints" / str(epoch)).exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+def await_path(path):
+    """Waits until a checkpoint, which is written in the background, is there."""
+    deadline = time.monotonic() + 300
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 def copy_run(source, target):
@@ -216,7 +217,7 @@ def test_ended_process_resumes_bit_for_bit(settings, whole, tmp_path, number, co
     command = [sys.executable, "-m", "experiments.train", *arguments(settings, workdir)]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=TWO_DEVICES, **pipes) as process:
-        await_checkpoint(workdir, 1)
+        await_path(workdir / "checkpoints" / "1")
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == code
@@ -240,19 +241,40 @@ def test_streamed_images_train_bit_for_bit_like_those_in_memory(
     assert "resumed after step 5 of 11 of epoch 2" in output
     assert summary["params_sha256"] == whole[0]["params_sha256"]
     assert summary["best_val_loss"] == pytest.approx(whole[0]["best_val_loss"], rel=1e-6)
-    # What was begun from one can go on from the other.
-    assert variant(part, part.workdir, input=InputSettings()) != part
-    assert run(variant(part, part.workdir, input=InputSettings()))[0] == summary
+
+
+@pytest.mark.parametrize("first", ["memory", "streaming"])
+def test_a_run_may_go_on_with_another_input(settings, whole, tmp_path, monkeypatch, first):
+    inputs = [InputSettings("memory"), InputSettings("streaming", workers=0)]
+    begun, ended = inputs if first == "memory" else inputs[::-1]
+    part = variant(settings, tmp_path / "part", input=begun)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        signal_after(patch, 2, 5, signal.SIGTERM)
+        run(part)
+    summary, output = run(variant(part, part.workdir, input=ended))
+    assert "resumed after step 5 of 11 of epoch 2" in output
+    assert summary["params_sha256"] == whole[0]["params_sha256"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stream_of_damaged_files_is_one_line(settings, tmp_path, monkeypatch, workers):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "cache"))
+    load_data(settings.data, in_memory=False)
+    (path,) = (tmp_path / "cache").rglob("*train.array_record*")
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(CommandError, match="cannot be read") as error:
+        run(variant(settings, tmp_path / "run", input=InputSettings("streaming", workers)))
+    assert "\n" not in str(error.value)
 
 
 def test_interrupt_from_a_terminal_lets_a_streaming_run_save(settings, whole, tmp_path):
     """It reaches the processes that decode, too."""
     workdir = tmp_path / "run"
     command = [sys.executable, "-m", "experiments.train", *arguments(settings, workdir)]
-    command += ["--input=streaming", "--workers=1"]
+    command += ["--input=streaming", "--workers=1", "--save-every-steps=1"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=TWO_DEVICES, start_new_session=True, **pipes) as process:
-        await_checkpoint(workdir, 1)
+        await_path(workdir / "unfinished" / "1")
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == EXIT_SAVED
