@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
 
 Row = Mapping[str, float]
 
@@ -32,6 +31,9 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, history: Sequence[Row]):
+        # It imports PyTorch where that is installed, which takes seconds.
+        from tensorboardX import SummaryWriter
+
         text = "".join(json.dumps(row) + "\n" for row in history)
         self._lines = (workdir / "metrics.jsonl").open("w")
         self._lines.write(text)
