@@ -211,5 +211,5 @@ def test_processes_that_do_not_come_together_are_an_error(monkeypatch):
         raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
 
     monkeypatch.setattr(cluster.jax.distributed, "initialize", fail)
-    with pytest.raises(CommandError, match="did not come together: DEADLINE_EXCEEDED"):
+    with pytest.raises(CommandError, match="come together: RuntimeError: DEADLINE_EXCEEDED"):
         cluster.join(ClusterSettings("127.0.0.1:1", 2, 0))
