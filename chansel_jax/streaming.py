@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 
 import grain
 import jax
@@ -174,18 +175,18 @@ def _reading(
             worker_init_fn=_begin_worker,
         )
     )
-    batches = iter(dataset)
+    with _signals_held_back():  # each worker begins when a batch of it is asked for
+        batches = iter(dataset)
+        checked = _checked(batches, workers)
+        first = list(itertools.islice(checked, max(1, workers)))
     try:
-        yield _checked(batches, workers)
+        yield itertools.chain(first, checked)
     finally:
         batches.close()
 
 
 def _checked(batches: Iterator[dict], workers: int) -> Iterator[dict]:
     try:
-        with _signals_held_back():  # the workers begin with the first batch
-            first = list(itertools.islice(batches, 1))
-        yield from first
         yield from batches
     except RuntimeError as error:  # Grain's, where a worker ends
         raise DataError(
@@ -201,6 +202,7 @@ def _signals_held_back() -> Iterator[None]:
     A terminal sends them to all processes at once, and workers must outlive them: the training
     saves first, and then ends its workers itself.
     """
+    resource_tracker.ensure_running()  # else the first worker would start it, which lets them in
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield

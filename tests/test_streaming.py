@@ -141,10 +141,10 @@ def test_images_that_cannot_be_read_are_an_error(split, order, images, workers, 
     damaged = Split(split.images.view(images), split.labels)
     mesh = training.data_mesh()
     with (
+        pytest.raises(DataError, match=message) as error,
         streaming.training_batches(
             damaged, order, mesh, first_step=0, steps=STEPS, workers=workers
         ) as batches,
-        pytest.raises(DataError, match=message) as error,
     ):
         next(batches)
     assert "\n" not in str(error.value)

@@ -271,7 +271,7 @@ def test_interrupt_from_a_terminal_lets_a_streaming_run_save(settings, whole, tm
     """It reaches the processes that decode, too."""
     workdir = tmp_path / "run"
     command = [sys.executable, "-m", "experiments.train", *arguments(settings, workdir)]
-    command += ["--input=streaming", "--workers=1", "--save-every-steps=1"]
+    command += ["--input=streaming", "--workers=2", "--save-every-steps=1"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=TWO_DEVICES, start_new_session=True, **pipes) as process:
         await_path(workdir / "unfinished" / "1")
