@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+STEPS_PER_EPOCH = 512 // 16
 FIGURES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
 
 
@@ -28,12 +29,14 @@ class Outcome:
 
     Attributes:
         kills: how often it was killed.
-        moments: what it had printed last when it was, one a kill.
+        half_written: how many of these left a checkpoint that was being written.
+        steps: how far it had come at each kill, by its newest whole checkpoint.
         same: whether it ended like the run that was never killed.
     """
 
     kills: int
-    moments: tuple[str, ...]
+    half_written: int
+    steps: tuple[int, ...]
     same: bool
 
 
@@ -58,36 +61,55 @@ def soak(folder: Path, kills: int, epochs: int, seed: int = 0) -> Outcome:
         [*command, f"--workdir={whole}"], env=environment, check=True, stdout=subprocess.DEVNULL
     )
     again = [*command, f"--workdir={killed}", "--save-every-steps=1"]
-    moments = [kill_at_random(again, environment, rng) for _ in range(kills)]
+    half_written, steps = 0, []
+    for number in range(1, kills + 1):
+        kill_at_random(again, environment, killed, rng)
+        half_written += any("tmp" in name for name in checkpoint_names(killed))
+        steps.append(newest_step(killed))
+        print(f"kill {number} of {kills}, after step {steps[-1]}", flush=True)
     subprocess.run(again, env=environment, check=True, stdout=subprocess.DEVNULL)
-    return Outcome(kills, tuple(moments), ending(whole) == ending(killed))
+    return Outcome(kills, half_written, tuple(steps), ending(whole) == ending(killed))
 
 
-def kill_at_random(command: list[str], environment: dict[str, str], rng: random.Random) -> str:
-    """Starts `command` and kills it within a second after its first step may be taken.
+def kill_at_random(
+    command: list[str], environment: dict[str, str], workdir: Path, rng: random.Random
+) -> None:
+    """Starts `command` and kills it at some moment after it has begun to train.
 
-    Returns:
-        The last line that it has printed.
+    In three of four cases that is after it has saved once more, so that the run gets on.
 
     Raises:
         RuntimeError: if it ends by itself.
     """
+    before = newest_step(workdir)
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        lines = []
         for line in process.stdout:
-            lines.append(line.strip())
             if line.startswith("epoch"):
                 break
-        time.sleep(rng.uniform(0, 1))
+        if rng.random() < 0.75:
+            while newest_step(workdir) == before and process.poll() is None:
+                time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
-        rest, errors = process.communicate()
+        _, errors = process.communicate()
     if process.returncode != -signal.SIGKILL:
-        raise RuntimeError(
-            f"it ended ({process.returncode}) before it was killed: {errors or lines[-1]}"
-        )
-    return [*lines, *rest.splitlines()][-1]
+        raise RuntimeError(f"it ended by itself ({process.returncode}): {errors}")
+
+
+def checkpoint_names(workdir: Path) -> list[str]:
+    """Of everything among the run's checkpoints."""
+    return [path.name for path in workdir.glob("checkpoints/*")] + [
+        path.name for path in workdir.glob("unfinished/*")
+    ]
+
+
+def newest_step(workdir: Path) -> int:
+    """The step of the newest whole checkpoint."""
+    epochs = [int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit()]
+    steps = [int(p.name) for p in workdir.glob("unfinished/*") if p.name.isdigit()]
+    return max([STEPS_PER_EPOCH * max(epochs, default=0), *steps])
 
 
 def ending(workdir: Path) -> tuple[str, list[list[float]]]:
@@ -105,9 +127,10 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         outcome = soak(Path(folder), arguments.kills, arguments.epochs, arguments.seed)
-    for moment in outcome.moments:
-        print(moment)
-    print(f"killed {outcome.kills} times: {'the same' if outcome.same else 'ANOTHER'} end")
+    print(
+        f"killed {outcome.kills} times, {outcome.half_written} while a checkpoint was written: "
+        f"{'the same' if outcome.same else 'ANOTHER'} end"
+    )
     sys.exit(not outcome.same)
 
 
