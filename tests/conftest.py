@@ -1,11 +1,14 @@
 """What every test runs under."""
 
 import os
+import signal
 import tempfile
 
 import jax
 import torch
 
+# What a script starts in the background ignores Ctrl-C, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Two devices stand in for a machine with several; more are in processes of their own. On few cores
 # their threads, waiting for each other in a sum over devices, could leave none to compute what they
 # wait for: let there be more.
