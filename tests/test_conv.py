@@ -402,9 +402,10 @@ SETTINGS = {
 def test_layer_has_the_shape_of_flax_s_or_names_what_is_wrong(channels, rank, size, **window):
     """Nothing is computed: shapes alone."""
 
+    images = jnp.zeros((2, *size, channels[0]))
+
     def output(layer_type, **options):
-        layer = layer_type(*channels, **window, **options, rngs=nnx.Rngs(0))
-        return layer(jnp.zeros((2, *size, channels[0])))
+        return layer_type(*channels, **window, **options, rngs=nnx.Rngs(0))(images)
 
     wrong = what_is_wrong(channels, rank, size, **window)
     factored = functools.partial(output, ChannelSelectionConv, rank=rank)
@@ -412,9 +413,18 @@ def test_layer_has_the_shape_of_flax_s_or_names_what_is_wrong(channels, rank, si
         with pytest.raises(ValueError, match=f"{wrong}="):
             jax.eval_shape(factored)
         return
-    expected = jax.eval_shape(functools.partial(output, nnx.Conv))
+    pairs = {name: as_pair(value) for name, value in window.items() if name != "padding"}
+    padding = window["padding"]
+    if isinstance(padding, int):
+        padding = ((padding, padding), (padding, padding))
+    layer = functools.partial(nnx.Conv, **pairs, padding=padding)
+    expected = jax.eval_shape(lambda: layer(*channels, rngs=nnx.Rngs(0))(images))
     assert jax.eval_shape(factored).shape == expected.shape
     assert jax.eval_shape(functools.partial(output, SubKernelConv)).shape == expected.shape
+
+
+def as_pair(value):
+    return value if isinstance(value, tuple) else (value, value)
 
 
 def what_is_wrong(channels, rank, size, kernel_size, strides, padding, kernel_dilation):
