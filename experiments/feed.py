@@ -27,12 +27,10 @@ class Feed:
     evaluate: Callable[[TrainState], Totals]
 
 
-@contextlib.contextmanager
-def open_feed(experiment: Experiment, state: TrainState) -> Iterator[Feed]:
+def open_feed(experiment: Experiment, state: TrainState) -> contextlib.AbstractContextManager[Feed]:
     """The images of a run that goes on from `state`, within a `with`."""
     in_memory = experiment.settings.input.input == "memory"
-    with (memory_feed if in_memory else streaming_feed)(experiment, state) as feed:
-        yield feed
+    return (memory_feed if in_memory else streaming_feed)(experiment, state)
 
 
 @contextlib.contextmanager

@@ -117,7 +117,7 @@ def scale(settings: Settings, console: Console) -> list[Point]:
     console.print(device_names(), markup=False)
     points = measure(settings, counts, console)
     tables = {
-        "measured": measured_table(points, settings),
+        "measured": measured(points, settings),
         "predicted": predicted(points, settings),
     }
     command = typed("scaling", settings)
@@ -251,9 +251,7 @@ def model_efficiency(
     return efficiency(seconds, points[max(points)].sizes, devices, link, weak)
 
 
-def measured_table(
-    points: Sequence[Point], settings: Settings
-) -> tuple[list[str], list[list[str]]]:
+def measured(points: Sequence[Point], settings: Settings) -> Table:
     """What was measured, with the model beside it."""
     headings = ["", "devices", "weak, images/s", "efficiency", "model"]
     headings += ["strong, images/s", "efficiency", "model"]
@@ -262,7 +260,7 @@ def measured_table(
         found = of_conv(points, conv)
         for count, point in found.items():
             row = [conv, str(count)]
-            for kind in ("weak", "strong"):
+            for kind in KINDS:
                 speed, of_one = getattr(point, kind), getattr(found[1], kind)
                 modelled = model_efficiency(found, count, settings, kind == "weak")
                 row += [f"{speed:,.0f}", f"{speed / of_one / count:.2f}", f"{modelled:.2f}"]
