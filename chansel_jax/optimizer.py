@@ -49,7 +49,8 @@ class OptimizerSettings:
             list(self.step_epochs) != sorted(set(self.step_epochs))
             or min(self.step_epochs, default=1) < 1
         ):
-            raise ValueError(f"step_epochs={self.step_epochs} must be positive and increasing")
+            given = ",".join(map(str, self.step_epochs))
+            raise ValueError(f"step_epochs={given} must be positive and increasing")
         unknown = set(self.undecayed) - {"biases", "norms", "depthwise"}
         if unknown:
             raise ValueError(

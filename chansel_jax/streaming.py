@@ -175,14 +175,11 @@ def _reading(
             worker_init_fn=_begin_worker,
         )
     )
-    with _signals_held_back():  # each worker begins when a batch of it is asked for
-        batches = iter(dataset)
+    with contextlib.closing(iter(dataset)) as batches:
         checked = _checked(batches, workers)
-        first = list(itertools.islice(checked, max(1, workers)))
-    try:
+        with _signals_held_back():  # each worker begins when a batch of it is asked for
+            first = list(itertools.islice(checked, max(1, workers)))
         yield itertools.chain(first, checked)
-    finally:
-        batches.close()
 
 
 def _checked(batches: Iterator[dict], workers: int) -> Iterator[dict]:

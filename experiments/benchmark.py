@@ -39,11 +39,15 @@ def benchmark(settings: Settings, console: Console) -> dict[str, Any]:
     Raises:
         CommandError: if settings do not fit the machine, outputs differ, or nothing could run.
     """
+    if settings.output:
+        make_output(settings.output)
     try:
+        train_images = plan.load_train_images(settings)
         surveyed = survey(settings, console)
         output = settings.output or default_output(settings, surveyed)
         make_output(output)
-        results = describe(settings, surveyed) | {"cases": run_cases(settings, surveyed, console)}
+        cases = run_cases(settings, surveyed, train_images, console)
+        results = describe(settings, surveyed) | {"cases": cases}
     except (plan.PlanError, MismatchError, WorkerError) as error:
         raise CommandError(error) from error
     if not any(case["contestants"] for case in results["cases"]):
@@ -54,14 +58,18 @@ def benchmark(settings: Settings, console: Console) -> dict[str, Any]:
     return results
 
 
-def run_cases(settings: Settings, surveyed: Survey, console: Console) -> list[dict[str, Any]]:
+def run_cases(
+    settings: Settings,
+    surveyed: Survey,
+    train_images: plan.TrainImages | None,
+    console: Console,
+) -> list[dict[str, Any]]:
     """Times one case after the other.
 
     Raises:
         PlanError: if settings do not fit the machine.
         MismatchError: if two contestants do not compute the same.
     """
-    train_images = plan.load_train_images(settings)
     contestants = plan.make_contestants(settings, surveyed.machine, surveyed.has_torch)
     schedule = plan.make_schedule(settings)
     found = []

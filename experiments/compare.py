@@ -64,7 +64,7 @@ class Settings:
     def __post_init__(self):
         checked_seeds(self.seeds)
         if not self.networks or len(set(self.networks)) < len(self.networks):
-            raise ValueError(f"networks={self.networks} must be different, one at least")
+            raise ValueError(f"networks={','.join(self.networks)} must be different, one at least")
         try:
             entries(self.networks, TrainSettings())
         except ValueError as error:

@@ -71,9 +71,10 @@ class Settings:
     def __post_init__(self):
         if not (self.ranks or self.energies or self.parameter_budgets):
             raise ValueError("ranks=, energies= and parameter_budgets= name nothing to make")
-        for rank in self.ranks:
-            if rank < 1:
-                raise ValueError(f"ranks={rank} must be at least 1")
+        for name in ("ranks", "parameter_budgets"):
+            for value in getattr(self, name):
+                if value < 1:
+                    raise ValueError(f"{name}={value} must be at least 1")
         for energy in self.energies:
             if not 0 < energy <= 1:
                 raise ValueError(f"energies={energy} must be in (0, 1]")

@@ -41,7 +41,7 @@ class Settings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.dtypes:
-            raise ValueError("dtypes must name at least one")
+            raise ValueError("dtypes= must name at least one")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # their threads, waiting for each other in a sum over devices, could leave none to compute what they
 # wait for: let there be more.
 os.environ.setdefault("PJRT_NPROC", "16")
+# Compiling is most of what the tests do, and what they compile computes little: LLVM's
+# optimisations would cost more than they save. XLA's own are made all the same.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+jax.config.update("jax_disable_most_optimizations", True)
 # The same functions are compiled for many tests, and in processes of their own too, those of
 # pytest-xdist among them.
 if "PYTEST_XDIST_WORKER" not in os.environ:

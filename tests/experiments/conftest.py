@@ -1,5 +1,6 @@
 """A small run that the tests of several commands share."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -54,3 +55,14 @@ def whole(settings):
     """That run, uninterrupted: its summary and what was printed."""
     console = Console(file=io.StringIO(), width=120)
     return train.train_and_evaluate(settings, console), console.file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def dense(settings, tmp_path_factory):
+    """The folder of a run of the dense network."""
+    workdir = tmp_path_factory.mktemp("dense") / "run"
+    console = Console(file=io.StringIO())
+    train.train_and_evaluate(
+        dataclasses.replace(settings, conv="subkernel", workdir=workdir), console
+    )
+    return workdir

@@ -234,17 +234,6 @@ def test_wrong_studies(changes):
 # Compression
 
 
-@pytest.fixture(scope="module")
-def dense(settings, tmp_path_factory):
-    """A run of the dense network."""
-    from experiments.train import train_and_evaluate
-
-    workdir = tmp_path_factory.mktemp("dense") / "run"
-    console = Console(file=io.StringIO())
-    train_and_evaluate(dataclasses.replace(settings, conv="subkernel", workdir=workdir), console)
-    return workdir
-
-
 def test_compression_from_beginning_to_end(dense, settings, one_epoch, tmp_path, console):
     given = compress.Settings(
         dense,

@@ -1,0 +1,269 @@
+"""Every flag of every command, given what it must refuse: one line that names it, and its value."""
+
+import dataclasses
+import importlib
+import os
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+
+from experiments import cluster, command_line
+
+COMMANDS = (
+    *("train", "compare", "evaluate", "predict", "study", "compress"),
+    *("benchmark", "profile", "scaling", "tune"),
+)
+# What a command cannot do without; RUN and DENSE are runs, IMAGES theirs.
+REQUIRED = {
+    "evaluate": ["--workdir=RUN", "--data-dir=IMAGES"],
+    "predict": ["--workdir=RUN", "--images=IMAGES"],
+    "compress": ["--workdir=DENSE", "--data-dir=IMAGES"],
+    "study": ["rank"],
+}
+FOLDER = "--dataset=folder --data-dir=IMAGES "
+
+# A command, its words (the flag that is wrong comes last), and what is said of it.
+WRONG = [
+    ("train", FOLDER + "--width=0", "width=0 must be an integer of at least 1"),
+    ("train", "--rank=0", "rank=0 must be "),
+    ("train", "--rank=10", "rank=10 must be "),
+    ("train", "--conv=subkernel --rank=2", "rank=2"),
+    ("train", "--ranks=1,2", "rank=(1, 2) must be one rank, or one for each of 12"),
+    (
+        "train",
+        "--ranks=" + ",".join(["10"] * 12),
+        "must be at most 9, the elements of a 3 × 3 kernel",
+    ),
+    ("train", "--conv=subkernel --norm", "norm=True"),
+    ("train", "--dataset=folder --data-dir=NONE", "there is no folder NONE"),
+    ("train", "--dataset=folder --data-dir=EMPTY", "EMPTY"),
+    ("train", FOLDER + "--image-size=0", "image-size=0 must be at least 1"),
+    ("train", "--image-size=8", "image-size=8 is for the data set folder only"),
+    ("train", FOLDER + "--classes=red,cow", "cow"),
+    ("train", FOLDER + "--classes=red,red", "classes=red,red"),
+    ("train", FOLDER + "--train-per-class=0", "train-per-class=0 must be at least 1"),
+    ("train", FOLDER + "--train-per-class=1000", "train-per-class=1000"),
+    (
+        "train",
+        "--dataset=folder --data-dir=FLAT --split-seed=-1",
+        "split-seed=-1 must not be negative",
+    ),
+    ("train", "--train-images=0", "train_images=0 must be at least 1"),
+    ("train", FOLDER + "--train-images=181", "train_images=181 must be at most the 180"),
+    ("train", "--workers=-1", "workers=-1 must not be negative"),
+    ("train", "--learning-rate=0", "learning_rate=0.0 must be positive"),
+    ("train", "--learning-rate=nan", "learning_rate=nan must be finite"),
+    ("train", "--warmup-fraction=1", "warmup_fraction=1.0 must be in [0, 1)"),
+    ("train", "--step-epochs=5,3", "step_epochs=5,3 must be positive and increasing"),
+    ("train", "--momentum=-0.1", "momentum=-0.1 must be in [0, 1)"),
+    ("train", "--weight-decay=-1", "weight_decay=-1.0 must not be negative"),
+    ("train", "--weight-decay=inf", "weight_decay=inf must be finite"),
+    ("train", "--undecayed=kernels", "'kernels' is none of biases, norms, depthwise"),
+    ("train", "--crop-padding=-1", "crop_padding=-1 must not be negative"),
+    ("train", "--cutout=-1", "cutout=-1 must not be negative"),
+    ("train", "--epochs=0", "epochs=0 must be at least 1"),
+    ("train", "--batch-size=0", "batch_size=0 must be at least 1"),
+    ("train", FOLDER + "--batch-size=182", "batch_size=182 must be at most the 180"),
+    ("train", FOLDER + "--batch-size=15", "batch_size=15"),  # does not divide by two devices
+    ("train", "--accumulate=0", "accumulate=0 must be at least 1"),
+    ("train", FOLDER + "--batch-size=16 --accumulate=3", "accumulate=3"),
+    ("train", "--label-smoothing=1", "label_smoothing=1.0 must be in [0, 1)"),
+    ("train", "--dropout-rate=1", "dropout_rate=1.0 must be in [0, 1)"),
+    ("train", "--seed=-1", "seed=-1 must be in [0, 2**32)"),
+    ("train", FOLDER + "--resume=must", "resume=must"),
+    ("train", FOLDER + "--workdir=FILE", "workdir=FILE"),
+    ("train", FOLDER + "--workdir=IMAGES/run", "workdir=IMAGES/run"),
+    ("train", "--save-every-steps=0", "save_every_steps=0 must be at least 1"),
+    ("train", "--num-processes=2 --process-id=0 --coordinator=host", "coordinator=host must be "),
+    ("train", "--coordinator=host:1 --process-id=0 --num-processes=0", "num_processes=0 must be "),
+    ("train", "--coordinator=host:1 --num-processes=2 --process-id=2", "process_id=2 must be "),
+    ("train", "--recipe=none", "invalid choice: 'none'"),
+    ("compare", "--networks=chansel,dense", "networks=chansel,dense: dense must be "),
+    ("compare", "--networks=chansel,chansel", "networks=chansel,chansel must be different"),
+    ("compare", "--seeds=1,1", "seeds=1,1 must be different"),
+    ("compare", "--seeds=0,-1", "seed=-1 must be in [0, 2**32)"),
+    ("compare", "--output=FILE", "output=FILE"),
+    ("compare", FOLDER + "--output=OUT --width=0", "width=0 must be an integer of at least 1"),
+    ("study", "--epochs=0", "epochs=0 must be at least 1"),
+    ("study", "--seeds=", "seeds= must be different, one at least"),
+    ("study", "--only=r5", "only=r5 is part of none of: subkernel; chansel-r1"),
+    ("study", "--output=FILE", "output=FILE"),
+    ("evaluate", "--data-dir=NONE", "there is no folder NONE"),
+    ("evaluate", "--workdir=NONE", "workdir=NONE holds no run"),
+    ("evaluate", "--epoch=9", "no checkpoint of epoch 9, only 2, 3"),
+    ("evaluate", "--split=test", "split=test: the data set "),
+    ("evaluate", "--output=FILE", "output=FILE"),
+    ("predict", "--workdir=NONE", "workdir=NONE holds no run"),
+    ("predict", "--images=NONE", "images=NONE is not a folder"),
+    ("predict", "--images=EMPTY", "images=EMPTY holds no files"),
+    ("predict", "--epoch=9", "no checkpoint of epoch 9, only 2, 3"),
+    ("predict", "--columns=id", "columns=id must be two different headings"),
+    ("predict", "--output=EMPTY", "output=EMPTY is a folder"),
+    ("predict", "--output=FILE/s.csv", "output=FILE/s.csv"),
+    ("compress", "--data-dir=NONE", "there is no folder NONE"),
+    ("compress", "--output=FILE", "output=FILE"),
+    ("compress", "--workdir=NONE", "workdir=NONE holds no run"),
+    ("compress", "--workdir=RUN", "workdir=RUN is a run of --conv=chansel, not subkernel"),
+    ("compress", "--ranks=0", "ranks=0 must be at least 1"),
+    ("compress", "--ranks=", "ranks=, energies= and parameter_budgets= name nothing to make"),
+    ("compress", "--energies=1.5", "energies=1.5 must be in (0, 1]"),
+    ("compress", "--parameter-budgets=0", "parameter_budgets=0 must be at least 1"),
+    ("compress", "--epoch=9", "no checkpoint of epoch 9, only 2, 3"),
+    ("benchmark", "--batch-size=0", "batch_size=0 must be at least 1"),
+    ("benchmark", "--image-size=0", "image_size=0 must be at least 1"),
+    ("benchmark", "--what=layer --shapes=8x8", "shapes=8x8 must be "),
+    ("benchmark", "--shapes=8x8x8x3x1", "shapes=8x8x8x3x1 has no meaning with what=step"),
+    ("benchmark", "--dtypes=tf32", "dtypes=tf32: TF32 exists on GPUs only"),
+    ("benchmark", "--convs=", "convs= must name at least one convolution"),
+    ("benchmark", "--lowerings=quick", "lowerings=quick may name "),
+    ("benchmark", "--torch=slow", "'slow' is none of eager"),
+    ("benchmark", "--rounds=0", "rounds=0 must be at least 1"),
+    ("benchmark", "--round-seconds=0", "round_seconds=0.0 must be positive"),
+    ("benchmark", "--what=epoch --runs=0", "runs=0 must be at least 1"),
+    ("benchmark", "--runs=3", "runs=3 has no meaning with what=step"),
+    ("benchmark", "--what=epoch --epochs=0", "epochs=0 must be at least 1"),
+    ("benchmark", "--cpu-devices=0", "cpu_devices=0 must be at least 1"),
+    ("benchmark", "--loader-workers=-1", "loader_workers=-1 must not be negative"),
+    ("benchmark", "--seed=-1", "seed=-1 must be in [0, 2**32)"),
+    ("benchmark", "--output=FILE", "output=FILE"),
+    ("benchmark", "--what=epoch --dataset=folder --data-dir=NONE", "there is no folder NONE"),
+    (
+        "benchmark",
+        "--what=epoch --dataset=folder --data-dir=IMAGES --classes=cow",
+        "cow",
+    ),
+    (
+        "benchmark",
+        "--what=epoch --dataset=folder --data-dir=IMAGES --train-per-class=0",
+        "train-per-class=0 must be at least 1",
+    ),
+    ("profile", "--batch-size=0", "batch_size=0 must be at least 1"),
+    ("profile", "--batch-size=3", "batch_size=3"),
+    ("profile", "--steps=0", "steps=0 must be at least 1"),
+    ("profile", "--convs=", "convs= must name at least one convolution"),
+    ("profile", "--output=FILE", "output=FILE"),
+    ("scaling", "--batch-size=0", "batch_size=0 must be at least 1"),
+    ("scaling", "--devices=0", "devices=0"),
+    ("scaling", "--devices=64", "devices=64 must be at most the 2"),
+    ("scaling", "--steps=0", "steps=0 must be at least 1"),
+    ("scaling", "--rounds=0", "rounds=0 must be at least 1"),
+    ("scaling", "--bandwidth=0", "bandwidth=0.0 must be above 0"),
+    ("scaling", "--latency=-1", "latency=-1.0 must be above 0"),
+    ("scaling", "--output=FILE", "output=FILE"),
+    ("tune", "--batch-size=0", "batch_size=0 must be at least 1"),
+    ("tune", "--dtypes=", "dtypes= must name at least one"),
+    ("tune", "--rounds=0", "rounds=0 must be at least 1"),
+]
+
+
+def flags(settings_type):
+    """The flags of a command: the dataclass that declares each, its name and its type."""
+    hints = get_type_hints(settings_type)
+    for field in dataclasses.fields(settings_type):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from flags(hints[field.name])
+        else:
+            yield settings_type, field.name, hints[field.name]
+
+
+def module(command):
+    return importlib.import_module(f"experiments.{command}")
+
+
+def kinds(hint):
+    """The types that a flag's value may have, `...` and `None` among them."""
+    return {hint, *(kind for argument in get_args(hint) for kind in kinds(argument))}
+
+
+def takes_any_text(hint):
+    return bool(kinds(hint) & {str, Path}) and get_origin(hint) is not Literal
+
+
+MISTYPED = sorted(
+    {
+        (command, f"--{name.replace('_', '-')}")
+        for command in COMMANDS
+        for _, name, hint in flags(module(command).Settings)
+        if not takes_any_text(hint) and hint is not bool and name != "name"
+    }
+)
+
+
+def refusal(command, words, monkeypatch, capsys):
+    """How the command ended, and what it said on the standard error."""
+    monkeypatch.setattr("sys.argv", [command, *words])
+    # JAX has its devices here, and no other process is waited for.
+    monkeypatch.setattr(cluster, "join", lambda settings: None)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    chosen = module(command)
+    with pytest.raises(SystemExit) as stopped:
+        recipes = getattr(chosen, "RECIPES", None)
+        command_line.run(chosen.main, chosen.Settings, command, recipes)
+    return stopped.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "flag"), MISTYPED)
+def test_value_of_another_type_is_refused(command, flag, monkeypatch, capsys):
+    words = [*REQUIRED.get(command, []), f"{flag}=nonsense"]
+    code, errors = refusal(command, words, monkeypatch, capsys)
+    assert code == 2
+    assert flag in errors and "nonsense" in errors
+
+
+@pytest.fixture(scope="module")
+def places(settings, whole, dense, tmp_path_factory):
+    """Paths by the names that stand for them above."""
+    root = tmp_path_factory.mktemp("places")
+    (root / "file").touch()
+    (root / "empty").mkdir()
+    return {
+        "RUN": settings.workdir,
+        "DENSE": dense,
+        "IMAGES": settings.data.data_dir,
+        "FLAT": settings.data.data_dir / "train",
+        "FILE": root / "file",
+        "EMPTY": root / "empty",
+        "NONE": root / "none",
+        "OUT": root / "out",
+    }
+
+
+@pytest.mark.parametrize(("command", "words", "message"), WRONG)
+def test_wrong_value_is_named_in_a_line(
+    command, words, message, places, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    words = [*REQUIRED.get(command, []), *words.split()]
+    for name, path in places.items():
+        words = [word.replace(f"={name}", f"={path}") for word in words]
+        message = message.replace(name, str(path))
+    before = sorted(os.listdir(places["RUN"]))
+    code, errors = refusal(command, words, monkeypatch, capsys)
+    assert message in " ".join(errors.replace("│", " ").split())
+    if code != 2:  # else the usage is shown with it
+        assert code == 1 and len(errors.splitlines()) == 1 and errors.startswith("error: ")
+    assert sorted(os.listdir(places["RUN"])) == before and not os.listdir(places["EMPTY"])
+    assert places["FILE"].read_text() == ""
+
+
+def test_every_flag_has_a_wrong_value_in_the_table():
+    tried = {
+        (command, word.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_"))
+        for command, words, _ in WRONG
+        for word in words.split()[-1:]
+    }
+    missing = set()
+    for command in COMMANDS:
+        for owner, name, hint in flags(module(command).Settings):
+            # On or off, or one of a few words: only a value of another type is wrong.
+            if hint is bool or get_origin(hint) is Literal:
+                continue
+            owners = [
+                other
+                for other in COMMANDS
+                if any(found[:2] == (owner, name) for found in flags(module(other).Settings))
+            ]
+            if not any((other, name) in tried for other in owners):
+                missing.add((command, name))
+    assert not missing
