@@ -278,6 +278,7 @@ def resnet18(
 
 
 PRESETS = {"resnet14": resnet14, "resnet18": resnet18}
+IMAGE_SIZES = {"resnet14": 32, "resnet18": 224}  # pixels each way that they are made for
 
 
 def _conv(

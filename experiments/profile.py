@@ -26,10 +26,9 @@ from rich.table import Table
 from chansel_jax import native, training
 from chansel_jax.data import Split
 from chansel_jax.optimizer import OptimizerSettings, make_optimizer, make_schedule
-from chansel_jax.resnet import CONVS, PRESETS
+from chansel_jax.resnet import CONVS, IMAGE_SIZES, PRESETS
 from experiments.command_line import CommandError, make_output, run
 
-IMAGE_SIZES = {"resnet14": 32, "resnet18": 224}
 WARM_UP_STEPS = 20  # until the heap has stopped growing
 SLOWEST = 8  # operations that are listed one by one
 

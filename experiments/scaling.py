@@ -25,13 +25,12 @@ from rich.progress import track
 from chansel_jax import training
 from chansel_jax.optimizer import OptimizerSettings, make_optimizer, make_schedule
 from chansel_jax.records import write_json
-from chansel_jax.resnet import CONVS, PRESETS
+from chansel_jax.resnet import CONVS, IMAGE_SIZES, PRESETS
 from experiments import report
 from experiments.allreduce import Link, all_reduces, efficiency
 from experiments.benchmarking import machine
 from experiments.command_line import CommandError, make_output, run, typed
 
-IMAGE_SIZES = {"resnet14": 32, "resnet18": 224}
 CONV_NAMES = ("chansel", "subkernel")
 KINDS = ("weak", "strong")
 PREDICTED = (8, 16, 32, 64, 128, 256, 512, 1024)

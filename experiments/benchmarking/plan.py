@@ -8,7 +8,7 @@ from flax import nnx
 
 from chansel_jax import data
 from chansel_jax.optimizer import OptimizerSettings
-from chansel_jax.resnet import CONVS, PRESETS, PooledStem, ResNet
+from chansel_jax.resnet import CONVS, IMAGE_SIZES, PRESETS, PooledStem, ResNet
 from experiments.benchmarking.cases import (
     Case,
     Contestant,
@@ -25,7 +25,6 @@ from experiments.benchmarking.rounds import Schedule
 from experiments.benchmarking.settings import Settings, parse_shape
 from experiments.benchmarking.weights import make_weights
 
-IMAGE_SIZES = {"resnet14": 32, "resnet18": 224}
 BATCH_SIZES = {"resnet14": {"cpu": 128, "gpu": 128}, "resnet18": {"cpu": 16, "gpu": 64}}
 # Lowerings of JAX and variants of PyTorch that exist on one platform only.
 PLATFORMS = {"native": "cpu", "max_autotune": "gpu"}
