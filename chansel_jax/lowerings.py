@@ -48,6 +48,8 @@ class Rule:
     measured: str
 
 
+NATIVE = ("native", "composed_native")  # in C++
+
 # Weights of the pointwise part from which on the matrix products decide, where XLA is the faster,
 # by instruction set.
 WIDE = {"avx512": 256 * 256, "avx2": 64 * 64, "baseline": 0}
@@ -81,6 +83,11 @@ def narrow_on_one_cpu(case: Case) -> bool:
     )
 
 
+def many_ranks_on_one_cpu(case: Case) -> bool:
+    """Whether the native dense lowering can run here, was measured, and the ranks are many."""
+    return case.rank > max(2, case.in_channels // 16) and measured_dense_on_one_cpu(case)
+
+
 def on_cpu(case: Case) -> bool:
     """Whether JAX computes on CPUs."""
     return jax.default_backend() == "cpu"
@@ -94,6 +101,11 @@ def everywhere(case: Case) -> bool:
 # The milliseconds are those of forward and backward at batch 128 in float32, on two cores of an
 # AMD EPYC with AVX-512, jax 0.10.2: `taskset -c 0,1 python -m experiments.tune`.
 LAYER_RULES = (
+    Rule(
+        "composed_native",
+        many_ranks_on_one_cpu,
+        "TO BE MEASURED",
+    ),
     Rule(
         "native",
         narrow_on_one_cpu,
@@ -149,15 +161,15 @@ def checked_lowering(lowering: str, choices: tuple[str, ...]) -> str:
     if lowering not in choices:
         names = ", ".join(map(repr, choices))
         raise ValueError(f"lowering={lowering!r} must be one of {names}")
-    if lowering == "native" and not native.available():
-        raise ValueError(f"lowering='native': {native.why_not()}")
+    if lowering in NATIVE and not native.available():
+        raise ValueError(f"lowering={lowering!r}: {native.why_not()}")
     return lowering
 
 
 def runnable(choices: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of `choices` that can run here: all but `"native"`, if it is missing or no CPU's."""
+    """Those of `choices` that can run here; without those in C++, if they are not there."""
     native_runs = jax.default_backend() == "cpu" and native.available()
-    return tuple(choice for choice in choices if choice != "native" or native_runs)
+    return tuple(choice for choice in choices if choice not in NATIVE or native_runs)
 
 
 def fastest_layer(case: Case) -> str:

@@ -5,8 +5,10 @@ a run is a list of rows, one an epoch, each a flat dict of numbers (see `best_ep
 `summarise`).
 """
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,24 @@ from matplotlib.figure import Figure
 Row = Mapping[str, float]
 
 
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file beside `path`, to be written within a `with`; in its end it takes the place of `path`.
+
+    A reader sees the old file or the new one, never half; if there was an error, the old one.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # other processes have theirs
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes `content` as indented JSON; a reader sees the old file or the new one, never half."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+    with replaced(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
 class MetricsWriter:
@@ -118,4 +133,5 @@ def plot_losses(history: Sequence[Row], path: Path, title: str) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with replaced(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")

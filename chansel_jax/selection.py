@@ -11,7 +11,7 @@ from chansel_jax.depthwise import depthwise_conv
 from chansel_jax.lowerings import Case, checked_lowering, fastest_layer
 from chansel_jax.window import Padding
 
-LOWERINGS = ("auto", "composed", "grouped", "shifted", "native")
+LOWERINGS = ("auto", "composed", "grouped", "shifted", "native", "composed_native")
 
 
 def channel_selection(
@@ -32,10 +32,11 @@ def channel_selection(
     - `"composed"`: one dense convolution with `composed_kernel(pointwise, depthwise)`.
     - `"grouped"`, `"shifted"`: a product over channels, then `depthwise_conv` in that lowering.
     - `"native"`: both at once in C++, on CPUs (`chansel_jax.native`).
+    - `"composed_native"`: as `"composed"`, its dense convolution in C++.
     - `"auto"`: the fastest of them, by the rules of `chansel_jax.lowerings`.
 
     `"composed"` and `"grouped"` can be differentiated in any way; `"shifted"` in reverse mode
-    (`jax.grad`, `jax.vjp`) any number of times, `"native"` once; neither by `jax.jvp`.
+    (`jax.grad`, `jax.vjp`) any number of times, what is in C++ once; neither by `jax.jvp`.
 
     Args:
         x: `(N, H, W, C_in)`.
@@ -45,15 +46,15 @@ def channel_selection(
         padding: `"SAME"` (the default), `"VALID"`, an integer, or `((top, bottom), (left, right))`.
         dilation: distance between a kernel's elements in rows and columns. Default 1.
         lowering: one of `LOWERINGS`. Default `"auto"`.
-        precision: `jax.lax.Precision` of the products; `"native"` and the depthwise part of
-            `"shifted"` never round the factors.
+        precision: `jax.lax.Precision` of the products; what is in C++, and the depthwise part of
+            `"shifted"`, never round the factors.
 
     Returns:
         `(N, H_out, W_out, C_out)`, of the dtype of `x`.
 
     Raises:
         ValueError: if an argument is wrong, the shapes do not fit each other, or
-            `lowering="native"` is not available.
+            the lowering is in C++, which is not available.
         TypeError: for derivatives that the lowering does not have.
     """
     x, pointwise, depthwise = map(jnp.asarray, (x, pointwise, depthwise))
@@ -62,9 +63,10 @@ def channel_selection(
     window = {"strides": strides, "padding": padding, "dilation": dilation}
     if lowering == "auto":
         lowering = fastest_layer(Case.of(x, depthwise))
-    if lowering == "composed":
+    if lowering in ("composed", "composed_native"):
         kernel = composed_kernel(pointwise, depthwise).astype(x.dtype)
-        return dense_conv(x, kernel, **window, lowering="lax", precision=precision)
+        in_dense = "lax" if lowering == "composed" else "native"
+        return dense_conv(x, kernel, **window, lowering=in_dense, precision=precision)
     pointwise, depthwise = pointwise.astype(x.dtype), depthwise.astype(x.dtype)
     if lowering == "native":
         return native.channel_selection(x, pointwise, depthwise, **window)

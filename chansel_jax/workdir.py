@@ -20,7 +20,10 @@ class WorkdirError(Exception):
 
 @contextlib.contextmanager
 def claim(
-    workdir: Path, config: Mapping[str, Any], resume: Literal["auto", "never", "must"]
+    workdir: Path,
+    config: Mapping[str, Any],
+    resume: Literal["auto", "never", "must"],
+    defaults: Mapping[str, Any] | None = None,
 ) -> Iterator[Path | None]:
     """Makes `workdir` with `config.json`, or checks that the run in it has the same `config`.
 
@@ -32,6 +35,7 @@ def claim(
         config: all that decides the run's result, as nested JSON.
         resume: `"auto"` goes on with a run that is there, `"must"` fails where there is none, and
             `"never"` renames the folder of a run that is there, to begin anew.
+        defaults: values of what the `config.json` of an older run may not have yet.
 
     Yields:
         What a folder that was there has been renamed to, or None.
@@ -54,7 +58,7 @@ def claim(
             aside = _rename_aside(workdir)
             _lock(workdir, locks)
         if holds_run(workdir):
-            found = differences(_read(workdir / "config.json"), config)
+            found = differences(_filled(_read(workdir / "config.json"), defaults or {}), config)
             if found:
                 raise WorkdirError(
                     f"the run in {workdir} has other settings ({'; '.join(found)}): "
@@ -82,6 +86,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         elif old != new:
             found.append(f"{name}: {old} → {new}")
     return found
+
+
+def _filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested `config` with those of `defaults` that it lacks."""
+    filled = {**defaults, **config}
+    for name, value in defaults.items():
+        if isinstance(value, Mapping) and isinstance(filled[name], Mapping):
+            filled[name] = _filled(filled[name], value)
+    return filled
 
 
 def _lock(workdir: Path, locks: contextlib.ExitStack) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from chansel_jax.records import write_json
+from chansel_jax.records import replaced, write_json
 from experiments.benchmarking import chart, figures, machine, plan, report
 from experiments.benchmarking.comparison import MismatchError
 from experiments.benchmarking.rounds import run_case
@@ -116,9 +116,8 @@ def write(results: dict[str, Any], output: Path) -> None:
         ("results.md", lambda path: path.write_text(report.markdown(results), encoding="utf-8")),
         ("chart.png", lambda path: chart.draw(results, path)),
     ):
-        partial = output / f"{name}.partial"
-        fill(partial)
-        partial.replace(output / name)
+        with replaced(output / name) as partial:
+            fill(partial)
 
 
 if __name__ == "__main__":

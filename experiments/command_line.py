@@ -1,8 +1,11 @@
 """What all commands share: settings from flags, and errors as one line."""
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
+import io
+import re
 import shlex
 import sys
 import tempfile
@@ -21,6 +24,7 @@ Settings = TypeVar("Settings")
 WRITTEN = ("output", "workdir", "resume", "save_every_steps")
 
 EXIT_ERROR = 1
+EXIT_USAGE = 2
 EXIT_SAVED = 75  # "try again later" in BSD's sysexits.h
 EXIT_INTERRUPTED = 130
 
@@ -42,7 +46,8 @@ def run(
     """Calls `main` with settings read from the command line.
 
     A `CommandError` or `OSError` ends the program with one line on standard error and exit code 1,
-    a wrong flag with 2, an interruption by the user with 130, or with 75 where a run was saved.
+    a wrong flag likewise with 2, an interruption by the user with 130, or with 75 where a run was
+    saved.
 
     Args:
         main: the command.
@@ -164,25 +169,74 @@ def parse(
         )
     registry = ConstructorRegistry()
     registry.primitive_rule(_comma_separated)
-    return tyro.cli(
-        settings_type,
-        prog=program,
-        description=description,
-        args=arguments,
-        default=default,
-        registry=registry,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    registry.primitive_rule(_path)
+    framed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(framed):
+            return tyro.cli(
+                settings_type,
+                prog=program,
+                description=description,
+                args=arguments,
+                default=default,
+                registry=registry,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit:
+        if said := framed.getvalue():
+            print_error(f"{_without_frame(said)} ({program} --help explains)")
+        raise
+
+
+def _without_frame(framed: str) -> str:
+    """The first paragraph of one of tyro's errors, and the flags that it suggests."""
+    paragraphs = [[]]
+    for line in framed.splitlines()[1:]:  # a title comes first
+        line = line.strip(" │")
+        if set(line) <= set("─╰╯-"):
+            paragraphs.append([])
+        else:
+            paragraphs[-1].append(line)
+    first, *others = [" ".join(paragraph) for paragraph in paragraphs if paragraph]
+    first = re.sub(r"^Error parsing (?:[^-]\S*: )?", "", first)  # of a flag, its name stays
+    suggested = [
+        flag for text in others if "erhaps" in text for flag in re.findall("--[a-z-]+", text)
+    ]
+    return f"{first}; perhaps {' or '.join(suggested)}" if suggested else first
 
 
 def _take_recipe(
     program: str, arguments: Sequence[str], choices: Sequence[str]
 ) -> tuple[str, list[str]]:
     """The value of `--recipe`, and the other arguments."""
-    parser = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=program, add_help=False, allow_abbrev=False, exit_on_error=False
+    )
     parser.add_argument("--recipe", choices=choices, default=choices[0])
-    namespace, others = parser.parse_known_args(arguments)
+    try:
+        namespace, others = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        print_error(error)
+        sys.exit(EXIT_USAGE)
     return namespace.recipe, others
+
+
+def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    if info.type is not Path:
+        return None
+
+    def instance_from_str(arguments: list[str]) -> Path:
+        if not arguments[0]:  # as of a variable that is not set; it would be the current folder
+            raise ValueError("the path must not be empty")
+        return Path(arguments[0])
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=instance_from_str,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def _comma_separated(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:

@@ -18,9 +18,11 @@ from chansel_jax.records import write_json
 from experiments import figures, report
 from experiments.benchmarking import machine
 from experiments.command_line import make_output, run, typed
+from experiments.evaluate import Wanted
 from experiments.settings import (
     RECIPES,
     DataSettings,
+    InputSettings,
     NetworkSettings,
     TrainingSettings,
     checked_seeds,
@@ -29,14 +31,18 @@ from experiments.settings import Settings as TrainSettings
 from experiments.sweep import (
     Outcome,
     entries,
+    left_out,
     overfitting_epoch,
+    refuse_diverged,
     run_all,
 )
 
+PLAIN, MIRRORED = Wanted("validation"), Wanted("validation", flip_average=True)
+
 # Of the PyTorch write-up, on https://www.kaggle.com/competitions/dog-vs-cat-vs-bird.
 PUBLISHED = {
-    "chansel": ("27,363", "", "~80", "0.4761 (0.43)", "", "", "", "81.53 %", "8.51"),
-    "subkernel": ("174,787", "", "~80", "0.4012 (0.32)", "", "", "", "84.17 %", "4.81"),
+    "chansel": ("27,363", "", "~80", "0.4761 (0.43)", "", "", "", "", "81.53 %", "8.51"),
+    "subkernel": ("174,787", "", "~80", "0.4012 (0.32)", "", "", "", "", "84.17 %", "4.81"),
 }
 PUBLISHED_CLASSES = {"bird", "cat", "dog"}
 PUBLISHED_NOTE = """\
@@ -55,6 +61,7 @@ class Settings:
     """Each CONV[-wWIDTH][-rRANK], as in chansel-w32 or chansel-r4."""
     network: NetworkSettings = NetworkSettings()
     data: DataSettings = DataSettings(dataset="dog_cat_bird")
+    input: InputSettings = InputSettings()
     training: TrainingSettings = RECIPES["short"]
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each decides initial parameters, order, augmentation and dropout of a run."""
@@ -84,21 +91,27 @@ def compare(settings: Settings, console: Console) -> dict[str, Any]:
     """
     output = settings.output or Path("runs", f"compare-{settings.data.dataset}")
     make_output(output)
-    base = TrainSettings(network=settings.network, data=settings.data, training=settings.training)
-    chosen, scored = entries(settings.networks, base), {"validation": "best"}
-    outcomes = run_all(chosen, settings.seeds, output / "runs", console, scored)
+    base = TrainSettings(
+        network=settings.network,
+        data=settings.data,
+        input=settings.input,
+        training=settings.training,
+    )
+    chosen = entries(settings.networks, base)
+    scored = (PLAIN, MIRRORED)
+    outcomes, diverged = run_all(chosen, settings.seeds, output / "runs", console, scored)
     confusions, class_names = confusion_of(outcomes)
     results = {
         "command": typed("compare", settings, RECIPES),
         "settings": dataclasses.asdict(settings.training),
-        "versions": machine.versions(),
+        "written_with": machine.versions(),
         "networks": {outcome.label: [run.summary for run in outcome.runs] for outcome in outcomes},
     }
     write_json(output / "results.json", results)
     report.write(
         output,
         f"{' and '.join(settings.networks)} on {images_name(settings.data, class_names)}",
-        text(outcomes, settings, class_names, results["command"]),
+        text(outcomes, settings, class_names, results["command"]) + left_out(diverged),
         {
             "curves": figures.curves({o.label: [r.history for r in o.runs] for o in outcomes}),
             "confusion": figures.confusion_matrices(confusions, class_names),
@@ -108,6 +121,7 @@ def compare(settings: Settings, console: Console) -> dict[str, Any]:
     headings, *rows = table(outcomes, class_names)
     console.print(report.terminal_table(headings, rows))
     console.print(f"written to {output}", markup=False)
+    refuse_diverged(diverged)
     return results
 
 
@@ -120,7 +134,7 @@ def confusion_of(outcomes: Sequence[Outcome]) -> tuple[Mapping[str, np.ndarray],
     """Each network's confusion matrix on the validation images, summed over the seeds."""
     found = {}
     for outcome in outcomes:
-        scores = [run.scores["validation"] for run in outcome.runs]
+        scores = [run.scores[PLAIN.name] for run in outcome.runs]
         found[outcome.label] = np.sum([each["confusion"] for each in scores], axis=0)
     return found, tuple(scores[0]["class_names"])
 
@@ -140,6 +154,7 @@ def table(outcomes: Sequence[Outcome], class_names: Sequence[str]) -> list[list[
         "overfitting epoch (validation loss)",
         "lowest validation loss (train loss of that epoch)",
         "validation accuracy, epoch of lowest loss",
+        "the same, averaged over mirrored images",
         "validation accuracy, last epoch",
         "highest validation accuracy of all epochs",
         "score in the competition",
@@ -161,6 +176,7 @@ def column(outcome: Outcome) -> list[str]:
         ", ".join("none" if turn is None else str(turn) for turn in turns),
         f"{outcome.spread('best_val_loss', '.4f')} ({outcome.spread('train_loss_at_best', '.4f')})",
         outcome.spread("val_accuracy_at_best", ".2%"),
+        outcome.spread(f"plain_{MIRRORED.name}_accuracy", ".2%"),
         outcome.spread("final_val_accuracy", ".2%"),
         outcome.spread("best_val_accuracy", ".2%"),
         "",

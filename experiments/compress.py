@@ -17,19 +17,22 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from chansel_jax.counting import count_network
+from chansel_jax.digest import digest
 from chansel_jax.factorize import component_energies, dense_layers, factorize, max_rank
 from chansel_jax.optimizer import OptimizerSettings
 from chansel_jax.records import write_json
 from chansel_jax.resnet import ResNet
+from chansel_jax.training import network_tree
 from experiments import report
 from experiments.benchmarking import machine
 from experiments.command_line import CommandError, make_output, run, typed
 from experiments.evaluate import scores_of
-from experiments.runs import Checkpoint, Run, load_images, load_run
+from experiments.runs import Checkpoint, Run, load_images, load_run, read_records
+from experiments.settings import RECIPES as TRAINING_RECIPES
+from experiments.settings import InputSettings, TrainingSettings
 from experiments.settings import Settings as TrainSettings
-from experiments.settings import TrainingSettings
-from experiments.sweep import folder_name
-from experiments.train import device_name, train_and_evaluate
+from experiments.sweep import folder_name, is_finished
+from experiments.train import train_and_evaluate
 
 COMPONENTS = 4  # of which the table shows the energy
 
@@ -64,6 +67,7 @@ class Settings:
     parameter_budgets: tuple[int, ...] = ()
     """A network for each, with at most so many parameters: ranks grow one at a time, where the
     share of a convolution's energy gained for a parameter is the largest."""
+    input: InputSettings = InputSettings()
     training: TrainingSettings = RECIPES["fine-tuning"]
     output: Path | None = None
     """Folder of the fine-tuned runs and of the report; by default WORKDIR/compressed."""
@@ -116,7 +120,7 @@ def compress(settings: Settings, console: Console) -> list[Compressed]:
         raise CommandError(
             f"workdir={settings.workdir} is a run of --conv={dense.settings.conv}, not subkernel"
         )
-    dataset, others = load_images(dense, settings.data_dir, in_memory=True)
+    dataset, others = load_images(dense, settings.data_dir)
     if others:
         raise CommandError(f"the {' and '.join(others)} images are not those of the run")
     output = settings.output or settings.workdir / "compressed"
@@ -129,11 +133,12 @@ def compress(settings: Settings, console: Console) -> list[Compressed]:
     for label, network in networks.items():
         before = scores_of(network, dense, validation).accuracy
         console.print(f"\n{label}: {before:.2%} before fine-tuning")
-        summary = train_and_evaluate(
-            fine_tuning(dense, settings, network, output / "runs" / folder_name(label)),
-            console,
-            network,
-        )
+        given = fine_tuning(dense, settings, network, output / "runs" / folder_name(label))
+        if is_finished(given, digest(network_tree(network))):
+            console.print(f"finished before: {given.workdir}", markup=False)
+            summary = read_records(given.workdir).summary
+        else:
+            summary = train_and_evaluate(given, console, network)
         after = summary["final_val_accuracy"]
         found.append(Compressed(label, network, summary["parameters"], before, after))
     write_report(found, dense, whole, settings, output, console)
@@ -172,6 +177,7 @@ def fine_tuning(dense: Run, settings: Settings, network: ResNet, workdir: Path) 
         conv="chansel",
         network=dataclasses.replace(dense.settings.network, **changes),
         data=dataclasses.replace(dense.settings.data, data_dir=settings.data_dir),
+        input=settings.input,
         training=settings.training,
         workdir=workdir,
         resume="auto",
@@ -201,13 +207,19 @@ def write_report(
         )
     energy_table = energy_rows(energies)
     command = typed("compress", settings, RECIPES)
+    trained_by = typed("train", dense.settings, TRAINING_RECIPES)
     write_json(
         output / "results.json",
         {
             "command": command,
-            "device": device_name(),
-            "versions": machine.versions(),
-            "dense": {"parameters": size, "epoch": dense.epoch, "accuracy": whole},
+            "written_with": machine.versions(),
+            "dense": {
+                "command": trained_by,
+                "epoch": dense.epoch,
+                "parameters_sha256": digest(network_tree(dense.network)),
+                "parameters": size,
+                "accuracy": whole,
+            },
             "compressed": [as_json(each) for each in found],
             "energies": {path: shares.tolist() for path, shares in energies.items()},
         },
@@ -222,7 +234,8 @@ def write_report(
         "![accuracy against parameters](accuracy.png)\n\n"
         "Share of the energy (squared singular values) of each trained kernel in its leading "
         f"components:\n\n{report.table(*energy_table)}\n\n"
-        f"```bash\n{command}\n```\n",
+        f"```bash\n{command}\n```\n\n"
+        f"The run of the dense network:\n\n```bash\n{trained_by}\n```\n",
         {"accuracy": draw(found, size, whole)},
     )
     console.print()

@@ -72,25 +72,40 @@ def evaluate(settings: Settings, console: Console) -> Scores:
     print_scores(found, trained, console)
     write_scores(output, found, trained, settings.split, images, settings.flip_average)
     title = f"{settings.split}, epoch {trained.epoch}, {found.accuracy:.2%}"
-    picture = output / f"confusion-{measured(settings.split, settings.flip_average)}.png"
+    picture = output / f"confusion-{stem(settings.split, settings.flip_average)}.png"
     figures.save(figures.confusion_matrices({title: found.confusion}, trained.class_names), picture)
     console.print(f"written to {output}", markup=False)
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Which scores of a run.
+
+    Attributes:
+        split: of its images.
+        checkpoint: that of lowest validation loss, or the last one.
+        flip_average: whether over mirrored images too.
+    """
+
+    split: str
+    checkpoint: Literal["best", "last"] = "best"
+    flip_average: bool = False
+
+    @property
+    def name(self) -> str:
+        """What its files are called after."""
+        return stem(self.split, self.flip_average)
+
+
 def recorded_scores(
-    workdir: Path,
-    split: str,
-    checkpoint: Literal["best", "last"],
-    data_dir: Path | None,
-    console: Console,
+    workdir: Path, wanted: Wanted, data_dir: Path | None, console: Console
 ) -> Mapping[str, Any]:
-    """What `evaluation-SPLIT.json` holds, for a checkpoint of a finished run; measured if needed.
+    """What `evaluation-SPLIT.json` holds of a finished run; measured if needed.
 
     Args:
         workdir: the run's folder; its checkpoints may be gone if the file is there.
-        split: of its images.
-        checkpoint: that of lowest validation loss, or the last one.
+        wanted: which scores.
         data_dir: as in `Settings`.
         console: takes the progress.
 
@@ -98,32 +113,32 @@ def recorded_scores(
         CommandError: as `score`, or if the run's records cannot be read.
     """
     summary = read_records(workdir).summary
-    wanted = {
-        "split": split,
-        "epoch": summary["best_epoch" if checkpoint == "best" else "epochs"],
-        "flip_average": False,
-        "images_sha256": read_config(workdir).digests.get(split),
+    known = {
+        "split": wanted.split,
+        "epoch": summary["best_epoch" if wanted.checkpoint == "best" else "epochs"],
+        "flip_average": wanted.flip_average,
+        "images_sha256": read_config(workdir).digests.get(wanted.split),
     }
-    path = workdir / scores_name(split, flip_average=False)
+    path = workdir / scores_name(wanted.name)
     try:
         recorded = json.loads(path.read_text())
-        if wanted.items() <= recorded.items():
+        if known.items() <= recorded.items():
             return recorded
     except (OSError, ValueError, AttributeError):
         pass  # measured anew
-    trained = load_run(workdir, checkpoint)
+    trained = load_run(workdir, wanted.checkpoint)
     console.print(f"{workdir.name}: ", end="", markup=False)
-    found, images = score(trained, split, data_dir, False, console)
-    write_scores(workdir, found, trained, split, images, False)
+    found, images = score(trained, wanted.split, data_dir, wanted.flip_average, console)
+    write_scores(workdir, found, trained, wanted.split, images, wanted.flip_average)
     return json.loads(path.read_text())
 
 
-def scores_name(split: str, flip_average: bool) -> str:
-    """The file of the scores."""
-    return f"evaluation-{measured(split, flip_average)}.json"
+def scores_name(name: str) -> str:
+    """The file of the scores; `name` as `stem` returns it."""
+    return f"evaluation-{name}.json"
 
 
-def measured(split: str, flip_average: bool) -> str:
+def stem(split: str, flip_average: bool) -> str:
     """What files of scores are called after."""
     return f"{split}-flip-averaged" if flip_average else split
 
@@ -140,7 +155,7 @@ def write_scores(
         "class_names": trained.class_names,
         **as_json(found),
     }
-    records.write_json(folder / scores_name(split, flip_average), content)
+    records.write_json(folder / scores_name(stem(split, flip_average)), content)
 
 
 def score(
@@ -161,7 +176,7 @@ def score(
     images = dataset.splits[split]
     found = scores_of(trained.network, trained, images, flip_average)
     console.print(
-        f"{split}, {len(images.labels):,} images, epoch {trained.epoch}: "
+        f"{stem(split, flip_average)}, {len(images.labels):,} images, epoch {trained.epoch}: "
         f"loss {found.loss:.4f}, accuracy {found.accuracy:.2%}"
     )
     return found, images

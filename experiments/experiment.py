@@ -4,8 +4,10 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from chansel_jax import data, training
 from chansel_jax.digest import digest
@@ -92,11 +94,11 @@ def build(settings: Settings, network: ResNet | None = None) -> Experiment:
 
     Args:
         settings: of the run.
-        network: with the parameters to begin with, and of the structure that `settings` describe;
-            by default one that is initialised with `settings.seed`.
+        network: with the parameters to begin with; by default they are initialised with
+            `settings.seed`.
 
     Raises:
-        ValueError: if a setting or the data is wrong.
+        ValueError: if a setting or the data is wrong, or the parameters are of another structure.
         OtherProcessError: if the data are so in another process.
     """
     in_memory = settings.input.input == "memory"
@@ -108,6 +110,12 @@ def build(settings: Settings, network: ResNet | None = None) -> Experiment:
         raise ValueError(
             f"batch_size={recipe.batch_size} must be at most the {count} training images"
         )
+    smallest = min(dataset.splits["train"].images.shape[1:3])
+    if recipe.augmentation.cutout >= smallest:
+        raise ValueError(
+            f"cutout={recipe.augmentation.cutout} must be less than the {smallest} pixels of the "
+            "images"
+        )
     schedule = make_schedule(
         recipe.optimization, epochs=recipe.epochs, steps_per_epoch=updates_per_epoch
     )
@@ -116,13 +124,29 @@ def build(settings: Settings, network: ResNet | None = None) -> Experiment:
     return Experiment(
         settings=settings,
         dataset=dataset,
-        network=network or build_network(settings, len(dataset.class_names)),
+        network=network_to_train(settings, len(dataset.class_names), network),
         begins_with=network and digest(training.network_tree(network)),
         schedule=schedule,
         optimizer=accumulated(make_optimizer(recipe.optimization, schedule), recipe.accumulate),
         mesh=mesh,
         updates_per_epoch=updates_per_epoch,
     )
+
+
+def network_to_train(settings: Settings, num_classes: int, begins_with: ResNet | None) -> ResNet:
+    """The network that `settings` describe, with the parameters of `begins_with` if it is given.
+
+    Raises:
+        ValueError: if a setting is wrong, or the parameters are of another structure.
+    """
+    network = build_network(settings, num_classes)
+    if begins_with is None:
+        return network
+    own, given = training.network_tree(network), training.network_tree(begins_with)
+    if jax.tree.map(jnp.shape, own) != jax.tree.map(jnp.shape, given):
+        raise ValueError("the network to begin with is not of the structure of the settings")
+    nnx.update(network, given["params"], given["batch_stats"])
+    return network
 
 
 def load_data(settings: DataSettings, in_memory: bool = True) -> data.Dataset:

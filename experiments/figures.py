@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from chansel_jax.records import Row
+from chansel_jax.records import Row, replaced
 
 DPI = 120
 FEW_EPOCHS = 5  # which lines alone would hardly show
@@ -16,9 +16,8 @@ FEW_EPOCHS = 5  # which lines alone would hardly show
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG; a reader sees the old file or the new one, never half."""
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=DPI, format="png")
-    partial.replace(path)
+    with replaced(path) as partial:
+        figure.savefig(partial, dpi=DPI, format="png")
 
 
 def curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:

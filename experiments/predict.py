@@ -4,7 +4,6 @@ python -m experiments.predict --workdir=RUN --images=FOLDER --output=submission.
 """
 
 import collections
-import contextlib
 import csv
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from rich.progress import track
 from chansel_jax.data import DataError
 from chansel_jax.data.image_files import read_image
 from chansel_jax.inference import BATCH_SIZE, make_predict
+from chansel_jax.records import replaced
 from experiments.command_line import CommandError, run
 from experiments.runs import Checkpoint, Run, load_run
 
@@ -48,7 +48,8 @@ class Settings:
     kept."""
 
     def __post_init__(self):
-        if len(self.columns) != 2 or len(set(self.columns)) != 2:
+        needed = 1 if self.probabilities else 2
+        if len(self.columns) < needed or len(self.columns) > 2 or len(set(self.columns)) < needed:
             raise ValueError(
                 f"columns={','.join(self.columns)} must be two different headings, as in id,label"
             )
@@ -71,10 +72,12 @@ def predict(settings: Settings, console: Console) -> None:
     files = find_files(settings.images)
     trained = load_run(settings.workdir, settings.epoch)
     console.print(f"{len(files):,} files, parameters of epoch {trained.epoch}")
-    partial = settings.output.with_name(settings.output.name + ".partial")
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        settings.output.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            replaced(settings.output) as partial,
+            partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(headings(settings, trained.class_names))
             written = 0
@@ -83,14 +86,10 @@ def predict(settings: Settings, console: Console) -> None:
                 for path, probabilities in zip(paths, found, strict=True):
                     writer.writerow([names[path], *cells(settings, trained, probabilities)])
                 written += len(paths)
-        if not written:
-            raise CommandError(f"images={settings.images} holds no image that can be read")
-        partial.replace(settings.output)
+            if not written:
+                raise CommandError(f"images={settings.images} holds no image that can be read")
     except OSError as error:
         raise CommandError(f"output={settings.output}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
     console.print(f"{written:,} predictions written to {settings.output}", markup=False)
     if bad:
         raise CommandError(f"{len(bad)} of {len(files)} files are not predicted: {summary(bad)}")
@@ -117,7 +116,7 @@ def find_files(root: Path) -> list[Path]:
 def row_names(files: Sequence[Path], root: Path) -> dict[Path, str]:
     """What each file is called: its path below `root`, without an image's extension.
 
-    Images that would be called the same keep theirs.
+    Images that would be called like another file keep theirs.
     """
     extensions = Image.registered_extensions()
     whole = {path: path.relative_to(root) for path in files}
@@ -125,7 +124,8 @@ def row_names(files: Sequence[Path], root: Path) -> dict[Path, str]:
         path: name.with_suffix("") if name.suffix.lower() in extensions else name
         for path, name in whole.items()
     }
-    count = collections.Counter(short.values())
+    shortened = [path for path in files if short[path] != whole[path]]
+    count = collections.Counter([*short.values(), *(whole[path] for path in shortened)])
     return {
         path: (name if count[name] == 1 else whole[path]).as_posix() for path, name in short.items()
     }
@@ -175,10 +175,12 @@ def predictions(
 
 def headings(settings: Settings, class_names: Sequence[str]) -> list[str]:
     """The first row."""
-    id_heading, label_heading = settings.columns
     if not settings.probabilities:
-        return [id_heading, label_heading]
-    return [id_heading, *(label_name(settings, class_names, i) for i in range(len(class_names)))]
+        return list(settings.columns)
+    return [
+        settings.columns[0],
+        *(label_name(settings, class_names, i) for i in range(len(class_names))),
+    ]
 
 
 def label_name(settings: Settings, class_names: Sequence[str], label: int) -> str:

@@ -10,6 +10,7 @@ from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from rich.table import Table as RichTable
 
+from chansel_jax.records import replaced
 from experiments import figures
 from experiments.printing import LAYOUT
 
@@ -33,8 +34,12 @@ def write(folder: Path, title: str, text: str, pictures: Mapping[str, Figure]) -
     """
     for name, figure in pictures.items():
         figures.save(figure, folder / f"{name}.png")
-    replace(folder / "report.md", f"# {title}\n\n{text}")
-    replace(folder / "report.html", page(folder, title, text))
+    for name, content in (
+        ("report.md", f"# {title}\n\n{text}"),
+        ("report.html", page(folder, title, text)),
+    ):
+        with replaced(folder / name) as partial:
+            partial.write_text(content, encoding="utf-8")
 
 
 def page(folder: Path, title: str, text: str) -> str:
@@ -67,10 +72,3 @@ def terminal_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Ri
     for row in rows:
         rich.add_row(*row)
     return rich
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes a file; a reader sees the old one or the new one, never half."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -32,6 +32,8 @@ class Config:
         digests: of the images of each split.
         mean: `(C,)`, the channels' means over its training images.
         std: `(C,)`, their standard deviations.
+        begins_with: a digest of the parameters before the first step, where the seed does not
+            decide them.
     """
 
     settings: Settings
@@ -40,6 +42,7 @@ class Config:
     digests: Mapping[str, str]
     mean: np.ndarray
     std: np.ndarray
+    begins_with: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +79,7 @@ def read_config(workdir: Path) -> Config:
             digests=images["digests"],
             mean=np.asarray(images["mean"], np.float32),
             std=np.asarray(images["std"], np.float32),
+            begins_with=config.get("begins_with"),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CommandError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
@@ -128,19 +132,17 @@ def load_run(workdir: Path, epoch: Checkpoint = "best") -> Run:
     return Run(**vars(config), workdir=workdir, network=network, epoch=epoch)
 
 
-def load_images(
-    run: Run, data_dir: Path | None, in_memory: bool = False
-) -> tuple[data.Dataset, tuple[str, ...]]:
+def load_images(run: Run, data_dir: Path | None) -> tuple[data.Dataset, tuple[str, ...]]:
     """The images of `run`, and the splits whose images are not those it was trained with.
 
-    By default they stay on disk: most of them may never be looked at.
+    They stay on disk: most of them may never be looked at.
 
     Raises:
         CommandError: if they cannot be had, or are of other classes.
     """
     settings = dataclasses.replace(run.settings.data, data_dir=data_dir)
     try:
-        dataset = load_data(settings, in_memory)
+        dataset = load_data(settings, in_memory=False)
     except ValueError as error:
         raise CommandError(error) from error
     if dataset.class_names != run.class_names:

@@ -172,11 +172,9 @@ def measure(settings: Settings, counts: Sequence[int], console: Console) -> list
     cases, sizes = {}, {}
     for conv in CONV_NAMES:
         for count in counts:
-            for kind, batch_size in (("weak", settings.batch_size * count), ("strong", None)):
-                key = (conv, count, kind)
-                take_steps, sizes[key] = prepare(
-                    settings, conv, count, batch_size or settings.batch_size
-                )
+            for batch_size in {settings.batch_size * count, settings.batch_size}:
+                key = (conv, count, batch_size)
+                take_steps, sizes[key] = prepare(settings, *key)
                 take_steps(WARM_UP_STEPS)
                 cases[key] = take_steps
     seconds: dict[tuple, list[float]] = {key: [] for key in cases}
@@ -194,9 +192,9 @@ def measure(settings: Settings, counts: Sequence[int], console: Console) -> list
         Point(
             conv,
             count,
-            weak=settings.batch_size * count / step[conv, count, "weak"],
-            strong=settings.batch_size / step[conv, count, "strong"],
-            sizes=tuple(sizes[conv, count, "weak"]),
+            weak=settings.batch_size * count / step[conv, count, settings.batch_size * count],
+            strong=settings.batch_size / step[conv, count, settings.batch_size],
+            sizes=tuple(sizes[conv, count, settings.batch_size]),
         )
         for conv in CONV_NAMES
         for count in counts

@@ -18,10 +18,11 @@ from chansel_jax.records import write_json
 from experiments import report
 from experiments.benchmarking import machine
 from experiments.command_line import CommandError, make_output, run, typed
-from experiments.settings import DataSettings, checked_seeds
+from experiments.evaluate import Wanted
+from experiments.settings import DataSettings, InputSettings, checked_seeds
 from experiments.studies import STUDIES
 from experiments.studies.study import Study
-from experiments.sweep import Outcome, image_digests, run_all
+from experiments.sweep import Outcome, image_digests, left_out, refuse_diverged, run_all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Settings:
     width: 16 to 44, beside dense networks of equal cost; data: both convolutions on CIFAR-10 with
     BSConv's recipe (which takes cifar10 for dog_cat_bird)."""
     data: DataSettings = DataSettings(dataset="dog_cat_bird")
+    input: InputSettings = InputSettings()
     epochs: int | None = None
     """Of each training; by default the study's full length."""
     seeds: tuple[int, ...] = (0,)
@@ -63,21 +65,28 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
     data, epochs = settings.data, settings.epochs or chosen.epochs
     if data.dataset == "dog_cat_bird":
         data = dataclasses.replace(data, dataset=chosen.dataset)
-    every = chosen.entries(data, epochs)
-    entries = {label: row for label, row in every.items() if settings.only in label}
+    try:
+        every = chosen.entries(data, epochs)
+    except ValueError as error:
+        raise CommandError(error) from error
+    entries = {
+        label: dataclasses.replace(row, input=settings.input)
+        for label, row in every.items()
+        if settings.only in label
+    }
     if not entries:
         raise CommandError(f"only={settings.only} is part of none of: {'; '.join(every)}")
     output = settings.output or Path("runs", f"study-{settings.name}-{data.dataset}")
     make_output(output)
-    scored = {split: "last" for split in chosen.scored if split in image_digests(data)}
-    outcomes = run_all(entries, settings.seeds, output / "runs", console, scored)
-    outcomes = [with_scores(outcome) for outcome in outcomes]
+    scored = [split for split in chosen.scored if split in image_digests(data)]
+    wanted = [Wanted(split, "last") for split in scored]
+    outcomes, diverged = run_all(entries, settings.seeds, output / "runs", console, wanted)
     command = typed("study", settings)
     write_json(
         output / "results.json",
         {
             "command": command,
-            "versions": machine.versions(),
+            "written_with": machine.versions(),
             "rows": {o.label: [run.summary for run in o.runs] for o in outcomes},
         },
     )
@@ -85,26 +94,14 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
     report.write(
         output,
         chosen.question,
-        text(outcomes, settings, chosen, rows, command),
+        text(outcomes, settings, chosen, rows, command) + left_out(diverged),
         {"figure": chosen.draw(outcomes)},
     )
     console.print()
     console.print(report.terminal_table(*rows))
     console.print(f"written to {output}", markup=False)
+    refuse_diverged(diverged)
     return outcomes
-
-
-def with_scores(outcome: Outcome) -> Outcome:
-    """`outcome` with the scores in its summaries: `plain_SPLIT_loss`, `plain_SPLIT_accuracy`."""
-    runs = []
-    for trained in outcome.runs:
-        plain = {
-            f"plain_{split}_{name}": scores[name]
-            for split, scores in trained.scores.items()
-            for name in ("loss", "accuracy")
-        }
-        runs.append(dataclasses.replace(trained, summary={**trained.summary, **plain}))
-    return dataclasses.replace(outcome, runs=runs)
 
 
 def table(
@@ -158,6 +155,8 @@ def text(
     longer = f" (up to {most} where there are few images)" if most > epochs else ""
     short = f", of {chosen.epochs} at full length" if epochs != chosen.epochs else ""
     seeds = ", ".join(map(str, settings.seeds))
+    if len(settings.seeds) > 1:
+        seeds += " (mean ± standard deviation)"
     train = (
         "Train loss and accuracy are those of the plain training images after the last epoch"
         if "train" in chosen.scored

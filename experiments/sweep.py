@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from flax import nnx
 from rich.console import Console
@@ -15,11 +14,11 @@ from rich.console import Console
 from chansel_jax.records import Row
 from chansel_jax.workdir import differences, holds_run
 from experiments.command_line import CommandError
-from experiments.evaluate import recorded_scores
+from experiments.evaluate import Wanted, recorded_scores
 from experiments.experiment import load_data
 from experiments.runs import Records, read_config, read_records
 from experiments.settings import DataSettings, Settings, build_network, decisive
-from experiments.train import train_and_evaluate
+from experiments.train import DivergedError, train_and_evaluate
 
 NAME_FORMAT = "CONV[-wWIDTH][-rRANK]"
 
@@ -29,7 +28,7 @@ class Trained(Records):
     """A finished run.
 
     Attributes:
-        scores: by split, as in `evaluation-SPLIT.json`.
+        scores: by what their files are called after, as in `evaluation-SPLIT.json`.
     """
 
     scores: Mapping[str, Mapping[str, Any]]
@@ -70,26 +69,32 @@ def run_all(
     seeds: Sequence[int],
     folder: Path,
     console: Console,
-    score: Mapping[str, Literal["best", "last"]],
-) -> list[Outcome]:
+    wanted: Sequence[Wanted] = (),
+) -> tuple[list[Outcome], list[str]]:
     """Trains every entry from every seed, under `folder`; what is done already stays.
 
     All entries are trained from the first seed before any is from the next. A finished run is taken
-    from its records, so it may come from another machine and needs no checkpoints.
+    from its records, so it may come from another machine and needs no checkpoints. A training whose
+    loss is not finite is left out.
 
     Args:
         entries: settings by label.
         seeds: in place of theirs.
         folder: of the runs, each in its own, named after label and seed.
         console: takes the progress.
-        score: the checkpoint whose scores are wanted, by split.
+        wanted: scores of each run; they join its summary, as `plain_SPLIT_loss` and
+            `plain_SPLIT_accuracy`.
+
+    Returns:
+        What came out, and a line for each training whose loss was not finite.
 
     Raises:
         CommandError: as `train_and_evaluate` and `recorded_scores`, or if an entry has wrong
-            settings, or a run in `folder` other ones.
+            settings, or a run in `folder` other ones, or no loss was finite.
     """
     check_networks(entries)
     done: dict[str, list[Trained]] = {label: [] for label in entries}
+    diverged: list[str] = []
     count = len(entries) * len(seeds)
     for i, seed in enumerate(seeds):
         for j, (label, settings) in enumerate(entries.items()):
@@ -97,16 +102,44 @@ def run_all(
             console.print(f"\n[{number}/{count}] {label}, seed {seed}", markup=False)
             workdir = folder / f"{folder_name(label)}-seed{seed}"
             given = dataclasses.replace(settings, seed=seed, workdir=workdir, resume="auto")
-            if is_finished(given):
-                console.print(f"finished before: {workdir}", markup=False)
-            else:
-                train_and_evaluate(given, console)
+            try:
+                if is_finished(given):
+                    console.print(f"finished before: {workdir}", markup=False)
+                else:
+                    train_and_evaluate(given, console)
+            except DivergedError as error:
+                diverged.append(f"{label}, seed {seed}: {error}")
+                console.print(diverged[-1], markup=False)
+                continue
             scores = {
-                split: recorded_scores(workdir, split, checkpoint, given.data.data_dir, console)
-                for split, checkpoint in score.items()
+                each.name: recorded_scores(workdir, each, given.data.data_dir, console)
+                for each in wanted
             }
-            done[label].append(Trained(**vars(read_records(workdir)), scores=scores))
-    return [Outcome(label, runs) for label, runs in done.items()]
+            done[label].append(with_scores(read_records(workdir), scores))
+    if not any(done.values()):
+        raise CommandError("; ".join(diverged))
+    return [Outcome(label, runs) for label, runs in done.items() if runs], diverged
+
+
+def with_scores(records: Records, scores: Mapping[str, Mapping[str, Any]]) -> Trained:
+    """A run with its scores, which join the summary."""
+    plain = {
+        f"plain_{name}_{figure}": found[figure]
+        for name, found in scores.items()
+        for figure in ("loss", "accuracy")
+    }
+    return Trained({**records.summary, **plain}, records.history, scores)
+
+
+def left_out(diverged: Sequence[str]) -> str:
+    """What a report says of them."""
+    return "".join(f"\n\nNot in the table: {line}." for line in diverged)
+
+
+def refuse_diverged(diverged: Sequence[str]) -> None:
+    """Raises `CommandError` if there are any; after all else is done."""
+    if diverged:
+        raise CommandError("; ".join(diverged))
 
 
 def check_networks(entries: Mapping[str, Settings]) -> None:
@@ -118,8 +151,13 @@ def check_networks(entries: Mapping[str, Settings]) -> None:
             raise CommandError(f"{label}: {error}") from error
 
 
-def is_finished(settings: Settings) -> bool:
+def is_finished(settings: Settings, begins_with: str | None = None) -> bool:
     """Whether their workdir holds the records of a finished run of these settings and images.
+
+    Args:
+        settings: of the run.
+        begins_with: a digest of its parameters before the first step, if the seed does not decide
+            them.
 
     Raises:
         CommandError: if it holds a run of others, or one that cannot be read.
@@ -129,8 +167,8 @@ def is_finished(settings: Settings) -> bool:
         return False
     config = read_config(workdir)
     found = differences(
-        decisive(config.settings) | {"images": config.digests},
-        decisive(settings) | {"images": image_digests(settings.data)},
+        decisive(config.settings) | {"images": config.digests, "begins_with": config.begins_with},
+        decisive(settings) | {"images": image_digests(settings.data), "begins_with": begins_with},
     )
     if found:
         raise CommandError(
@@ -198,6 +236,6 @@ def overfitting_epoch(history: Sequence[Row], window: int = 5, rise: float = 0.0
     window = min(window, len(losses))
     means = [statistics.fmean(losses[i : i + window]) for i in range(len(losses) - window + 1)]
     lowest = min(range(len(means)), key=means.__getitem__)
-    if max(means[lowest:]) < means[lowest] * (1 + rise) or math.isnan(means[lowest]):
+    if max(means[lowest:]) < means[lowest] * (1 + rise):
         return None
     return history[lowest + window // 2]["epoch"]

@@ -29,7 +29,14 @@ from experiments.experiment import Experiment, build
 from experiments.settings import RECIPES, Settings, decisive, run_name
 from experiments.training_loop import Progress, train
 
-EXPECTED = (WorkdirError, CheckpointError, DataError, FloatingPointError, OtherProcessError)
+EXPECTED = (WorkdirError, CheckpointError, DataError, OtherProcessError)
+
+# What settings are worth in the files of runs that are older than they.
+BEFORE_THEY_WERE = {"settings": decisive(Settings())}
+
+
+class DivergedError(CommandError):
+    """A loss was not finite; one line."""
 
 
 def main(settings: Settings) -> None:
@@ -52,7 +59,8 @@ def train_and_evaluate(
 
     Raises:
         CommandError: if a setting or the data is wrong, the workdir holds another run, no
-            checkpoint can be restored, a loss is not finite, or nothing can be written.
+            checkpoint can be restored, or nothing can be written.
+        DivergedError: if a loss is not finite.
         Interrupted: after SIGINT or SIGTERM, when all is saved.
     """
     workdir = settings.workdir or Path("runs", run_name(settings))
@@ -67,12 +75,16 @@ def train_and_evaluate(
     try:
         with contextlib.ExitStack() as claimed:
             aside = cluster.first_alone(
-                lambda: claimed.enter_context(claim(workdir, description, settings.resume))
+                lambda: claimed.enter_context(
+                    claim(workdir, description, settings.resume, BEFORE_THEY_WERE)
+                )
             )
             rows = print_beginning(experiment, workdir, aside, console)
             progress = train(experiment, workdir, console)
             summary = summarise(experiment, rows, progress)
             cluster.first_alone(lambda: finish(summary, workdir))
+    except FloatingPointError as error:
+        raise DivergedError(error) from error
     except EXPECTED as error:
         raise CommandError(error) from error
     except OSError as error:
@@ -121,6 +133,7 @@ def summarise(
         "dataset": settings.data.dataset,
         "seed": settings.seed,
         "device": device_name(),
+        "versions": machine.versions(),
         "images": {name: len(split.labels) for name, split in experiment.dataset.splits.items()},
         "parameters": sum(row.parameters for row in rows),
         "multiply_adds": sum(row.multiply_adds for row in rows),

@@ -15,6 +15,7 @@ from rich.progress import track
 
 from chansel_jax import checkpoint, records, training
 from chansel_jax.processes import together
+from chansel_jax.workdir import WorkdirError
 from experiments import cluster, printing
 from experiments import feed as feeds
 from experiments.command_line import Interrupted
@@ -46,6 +47,7 @@ def train(experiment: Experiment, workdir: Path, console: Console) -> Progress:
 
     Raises:
         CheckpointError: if there are checkpoints, and none can be restored.
+        WorkdirError: if the run is finished, but its checkpoints have been deleted.
         FloatingPointError: if a loss is not finite; earlier checkpoints stay.
         Interrupted: after SIGINT or SIGTERM, when all is saved.
     """
@@ -58,8 +60,7 @@ def train(experiment: Experiment, workdir: Path, console: Console) -> Progress:
         progress = restore(experiment, checkpoints, console)
         if len(progress.history) == epochs:
             return progress
-        # An older one would be that of another run.
-        cluster.first_alone(lambda: (workdir / "summary.json").unlink(missing_ok=True))
+        cluster.first_alone(lambda: discard_results(workdir, progress))
         feed = opened.enter_context(compiled_feed(experiment, progress, console))
         signal_to_any = cluster.shared_maximum(signal_received)
         between_steps = functools.partial(save_or_stop, experiment, checkpoints, signal_to_any)
@@ -75,6 +76,21 @@ def train(experiment: Experiment, workdir: Path, console: Console) -> Progress:
                 if received := signal_to_any():
                     raise stopped(experiment, progress, received)
     return progress
+
+
+def discard_results(workdir: Path, progress: Progress) -> None:
+    """Deletes what was found of a finished run, before it is trained on from `progress`.
+
+    Raises:
+        WorkdirError: if nothing but these results is left of it.
+    """
+    if int(progress.state.step) == 0 and (workdir / "summary.json").exists():
+        raise WorkdirError(
+            f"the run in {workdir} is finished and its checkpoints are gone: take another "
+            "--workdir, or --resume=never to start anew"
+        )
+    for path in (workdir / "summary.json", *workdir.glob("evaluation-*.json")):
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

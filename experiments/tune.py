@@ -61,7 +61,7 @@ class Shape:
         return text + (f" rank {self.rank}" if self.rank > 1 else "")
 
 
-# The layers of ResNet-14, a few of ResNet-18, and one of a higher rank.
+# The layers of ResNet-14, some of them of higher ranks, and a few of ResNet-18.
 LAYERS = (
     Shape(32, 16, 16),
     Shape(32, 16, 32, strides=2),
@@ -69,7 +69,12 @@ LAYERS = (
     Shape(16, 32, 32),
     Shape(16, 32, 64, strides=2),
     Shape(8, 64, 64),
+    Shape(32, 16, 16, rank=2),
     Shape(32, 16, 16, rank=3),
+    Shape(32, 16, 32, strides=2, rank=3),
+    Shape(16, 32, 32, rank=3),
+    Shape(8, 64, 64, rank=4),
+    Shape(8, 64, 64, rank=9),
     Shape(224, 3, 64, kernel=7, strides=2),
     Shape(56, 64, 64),
     Shape(28, 128, 128),

@@ -249,6 +249,28 @@ def test_what_auto_chooses_on_a_cpu(monkeypatch, devices, instructions, widest):
         assert fastest_dense(dataclasses.replace(case, dtype="float16")) == "lax"
 
 
+@pytest.mark.parametrize(
+    ("channels", "rank", "chosen"),
+    [
+        (16, 2, "native"),
+        (16, 3, "composed_native"),
+        (32, 3, "composed_native"),
+        (64, 4, "native"),
+        (64, 5, "composed_native"),
+        (128, 9, "composed_native"),
+    ],
+)
+def test_what_auto_chooses_of_many_ranks(monkeypatch, channels, rank, chosen):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(native, "available", lambda: True)
+    monkeypatch.setattr(native, "instruction_set", lambda: "avx512")
+    case = dataclasses.replace(CASE, in_channels=channels, out_channels=channels, rank=rank)
+    assert fastest_layer(case) == chosen
+    assert fastest_layer(dataclasses.replace(case, dtype="bfloat16")) in ("native", "shifted")
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert fastest_layer(case) == "shifted"
+
+
 def test_what_auto_chooses_on_other_devices(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)

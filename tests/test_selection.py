@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 from layers import ANY_LAYER, LAYERS, NAMES, assert_close
 
 from chansel_jax import native
-from chansel_jax.lowerings import runnable
+from chansel_jax.lowerings import NATIVE, runnable
 from chansel_jax.selection import LOWERINGS, channel_selection
 from chansel_jax.window import output_size
 
@@ -234,6 +234,7 @@ def test_without_the_compiled_library(monkeypatch):
     monkeypatch.setattr(native, "_library", lambda: "no compiler")
     operands = arrays((6, 5), (3, 3), (4, 3), **WINDOW)
     assert_like_grouped(["auto"], operands, 1e-5, **WINDOW)
-    with pytest.raises(ValueError, match="lowering='native'.*compiler"):
-        channel_selection(*operands[:3], **WINDOW, lowering="native")
-    assert "native" not in runnable(LOWERINGS)
+    for lowering in NATIVE:
+        with pytest.raises(ValueError, match=f"lowering='{lowering}'.*compiler"):
+            channel_selection(*operands[:3], **WINDOW, lowering=lowering)
+        assert lowering not in runnable(LOWERINGS)

@@ -28,9 +28,9 @@ def workdir(tmp_path, request):
     return path
 
 
-def claim(workdir, config, resume):
+def claim(workdir, config, resume, defaults=None):
     """Claims the folder and lets it go."""
-    with workdirs.claim(workdir, config, resume) as aside:
+    with workdirs.claim(workdir, config, resume, defaults) as aside:
         return aside
 
 
@@ -101,6 +101,18 @@ def test_setting_that_is_gone_is_named(workdir):
     del other["settings"]["seed"]
     with pytest.raises(WorkdirError, match=r"\(seed: 0 → None\)"):
         claim(workdir, other, "auto")
+
+
+def test_what_an_older_run_lacks_is_as_by_default(tmp_path, workdir):
+    newer = changed(CONFIG, accumulate=1)
+    before = snapshot(tmp_path)
+    with pytest.raises(WorkdirError, match=r"\(accumulate: None → 1\)"):
+        claim(workdir, newer, "auto")
+    defaults = {"settings": {"accumulate": 1, "seed": 5}}
+    with pytest.raises(WorkdirError, match=r"\(accumulate: 1 → 2\)"):
+        claim(workdir, changed(CONFIG, accumulate=2), "auto", defaults)
+    assert claim(workdir, newer, "auto", defaults) is None
+    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("config", [CONFIG, changed(CONFIG, seed=1)], ids=["same", "other"])

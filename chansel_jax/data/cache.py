@@ -5,7 +5,6 @@ Nothing here imports TensorFlow, and nothing is printed but progress bars.
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ from chansel_jax.data.quiet import quiet
 from chansel_jax.data.source import Source
 from chansel_jax.data.stored import StoredImages
 from chansel_jax.data.summary import CHUNK, Summary, summarise_chunks
+from chansel_jax.records import replaced
 
 PART = 64  # images of a chunk that a thread reads
 
@@ -146,11 +146,12 @@ def _kept_summary(path: Path, builder: ChanselImages, name: str) -> dict[str, An
         with path.open("rb") as file, np.load(file) as found:
             return dict(found)
     measured = _measure(builder.as_data_source(name), name)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with contextlib.suppress(OSError):  # a folder of others; it is measured again next time
-        with partial.open("wb") as file:
-            np.savez(file, **measured)
-        partial.replace(path)
+    with (
+        contextlib.suppress(OSError),  # a folder of others; it is measured again next time
+        replaced(path) as partial,
+        partial.open("wb") as file,
+    ):
+        np.savez(file, **measured)
     return measured
 
 

@@ -71,10 +71,10 @@ def load(
         raise DataError(f"there is no data set {name}, but {', '.join(DATASETS)}")
     for option, value in (
         ("--image-size", image_size),
-        ("--classes", ",".join(classes)),
+        ("--classes", ",".join(classes) or None),
         ("--train-per-class", train_per_class),
-        ("--split-seed", split_seed),
+        ("--split-seed", split_seed or None),
     ):
-        if value:
+        if value is not None:
             raise DataError(f"{option}={value} is for the data set folder only, not for {name}")
     return load_source(SOURCES[name](), data_dir, in_memory=in_memory)

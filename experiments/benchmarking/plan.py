@@ -27,7 +27,7 @@ from experiments.benchmarking.weights import make_weights
 
 BATCH_SIZES = {"resnet14": {"cpu": 128, "gpu": 128}, "resnet18": {"cpu": 16, "gpu": 64}}
 # Lowerings of JAX and variants of PyTorch that exist on one platform only.
-PLATFORMS = {"native": "cpu", "max_autotune": "gpu"}
+PLATFORMS = {"native": "cpu", "composed_native": "cpu", "max_autotune": "gpu"}
 MOST_LOADER_WORKERS = 8
 
 

@@ -41,7 +41,13 @@ FACTORS: Mapping[str, Mapping[str, Any]] = {
 
 
 def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
-    """Both convolutions on few images and on all, unregularised; then factor by factor."""
+    """Both convolutions on few images and on all, unregularised; then factor by factor.
+
+    Raises:
+        ValueError: if there are less than few.
+    """
+    if data.train_images is not None and data.train_images < FEW:
+        raise ValueError(f"train_images={data.train_images} must be at least {FEW} for this study")
     recipe = RECIPES["original"]
     base = Settings(data=data, training=with_epochs(recipe, epochs))
     few = Settings(

@@ -124,7 +124,7 @@ def test_nothing_or_an_unknown_lowering_is_refused(convs, lowerings, named):
 
 
 def test_every_lowering_of_the_library_is_taken():
-    names = ("auto", "composed", "grouped", "shifted", "native", "lax")
+    names = ("auto", "composed", "grouped", "shifted", "native", "composed_native", "lax")
     assert Settings(lowerings=names).lowerings
 
 

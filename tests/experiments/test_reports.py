@@ -18,6 +18,7 @@ from chansel_jax.counting import count_network
 from chansel_jax.workdir import differences
 from experiments import compare, compress, evaluate, predict, report, study, sweep
 from experiments.command_line import CommandError, parse, typed
+from experiments.runs import load_run, read_config
 from experiments.settings import DataSettings, NetworkSettings, Settings, decisive
 from experiments.studies import STUDIES, data, overfit, width
 
@@ -105,7 +106,7 @@ def test_published_figures_stand_beside_the_same_network_and_classes(parameters,
     summary = dict.fromkeys(
         (
             *("best_val_loss", "train_loss_at_best", "val_accuracy_at_best", "final_val_accuracy"),
-            *("best_val_accuracy", "seconds_per_epoch"),
+            *("best_val_accuracy", "seconds_per_epoch", "plain_validation-flip-averaged_accuracy"),
         ),
         0.5,
     )
@@ -250,10 +251,21 @@ def test_compression_from_beginning_to_end(dense, settings, one_epoch, tmp_path,
     rows = count_network(cut.network.config, (8, 8))
     assert cut.parameters == sum(row.parameters for row in rows)
     assert f"| rank 9 | {exact.parameters:,} | 4 4 4 4 4 8 8 8 8 9 9 9 |" in text
+    # What is trained has the dropout of the fine-tuning, not of the dense network.
+    assert load_run(dense).network.dropout.rate == 0.2
+    for run in (tmp_path / "out" / "runs").iterdir():
+        assert load_run(run, "last").network.dropout.rate == 0
+        assert read_config(run).settings.training.dropout_rate == 0
     assert len(results["energies"]) == 12
     assert results["command"].startswith("python -m experiments.compress --workdir=PATH ")
     for shares in results["energies"].values():
         assert sum(shares) == pytest.approx(1)
+    assert "experiments.train --conv=subkernel" in results["dense"]["command"]
+    assert results["dense"]["command"] in text
+
+    # Finished runs need their records only.
+    for folder in (tmp_path / "out" / "runs").glob("*/checkpoints"):
+        shutil.rmtree(folder)
     again = Console(file=io.StringIO(), width=160)
     assert [each.after for each in compress.compress(given, again)] == [exact.after, cut.after]
     assert "compiled" not in again.file.getvalue()

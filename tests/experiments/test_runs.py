@@ -15,6 +15,7 @@ from rich.console import Console
 from chansel_jax.metrics import scores
 from experiments import evaluate, predict
 from experiments.command_line import CommandError
+from experiments.evaluate import Wanted
 from experiments.runs import load_images, load_run, settings_from
 from experiments.settings import Settings
 
@@ -108,7 +109,7 @@ def test_evaluation_is_that_of_the_training(trained, settings, whole, tmp_path, 
 
 
 def test_flip_averaged_scores_lie_beside_the_plain_ones(copy, images, console):
-    plain = evaluate.recorded_scores(copy, "validation", "best", images, console)
+    plain = evaluate.recorded_scores(copy, Wanted("validation"), images, console)
     settings = evaluate.Settings(copy, data_dir=images, flip_average=True)
     found = evaluate.evaluate(settings, console)
     written = json.loads((copy / "evaluation-validation-flip-averaged.json").read_text())
@@ -120,7 +121,7 @@ def test_flip_averaged_scores_lie_beside_the_plain_ones(copy, images, console):
 
 def test_recorded_scores_are_those_of_the_runs_own_images(copy, settings, images, console):
     def recorded(checkpoint):
-        return evaluate.recorded_scores(copy, "validation", checkpoint, images, console)
+        return evaluate.recorded_scores(copy, Wanted("validation", checkpoint), images, console)
 
     path = copy / "evaluation-validation.json"
     first = recorded("last")
@@ -218,6 +219,16 @@ def test_other_formats(trained, unlabelled, tmp_path, console):
     assert values.argmax(axis=1).tolist() == [2, 0, 1, 0]
     predict.predict(dataclasses.replace(settings, probabilities=True, labels="index"), console)
     assert rows_of(output)[0] == ["id", "0", "1", "2"]
+
+
+def test_no_two_files_are_called_alike(tmp_path):
+    def named(*names):
+        return list(predict.row_names([tmp_path / name for name in names], tmp_path).values())
+
+    assert named("a.png", "b.JPG", "c/a.png", "d") == ["a", "b", "c/a", "d"]
+    assert named("a.png", "a.jpg", "b.png") == ["a.png", "a.jpg", "b"]
+    assert named("a.png", "a.jpg", "a.png.jpg") == ["a.png", "a.jpg", "a.png.jpg"]
+    assert named("a", "a.png") == ["a", "a.png"]
 
 
 def test_names_keep_their_extensions_where_they_are_needed(trained, unlabelled, tmp_path, console):

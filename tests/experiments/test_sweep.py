@@ -5,12 +5,14 @@ import json
 import shutil
 
 import pytest
+from rich.console import Console
 
 from experiments import sweep
 from experiments.command_line import CommandError
 from experiments.runs import read_records
 from experiments.settings import NetworkSettings, Settings
 from experiments.sweep import Outcome, Trained, named, overfitting_epoch, run_all
+from experiments.train import DivergedError
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_finished_run_is_one_of_the_same_settings_and_images(settings, whole, tm
 def test_a_network_that_cannot_be_is_refused_before_any_training(tmp_path):
     entries = sweep.entries(("chansel", "chansel-r10"), Settings())
     with pytest.raises(CommandError, match="^chansel-r10: rank=10 must be "):
-        run_all(entries, (0,), tmp_path, None, {})
+        run_all(entries, (0,), tmp_path, None)
 
 
 def test_every_network_from_one_seed_before_the_next(monkeypatch, tmp_path):
@@ -93,19 +95,12 @@ def test_every_network_from_one_seed_before_the_next(monkeypatch, tmp_path):
 
     def train(settings, console):
         order.append((settings.conv, settings.seed, settings.workdir.name))
-        settings.workdir.mkdir(parents=True)
-        (settings.workdir / "metrics.jsonl").write_text('{"epoch": 1}\n')
-        summary = {"epochs": 1, "loss": settings.seed}
-        (settings.workdir / "summary.json").write_text(json.dumps(summary))
-
-    class Console:
-        def print(self, *_, **__):
-            pass
+        leave_records(settings)
 
     monkeypatch.setattr(sweep, "train_and_evaluate", train)
     dense = dataclasses.replace(Settings(), conv="subkernel")
     entries = {"a, 1 / 5": Settings(), "b": dense}
-    outcomes = run_all(entries, (7, 9), tmp_path, Console(), {})
+    outcomes, diverged = run_all(entries, (7, 9), tmp_path, Console(quiet=True))
     assert order == [
         ("chansel", 7, "a-1-5-seed7"),
         ("subkernel", 7, "b-seed7"),
@@ -113,4 +108,31 @@ def test_every_network_from_one_seed_before_the_next(monkeypatch, tmp_path):
         ("subkernel", 9, "b-seed9"),
     ]
     assert [(o.label, o.values("loss")) for o in outcomes] == [("a, 1 / 5", [7, 9]), ("b", [7, 9])]
-    assert outcomes[0].runs[0].history == [{"epoch": 1}]
+    assert outcomes[0].runs[0].history == [{"epoch": 1}] and not diverged
+
+
+def test_what_diverges_is_left_out_and_the_rest_trained(monkeypatch, tmp_path):
+    def train(settings, console):
+        if settings.conv == "subkernel" and settings.seed != 9:
+            raise DivergedError("the training loss is not finite at step 3")
+        leave_records(settings)
+
+    monkeypatch.setattr(sweep, "train_and_evaluate", train)
+    entries = {"a": Settings(), "b": Settings(conv="subkernel")}
+    outcomes, diverged = run_all(entries, (7, 9), tmp_path, Console(quiet=True))
+    assert [(o.label, o.values("loss")) for o in outcomes] == [("a", [7, 9]), ("b", [9])]
+    assert diverged == ["b, seed 7: the training loss is not finite at step 3"]
+    assert diverged[0] in sweep.left_out(diverged)
+    with pytest.raises(CommandError, match="^b, seed 7: .* step 3$"):
+        sweep.refuse_diverged(diverged)
+    outcomes, diverged = run_all(entries, (7,), tmp_path / "new", Console(quiet=True))
+    assert [o.label for o in outcomes] == ["a"] and len(diverged) == 1
+    with pytest.raises(CommandError, match="^b, seed 7: "):
+        run_all({"b": entries["b"]}, (7,), tmp_path, Console(quiet=True))
+
+
+def leave_records(settings):
+    settings.workdir.mkdir(parents=True)
+    (settings.workdir / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    summary = {"epochs": 1, "loss": settings.seed}
+    (settings.workdir / "summary.json").write_text(json.dumps(summary))

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -311,9 +312,33 @@ def test_damaged_newest_checkpoint_is_trained_again(settings, whole, tmp_path):
     workdir = copy_run(settings.workdir, tmp_path / "damaged")
     for path in (workdir / "checkpoints" / "3" / "state" / "d").iterdir():
         os.truncate(path, path.stat().st_size // 2)
+    scores = workdir / "evaluation-validation.json"
+    scores.write_text("{}")
     summary, output = run(variant(settings, workdir))
     assert "checkpoint of epoch 3 is damaged" in output and "resumed after epoch 2" in output
     assert summary["params_sha256"] == whole[0]["params_sha256"]
+    assert not scores.exists()  # they were of what is trained anew
+
+
+def test_finished_run_without_checkpoints_keeps_its_records(settings, whole, tmp_path):
+    workdir = copy_run(settings.workdir, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints")
+    before = (workdir / "summary.json").read_bytes(), (workdir / "metrics.jsonl").read_bytes()
+    with pytest.raises(CommandError, match="is finished and its checkpoints are gone: take anoth"):
+        run(variant(settings, workdir))
+    after = (workdir / "summary.json").read_bytes(), (workdir / "metrics.jsonl").read_bytes()
+    assert after == before
+
+
+def test_run_of_an_older_version_goes_on(settings, whole, tmp_path):
+    """One that did not know every setting yet."""
+    workdir = copy_run(settings.workdir, tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["settings"]["training"].pop("accumulate") == 1
+    (workdir / "config.json").write_text(json.dumps(config))
+    assert "resumed after epoch 3 of 3" in run(variant(settings, workdir))[1]
+    with pytest.raises(CommandError, match=r"\(accumulate: 1 → 2\)"):
+        run(variant(settings, workdir, accumulate=2))
 
 
 def test_other_settings_are_named_and_nothing_is_touched(settings, whole):

@@ -39,6 +39,7 @@ WRONG = [
     ("train", "--dataset=folder --data-dir=NONE", "there is no folder NONE"),
     ("train", "--dataset=folder --data-dir=EMPTY", "EMPTY"),
     ("train", FOLDER + "--image-size=0", "image-size=0 must be at least 1"),
+    ("train", "--image-size=0", "image-size=0 is for the data set folder only"),
     ("train", "--image-size=8", "image-size=8 is for the data set folder only"),
     ("train", FOLDER + "--classes=red,cow", "cow"),
     ("train", FOLDER + "--classes=red,red", "classes=red,red"),
@@ -61,6 +62,7 @@ WRONG = [
     ("train", "--weight-decay=inf", "weight_decay=inf must be finite"),
     ("train", "--undecayed=kernels", "'kernels' is none of biases, norms, depthwise"),
     ("train", "--crop-padding=-1", "crop_padding=-1 must not be negative"),
+    ("train", FOLDER + "--cutout=8", "cutout=8 must be less than the 8 pixels"),
     ("train", "--cutout=-1", "cutout=-1 must not be negative"),
     ("train", "--epochs=0", "epochs=0 must be at least 1"),
     ("train", "--batch-size=0", "batch_size=0 must be at least 1"),
@@ -72,6 +74,7 @@ WRONG = [
     ("train", "--dropout-rate=1", "dropout_rate=1.0 must be in [0, 1)"),
     ("train", "--seed=-1", "seed=-1 must be in [0, 2**32)"),
     ("train", FOLDER + "--resume=must", "resume=must"),
+    ("train", "--workdir=", "--workdir: no type matching"),
     ("train", FOLDER + "--workdir=FILE", "workdir=FILE"),
     ("train", FOLDER + "--workdir=IMAGES/run", "workdir=IMAGES/run"),
     ("train", "--save-every-steps=0", "save_every_steps=0 must be at least 1"),
@@ -86,6 +89,7 @@ WRONG = [
     ("compare", "--output=FILE", "output=FILE"),
     ("compare", FOLDER + "--output=OUT --width=0", "width=0 must be an integer of at least 1"),
     ("study", "--epochs=0", "epochs=0 must be at least 1"),
+    ("study", "--train-images=0", "train_images=0 must be at least 1"),
     ("study", "--seeds=", "seeds= must be different, one at least"),
     ("study", "--only=r5", "only=r5 is part of none of: subkernel; chansel-r1"),
     ("study", "--output=FILE", "output=FILE"),
@@ -240,9 +244,8 @@ def test_wrong_value_is_named_in_a_line(
         message = message.replace(name, str(path))
     before = sorted(os.listdir(places["RUN"]))
     code, errors = refusal(command, words, monkeypatch, capsys)
-    assert message in " ".join(errors.replace("│", " ").split())
-    if code != 2:  # else the usage is shown with it
-        assert code == 1 and len(errors.splitlines()) == 1 and errors.startswith("error: ")
+    assert code in (1, 2) and message in errors
+    assert len(errors.splitlines()) == 1 and errors.startswith("error: ")
     assert sorted(os.listdir(places["RUN"])) == before and not os.listdir(places["EMPTY"])
     assert places["FILE"].read_text() == ""
 
