@@ -4,9 +4,11 @@ The order is that of a training whose images are on the devices, and the step's 
 what comes: a stream can begin at any step, over any number of processes.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import logging
 import multiprocessing
@@ -178,8 +180,16 @@ def _reading(
     with contextlib.closing(iter(dataset)) as batches:
         checked = _checked(batches, workers)
         with _signals_held_back():  # each worker begins when a batch of it is asked for
-            first = list(itertools.islice(checked, max(1, workers)))
-        yield itertools.chain(first, checked)
+            first = collections.deque(itertools.islice(checked, max(1, workers)))
+        yield itertools.chain(_taken_from(first), checked)
+    # The last batches, which Grain leaves in cycles: their shared memory must be given back while
+    # there are threads to do so.
+    gc.collect()
+
+
+def _taken_from(batches: collections.deque) -> Iterator[dict]:
+    while batches:
+        yield batches.popleft()  # what is still held is not given back to Grain's shared memory
 
 
 def _checked(batches: Iterator[dict], workers: int) -> Iterator[dict]:

@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import subprocess
@@ -35,6 +36,8 @@ def test_batches_are_those_of_the_order_from_any_step_on(split, order, first_ste
         split, order, mesh, first_step=first_step, steps=3 * STEPS, workers=workers
     ) as batches:
         found = list(batches)
+        gc.collect()  # Each has been copied, and its shared memory given back.
+        assert not [each for each in gc.get_objects() if type(each).__name__ == "SharedMemoryArray"]
     assert len(found) == 3 * STEPS - first_step
     for step, batch in enumerate(found, start=first_step):
         epoch, place = divmod(step, STEPS)

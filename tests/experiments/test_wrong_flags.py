@@ -121,7 +121,7 @@ WRONG = [
     ("benchmark", "--dtypes=tf32", "dtypes=tf32: TF32 exists on GPUs only"),
     ("benchmark", "--convs=", "convs= must name at least one convolution"),
     ("benchmark", "--lowerings=quick", "lowerings=quick may name "),
-    ("benchmark", "--torch=slow", "'slow' is none of eager"),
+    ("benchmark", "--torch=slow", "--torch: no type matching"),
     ("benchmark", "--rounds=0", "rounds=0 must be at least 1"),
     ("benchmark", "--round-seconds=0", "round_seconds=0.0 must be positive"),
     ("benchmark", "--what=epoch --runs=0", "runs=0 must be at least 1"),
