@@ -20,22 +20,6 @@ from experiments.experiment import load_data
 DEVICES = 8
 
 
-@pytest.mark.parametrize(
-    "values, message",
-    [
-        ({"coordinator": "host:1"}, "num_processes=None"),
-        ({"process_id": 0, "num_processes": 2}, "coordinator=None"),
-        ({"coordinator": "host", "num_processes": 2, "process_id": 0}, "coordinator=host"),
-        ({"coordinator": "host:1", "num_processes": 0, "process_id": 0}, "num_processes=0"),
-        ({"coordinator": "host:1", "num_processes": 2, "process_id": 2}, "process_id=2"),
-        ({"coordinator": "host:1", "num_processes": 2, "process_id": -1}, "process_id=-1"),
-    ],
-)
-def test_wrong_cluster_is_named(values, message):
-    with pytest.raises(ValueError, match=message):
-        ClusterSettings(**values)
-
-
 def test_one_process_is_the_first_and_waits_for_none():
     assert cluster.is_first()
     assert cluster.first_alone(lambda: 1) == cluster.in_turn(lambda: 1) == 1

@@ -119,20 +119,6 @@ def test_published_figures_stand_beside_the_same_network_and_classes(parameters,
     assert cells.get("score in the competition") == (["", "81.53 %"] if shown else None)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"seeds": ()}, "seeds= must be"),
-        ({"seeds": (1, 1)}, "seeds=1,1 must be"),
-        ({"networks": ()}, "networks="),
-        ({"networks": ("chansel", "dense")}, "networks=chansel,dense: dense must be CONV"),
-    ],
-)
-def test_wrong_comparisons(changes, message):
-    with pytest.raises(ValueError, match=message):
-        compare.Settings(**changes)
-
-
 # Studies
 
 
@@ -226,12 +212,6 @@ def test_every_figure_can_be_drawn():
             assert drawn, name
 
 
-@pytest.mark.parametrize("changes", [{"epochs": 0}, {"seeds": (1, 1)}])
-def test_wrong_studies(changes):
-    with pytest.raises(ValueError, match=f"{next(iter(changes))}=.* must be"):
-        study.Settings("rank", **changes)
-
-
 # Compression
 
 
@@ -280,19 +260,6 @@ def test_compression_refuses(dense, settings, whole, images, tmp_path, console):
     given = dataclasses.replace(given, ranks=(1, 10))
     with pytest.raises(CommandError, match="ranks=10 must be at most 9"):
         compress.compress(given, console)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"ranks": ()}, "name nothing to make"),
-        ({"ranks": (2, 0)}, "ranks=0 must be at least 1"),
-        ({"energies": (0.5, 1.5)}, "energies=1.5 must be in "),
-    ],
-)
-def test_wrong_compressions(changes, message):
-    with pytest.raises(ValueError, match=message):
-        compress.Settings(None, **changes)
 
 
 # Command lines

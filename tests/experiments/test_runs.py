@@ -293,7 +293,7 @@ def test_output_that_cannot_be_written_is_named(trained, unlabelled, tmp_path, c
         predict.predict(predict.Settings(trained, unlabelled, output), console)
 
 
-@pytest.mark.parametrize("columns", [("id",), ("id", "id"), ("a", "b", "c")])
+@pytest.mark.parametrize("columns", [("id", "id"), ("a", "b", "c")])
 def test_columns_are_two(columns):
     with pytest.raises(ValueError, match="columns=.* must be two different headings"):
         predict.Settings(None, None, columns=columns)

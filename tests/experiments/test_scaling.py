@@ -89,23 +89,6 @@ def test_report_has_every_case_and_the_prediction(settings, points):
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"rounds": 0}, "rounds=0"),
-        ({"steps": 0}, "steps=0"),
-        ({"bandwidth": 0.0}, "bandwidth=0.0"),
-        ({"latency": -1.0}, "latency=-1.0"),
-        ({"devices": (1, 3)}, "devices=1,3: batch_size=128 must divide by 3"),
-        ({"devices": (0,)}, "devices=0"),
-    ],
-)
-def test_wrong_settings_are_named(values, message):
-    with pytest.raises(ValueError, match=message):
-        scaling.Settings(**values)
-
-
-@pytest.mark.parametrize(
     ("devices", "message"),
     [((64,), "devices=64 must be at most the 2"), ((1,), "devices=1: .* two at least")],
 )
