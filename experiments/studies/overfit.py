@@ -79,28 +79,31 @@ def changed(settings: Any, changes: Mapping[str, Any]) -> Any:
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:
     """Train accuracy on plain images, and validation accuracy, of every row."""
-    figure = Figure(figsize=(9, 1.1 + 0.34 * len(outcomes)), layout="constrained")
+    figure = Figure(figsize=(10, 1.1 + 0.34 * len(outcomes)), layout="constrained")
     axes = figure.add_subplot()
     places = range(len(outcomes))
-    for name, label, colour, marker in (
-        ("plain_train_accuracy", "train", "tab:blue", "o"),
-        ("final_val_accuracy", "validation", "tab:orange", "s"),
-    ):
-        values = [100 * outcome.mean(name) for outcome in outcomes]
-        axes.plot(values, places, marker, label=label, color=colour)
-        for place, value in zip(places, values, strict=True):
+    train, validation = (
+        [100 * outcome.mean(name) for outcome in outcomes]
+        for name in ("plain_train_accuracy", "final_val_accuracy")
+    )
+    axes.plot(train, places, "o", label="train", color="tab:blue")
+    axes.plot(validation, places, "s", label="validation", color="tab:orange")
+    for place, *values in zip(places, train, validation, strict=True):
+        for value, side, offset in ((min(values), "right", -7), (max(values), "left", 7)):
             axes.annotate(
                 f"{value:.1f}",
                 (value, place),
-                xytext=(0, 5),
+                xytext=(offset, 0),
                 textcoords="offset points",
-                ha="center",
+                ha=side,
+                va="center",
                 fontsize=7,
             )
     axes.set_yticks(places, [outcome.label for outcome in outcomes])
-    axes.set_ylim(len(outcomes) - 0.5, -0.7)  # the first on top, its number within
+    axes.set_ylim(len(outcomes) - 0.5, -0.5)  # the first on top
+    axes.margins(x=0.12)  # for the numbers
     axes.grid(alpha=0.3)
-    axes.set(xlabel="accuracy after the last epoch, % (plain images, no dropout)")
+    axes.set(xlabel="accuracy after the last epoch, %")
     figure.legend(loc="outside upper right", ncols=2)
     return figure
 
