@@ -5,30 +5,16 @@ a run is a list of rows, one an epoch, each a flat dict of numbers (see `best_ep
 `summarise`).
 """
 
-import contextlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from chansel_jax.atomic import replaced
+
 Row = Mapping[str, float]
-
-
-@contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A file beside `path`, to be written within a `with`; in its end it takes the place of `path`.
-
-    A reader sees the old file or the new one, never half; if there was an error, the old one.
-    """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # other processes have theirs
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from chansel_jax.records import replaced, write_json
+from chansel_jax.atomic import replaced
+from chansel_jax.records import write_json
 from experiments.benchmarking import chart, figures, machine, plan, report
 from experiments.benchmarking.comparison import MismatchError
 from experiments.benchmarking.rounds import run_case

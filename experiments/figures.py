@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from chansel_jax.records import Row, replaced
+from chansel_jax.atomic import replaced
+from chansel_jax.records import Row
 
 DPI = 120
 FEW_EPOCHS = 5  # which lines alone would hardly show

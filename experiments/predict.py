@@ -16,10 +16,10 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from chansel_jax.atomic import replaced
 from chansel_jax.data import DataError
 from chansel_jax.data.image_files import read_image
 from chansel_jax.inference import BATCH_SIZE, make_predict
-from chansel_jax.records import replaced
 from experiments.command_line import CommandError, run
 from experiments.runs import Checkpoint, Run, load_run
 

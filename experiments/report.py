@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from rich.table import Table as RichTable
 
-from chansel_jax.records import replaced
+from chansel_jax.atomic import replaced
 from experiments import figures
 from experiments.printing import LAYOUT
 

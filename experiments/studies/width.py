@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from chansel_jax.counting import LayerCount, count_network
 from chansel_jax.resnet import CONVS, ResNetConfig
@@ -77,6 +78,9 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
                 label=label,
             )
         axes.set(xscale="log", xlabel=heading, ylabel="validation accuracy, last epoch")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     return figure
