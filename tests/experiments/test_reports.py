@@ -8,6 +8,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import chex
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -15,10 +16,12 @@ from PIL import Image
 from rich.console import Console
 
 from chansel_jax.counting import count_network
+from chansel_jax.training import network_tree
 from chansel_jax.workdir import differences
 from experiments import compare, compress, evaluate, predict, report, study, sweep
 from experiments.command_line import CommandError, parse, typed
-from experiments.runs import load_run, read_config
+from experiments.experiment import build
+from experiments.runs import load_run
 from experiments.settings import DataSettings, NetworkSettings, Settings, decisive
 from experiments.studies import STUDIES, data, overfit, width
 
@@ -231,11 +234,6 @@ def test_compression_from_beginning_to_end(dense, settings, one_epoch, tmp_path,
     rows = count_network(cut.network.config, (8, 8))
     assert cut.parameters == sum(row.parameters for row in rows)
     assert f"| rank 9 | {exact.parameters:,} | 4 4 4 4 4 8 8 8 8 9 9 9 |" in text
-    # What is trained has the dropout of the fine-tuning, not of the dense network.
-    assert load_run(dense).network.dropout.rate == 0.2
-    for run in (tmp_path / "out" / "runs").iterdir():
-        assert load_run(run, "last").network.dropout.rate == 0
-        assert read_config(run).settings.training.dropout_rate == 0
     assert len(results["energies"]) == 12
     assert results["command"].startswith("python -m experiments.compress --workdir=PATH ")
     for shares in results["energies"].values():
@@ -249,6 +247,18 @@ def test_compression_from_beginning_to_end(dense, settings, one_epoch, tmp_path,
     again = Console(file=io.StringIO(), width=160)
     assert [each.after for each in compress.compress(given, again)] == [exact.after, cut.after]
     assert "compiled" not in again.file.getvalue()
+
+
+def test_fine_tuning_has_a_dropout_rate_of_its_own(dense, settings, tmp_path):
+    given = compress.Settings(dense, data_dir=settings.data.data_dir, ranks=(2,))
+    run = load_run(dense)
+    (network,) = compress.factorised(run.network, given).values()
+    trained = build(compress.fine_tuning(run, given, network, tmp_path), network).network
+    assert (network.dropout.rate, trained.dropout.rate) == (0.2, 0.0)
+    chex.assert_trees_all_equal(network_tree(trained), network_tree(network))
+    other = dataclasses.replace(settings, conv="chansel")
+    with pytest.raises(ValueError, match="not of the structure of the settings"):
+        build(other, network)
 
 
 def test_compression_refuses(dense, settings, whole, images, tmp_path, console):

@@ -21,6 +21,7 @@ TINY = (Shape(6, 3, 4), Shape(5, 2, 3, kernel=1, strides=2, rank=2))
 def test_measures_every_lowering_of_every_shape(monkeypatch, capsys):
     monkeypatch.setattr(tune, "LAYERS", TINY)
     monkeypatch.setattr(tune, "HOPELESS", float("inf"))
+    monkeypatch.setenv("COLUMNS", "140")  # for the whole of each name
     tune.main(Settings(batch_size=2, rounds=2, dtypes=("float32", "bfloat16")))
     printed = capsys.readouterr().out
     assert jax.__version__ in printed
@@ -76,7 +77,7 @@ def test_the_closing_line_by_hand():
     [
         ({"rounds": 0}, "rounds=0 must be at least 1"),
         ({"batch_size": -3}, "batch_size=-3 must be at least 1"),
-        ({"dtypes": ()}, "dtypes must name at least one"),
+        ({"dtypes": ()}, "dtypes= must name at least one"),
     ],
 )
 def test_wrong_settings(settings, message):
