@@ -104,7 +104,10 @@ LAYER_RULES = (
     Rule(
         "composed_native",
         many_ranks_on_one_cpu,
-        "TO BE MEASURED",
+        "Its work does not grow with the rank. On one core of an EPYC with AVX2, 32 images, beside "
+        "another program: 32² 16→16 of rank 2: 10 against 9.4 native, 17 shifted; of rank 4: 12, "
+        "17, 44; of rank 9: 12, 54, 225; 16² 32→32 of rank 4: 11, 14, 24; 8² 64→64 of rank 4: 15, "
+        "10, 15; of rank 9: 16, 25, 44.",
     ),
     Rule(
         "native",
