@@ -104,7 +104,7 @@ def assert_same_losses(workdir, other):
     for row, expected in zip(rows(workdir), rows(other), strict=True):
         assert row["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-5)
         # With running statistics, which add up rounding errors from the first step on.
-        assert row["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-3)
+        assert row["val_loss"] == pytest.approx(expected["val_loss"], abs=3e-4)
 
 
 def test_devices_give_the_same_losses_and_may_change_in_between(settings, whole, tmp_path):
