@@ -42,8 +42,8 @@ class Link:
         return rounds * self.latency + 2 * (devices - 1) / devices * size / self.bandwidth
 
 
-def all_reduces(compiled: str) -> list[int]:
-    """The bytes of each all-reduce of a compiled program, given as XLA's text.
+def all_reduces(compiled: str) -> list[list[int]]:
+    """The bytes of each array of each all-reduce of a compiled program, given as XLA's text.
 
     Raises:
         KeyError: if one is of a type that is not in `BYTES`.
@@ -51,12 +51,25 @@ def all_reduces(compiled: str) -> list[int]:
     instruction = re.compile(r" = (.*?) all-reduce(?:-start)?\(")
     arrays = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
     return [
-        sum(
+        [
             BYTES[dtype] * math.prod(int(size) for size in shape.split(",") if size)
             for dtype, shape in arrays.findall(result)
-        )
+        ]
         for result in instruction.findall(compiled)
     ]
+
+
+def messages(sizes: Sequence[Sequence[int]], grouped: bool) -> list[int]:
+    """The bytes of each message, given those of each array of each all-reduce.
+
+    Args:
+        sizes: from `all_reduces`.
+        grouped: whether all arrays of an all-reduce are one message, as NCCL sends them; else each
+            is one, as between CPUs.
+    """
+    if grouped:
+        return [sum(arrays) for arrays in sizes]
+    return [size for arrays in sizes for size in arrays]
 
 
 def efficiency(seconds: float, sizes: Sequence[int], devices: int, link: Link, weak: bool) -> float:
@@ -64,7 +77,7 @@ def efficiency(seconds: float, sizes: Sequence[int], devices: int, link: Link, w
 
     Args:
         seconds: of a step on one device.
-        sizes: bytes of each all-reduce of a step.
+        sizes: bytes of each message of a step.
         devices: how many.
         link: what connects them.
         weak: whether each device has as many images as the one; else it has its share of them.

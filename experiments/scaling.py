@@ -8,33 +8,25 @@ the bytes that a step sends how it would go on to 1,024.
 
 import dataclasses
 import os
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import jax
-import numpy as np
-from flax import nnx
-from jax.sharding import AxisType, Mesh
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import track
 
-from chansel_jax import training
-from chansel_jax.optimizer import OptimizerSettings, make_optimizer, make_schedule
 from chansel_jax.records import write_json
-from chansel_jax.resnet import CONVS, IMAGE_SIZES, PRESETS
-from experiments import report
-from experiments.allreduce import Link, all_reduces, efficiency
+from experiments import cluster, report
+from experiments.allreduce import Link, efficiency, messages
 from experiments.benchmarking import machine
+from experiments.benchmarking.parallel import Case, measured_link, prepare, time_in_turn
+from experiments.cluster import ClusterSettings
 from experiments.command_line import CommandError, make_output, run, typed
 
 CONV_NAMES = ("chansel", "subkernel")
 KINDS = ("weak", "strong")
 PREDICTED = (8, 16, 32, 64, 128, 256, 512, 1024)
-WARM_UP_STEPS = 3
 
 Table = tuple[list[str], list[list[str]]]  # headings and rows
 
@@ -44,8 +36,8 @@ class Settings:
     """Images a second over more and more devices, measured and predicted."""
 
     devices: tuple[int, ...] = ()
-    """How many; by default 1, 2, 4, … as there are. On a CPU they are virtual ones, by default as
-    many as cores."""
+    """How many; by default 1, 2, 4, … as there are. Those of a single process on a CPU are virtual
+    ones, by default as many as cores."""
     model: Literal["resnet14", "resnet18"] = "resnet14"
     """The network; images of 32 × 32 for the first, of 224 × 224 for the second."""
     batch_size: int = 128
@@ -60,6 +52,7 @@ class Settings:
     """Microseconds of a message, likewise."""
     output: Path = Path("runs/scaling")
     """Folder of the report."""
+    cluster: ClusterSettings = ClusterSettings()
 
     def __post_init__(self):
         for name in ("batch_size", "rounds", "steps"):
@@ -78,46 +71,68 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A convolution's training over so many devices.
+    """A convolution's training over so many devices, in images a second of all together.
 
     Attributes:
         conv: the convolution.
         devices: how many.
-        weak: images a second with the batch on each device.
+        weak: with the batch on each device.
         strong: with the batch divided between them.
-        sizes: bytes of each all-reduce of a step.
+        apart: with the batch on each device and no sums between them, each training a network of
+            its own: what they take from each other where they share cores, memory or power.
+        sizes: bytes of each array of each all-reduce of a step.
     """
 
     conv: str
     devices: int
     weak: float
     strong: float
-    sizes: tuple[int, ...]
+    apart: float
+    sizes: list[list[int]]
 
 
 def main(settings: Settings) -> None:
     """Measures, predicts and reports."""
     # The threads of virtual devices wait for each other in a sum; some must be left to compute.
     os.environ.setdefault("PJRT_NPROC", "16")
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    cluster.join(settings.cluster)
+    virtual = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not (virtual or jax.distributed.is_initialized()):
         wanted = max(settings.devices, default=len(machine.usable_cores()))
         jax.config.update("jax_num_cpu_devices", wanted)
-    scale(settings, Console(highlight=False, soft_wrap=True))
+    with cluster.ended_together():
+        quiet = not cluster.is_first()
+        scale(settings, Console(highlight=False, soft_wrap=True, quiet=quiet))
 
 
 def scale(settings: Settings, console: Console) -> list[Point]:
     """Measures over every number of devices, and writes the report.
 
     Raises:
-        CommandError: if there are fewer devices, or the folder cannot be written.
+        CommandError: if there are fewer devices, the folder cannot be written, or the processes
+            have other settings.
     """
+    cluster.check_equal("settings", equal_in_all_processes(settings))
     counts = device_counts(settings)
-    make_output(settings.output)
+    cluster.first_alone(lambda: make_output(settings.output))
     console.print(device_names(), markup=False)
+    link = measured_link(counts[-1], rounds=settings.rounds, console=console)
     points = measure(settings, counts, console)
+    cluster.first_alone(lambda: write(points, link, settings, console))
+    return points
+
+
+def equal_in_all_processes(settings: Settings) -> dict:
+    """What the processes must agree on."""
+    own = ("output", "cluster")
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in own}
+
+
+def write(points: Sequence[Point], link: Link, settings: Settings, console: Console) -> None:
+    """Writes the results and the report, and prints its tables."""
     tables = {
-        "measured": measured(points, settings),
-        "predicted": predicted(points, settings),
+        "images/s": measured(points, link, settings),
+        "predicted efficiency": predicted(points, settings),
     }
     command = typed("scaling", settings)
     write_json(
@@ -126,20 +141,20 @@ def scale(settings: Settings, console: Console) -> list[Point]:
             "command": command,
             "machine": device_names(),
             "versions": machine.versions(),
+            "link": dataclasses.asdict(link),
             "points": [dataclasses.asdict(point) for point in points],
         },
     )
     report.write(
         settings.output,
         f"Scaling of {settings.model}",
-        text(points, settings, tables, command),
-        {"efficiency": draw(points, settings)},
+        text(points, link, settings, tables, command),
+        {"efficiency": draw(points, link, settings)},
     )
     for name, table in tables.items():
         console.print(f"\n{name}")
         console.print(report.terminal_table(*table))
     console.print(f"written to {settings.output}", markup=False)
-    return points
 
 
 def device_counts(settings: Settings) -> Sequence[int]:
@@ -159,77 +174,41 @@ def device_counts(settings: Settings) -> Sequence[int]:
 
 
 def device_names() -> str:
-    """All devices; on a CPU also how many cores these share."""
-    devices = jax.devices()
+    """All devices, their processes, and on a CPU how many cores a process has."""
+    devices, processes = jax.devices(), jax.process_count()
+    of = f" of {processes} processes" if processes > 1 else ""
     if devices[0].platform != "cpu":
-        return f"{len(devices)} × {devices[0].device_kind}"
+        return f"{len(devices)} × {devices[0].device_kind}{of}"
     cores = len(machine.usable_cores())
-    return f"{len(devices)} virtual devices on {cores} cores of {machine.cpu_name()}"
+    shared = f"{cores} core{'s' * (cores > 1)} {'each' if processes > 1 else 'in all'}"
+    return f"{len(devices)} virtual devices{of}, {shared}, {machine.cpu_name()}"
 
 
 def measure(settings: Settings, counts: Sequence[int], console: Console) -> list[Point]:
     """Times every case in turn, round by round."""
-    cases, sizes = {}, {}
-    for conv in CONV_NAMES:
-        for count in counts:
-            for batch_size in {settings.batch_size * count, settings.batch_size}:
-                key = (conv, count, batch_size)
-                take_steps, sizes[key] = prepare(settings, *key)
-                take_steps(WARM_UP_STEPS)
-                cases[key] = take_steps
-    seconds: dict[tuple, list[float]] = {key: [] for key in cases}
-    for _ in track(
-        range(settings.rounds),
-        description="rounds",
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ):
-        for key, take_steps in cases.items():
-            seconds[key].append(take_steps(settings.steps))
-    step = {key: statistics.median(values) for key, values in seconds.items()}
+    images = settings.batch_size
+    cases = [
+        Case(conv, count, size, apart)
+        for conv in CONV_NAMES
+        for count in counts
+        for size, apart in ((images * count, False), (images, False), (images * count, count > 1))
+    ]
+    prepared = {case: prepare(settings.model, case) for case in dict.fromkeys(cases)}
+    runs = {case: run for case, (run, _) in prepared.items()}
+    seconds = time_in_turn(runs, rounds=settings.rounds, steps=settings.steps, console=console)
+    speed = {case: case.images / taken for case, taken in seconds.items()}
     return [
         Point(
             conv,
             count,
-            weak=settings.batch_size * count / step[conv, count, settings.batch_size * count],
-            strong=settings.batch_size / step[conv, count, settings.batch_size],
-            sizes=tuple(sizes[conv, count, settings.batch_size]),
+            weak=speed[Case(conv, count, images * count)],
+            strong=speed[Case(conv, count, images)],
+            apart=speed[Case(conv, count, images * count, apart=count > 1)],
+            sizes=prepared[Case(conv, count, images)][1],
         )
         for conv in CONV_NAMES
         for count in counts
     ]
-
-
-def prepare(
-    settings: Settings, conv: str, count: int, batch_size: int
-) -> tuple[Callable[[int], float], list[int]]:
-    """A function that takes steps and returns the seconds of one, and the step's all-reduces."""
-    mesh = Mesh(np.array(jax.devices()[:count]), ("data",), axis_types=(AxisType.Auto,))
-    network = PRESETS[settings.model](CONVS[conv], rngs=nnx.Rngs(0))
-    defaults = OptimizerSettings()
-    optimizer = make_optimizer(defaults, make_schedule(defaults, epochs=1, steps_per_epoch=1000))
-    state = training.init_state(network, optimizer, 0, mesh)
-    totals = training.init_totals(mesh)
-    rng, size = np.random.default_rng(0), IMAGE_SIZES[settings.model]
-    images = rng.integers(256, size=(batch_size, size, size, 3), dtype=np.uint8)
-    labels = rng.integers(network.config.num_classes, size=batch_size, dtype=np.int32)
-    batch = jax.device_put(training.Batch(images, labels), training.batch_sharding(mesh))
-    mean_std = training.replicate((np.full(3, 128, np.float32), np.full(3, 64, np.float32)), mesh)
-    step = training.make_batch_step(
-        network, optimizer, mesh=mesh, augmentation=training.Augmentation()
-    )
-    compiled = step.lower(state, totals, batch, *mean_std).compile()
-
-    def take_steps(steps: int) -> float:
-        nonlocal state, totals
-        start = time.perf_counter()
-        for _ in range(steps):
-            state, totals = compiled(state, totals, batch, *mean_std)
-        jax.block_until_ready(state)
-        return (time.perf_counter() - start) / steps
-
-    return take_steps, all_reduces(compiled.as_text())
 
 
 def of_conv(points: Sequence[Point], conv: str) -> dict[int, Point]:
@@ -237,30 +216,41 @@ def of_conv(points: Sequence[Point], conv: str) -> dict[int, Point]:
     return {point.devices: point for point in points if point.conv == conv}
 
 
-def model_efficiency(
+def expected_efficiency(
+    points: Mapping[int, Point], devices: int, settings: Settings, link: Link, weak: bool
+) -> float:
+    """What the paper model expects of the devices at hand and the `link` measured between them."""
+    share = points[devices].apart / points[1].weak / devices
+    seconds = settings.batch_size / points[1].weak / share
+    sizes = messages(points[devices].sizes, grouped=jax.devices()[0].platform != "cpu")
+    return share * efficiency(seconds, sizes, devices, link, weak)
+
+
+def predicted_efficiency(
     points: Mapping[int, Point], devices: int, settings: Settings, weak: bool
 ) -> float:
-    """The paper model's, from the step of one device and the messages of several."""
-    if devices == 1:
-        return 1.0
-    link = Link(settings.bandwidth * 1e9, settings.latency * 1e-6)
+    """What it predicts of more devices that take nothing from each other, over the given link."""
     seconds = settings.batch_size / points[1].weak
-    return efficiency(seconds, points[max(points)].sizes, devices, link, weak)
+    link = Link(settings.bandwidth * 1e9, settings.latency * 1e-6)
+    sizes = messages(points[max(points)].sizes, grouped=True)
+    return efficiency(seconds, sizes, devices, link, weak)
 
 
-def measured(points: Sequence[Point], settings: Settings) -> Table:
-    """What was measured, with the model beside it."""
-    headings = ["", "devices", "weak, images/s", "efficiency", "model"]
-    headings += ["strong, images/s", "efficiency", "model"]
+def measured(points: Sequence[Point], link: Link, settings: Settings) -> Table:
+    """What was measured, with what the model expects of the measured link beside it."""
+    headings = ["", "devices", "apart", "efficiency"]
+    for kind in KINDS:
+        headings += [kind, "efficiency", "model"]
     rows = []
     for conv in CONV_NAMES:
         found = of_conv(points, conv)
         for count, point in found.items():
-            row = [conv, str(count)]
+            share = point.apart / found[1].weak / count
+            row = [conv, str(count), f"{point.apart:,.0f}", f"{share:.2f}"]
             for kind in KINDS:
-                speed, of_one = getattr(point, kind), getattr(found[1], kind)
-                modelled = model_efficiency(found, count, settings, kind == "weak")
-                row += [f"{speed:,.0f}", f"{speed / of_one / count:.2f}", f"{modelled:.2f}"]
+                speed = getattr(point, kind)
+                expected = expected_efficiency(found, count, settings, link, kind == "weak")
+                row += [f"{speed:,.0f}", f"{speed / found[1].weak / count:.2f}", f"{expected:.2f}"]
             rows.append(row)
     return headings, rows
 
@@ -274,58 +264,62 @@ def predicted(points: Sequence[Point], settings: Settings) -> Table:
         for conv in CONV_NAMES:
             for kind in KINDS:
                 possible = kind == "weak" or count <= settings.batch_size
-                found = model_efficiency(of_conv(points, conv), count, settings, kind == "weak")
-                row.append(f"{found:.3f}" if possible else "–")
+                found = of_conv(points, conv)
+                predicted = predicted_efficiency(found, count, settings, kind == "weak")
+                row.append(f"{predicted:.3f}" if possible else "–")
         rows.append(row)
     return headings, rows
 
 
-def draw(points: Sequence[Point], settings: Settings) -> Figure:
-    """Efficiency against devices: measured as dots, the model as lines."""
+def draw(points: Sequence[Point], link: Link, settings: Settings) -> Figure:
+    """Efficiency against devices: measured, the model for that, and its prediction as lines."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     grid = figure.subplots(1, 2, sharey=True)
     for axes, kind in zip(grid, KINDS, strict=True):
+        weak = kind == "weak"
         for conv, colour in zip(CONV_NAMES, ("tab:blue", "tab:orange"), strict=True):
             found = of_conv(points, conv)
-            of_one = getattr(found[1], kind)
-            shares = [getattr(p, kind) / of_one / count for count, p in found.items()]
-            axes.plot(list(found), shares, "o", color=colour, label=f"{conv}, measured")
-            counts = [2**i for i in range(11) if kind == "weak" or 2**i <= settings.batch_size]
-            modelled = [model_efficiency(found, n, settings, kind == "weak") for n in counts]
-            axes.plot(counts, modelled, color=colour, label=f"{conv}, model")
-        axes.set(xscale="log", ylim=(0, 1.05), xlabel="devices", title=f"{kind} scaling")
+            speeds = [getattr(point, kind) / found[1].weak / n for n, point in found.items()]
+            axes.plot(list(found), speeds, "o", color=colour, label=f"{conv}, measured")
+            expected = [expected_efficiency(found, n, settings, link, weak) for n in found]
+            axes.plot(list(found), expected, "x", color=colour, label=f"{conv}, model for these")
+            counts = [2**i for i in range(11) if weak or 2**i <= settings.batch_size]
+            predicted = [predicted_efficiency(found, n, settings, weak) for n in counts]
+            axes.plot(counts, predicted, color=colour, label=f"{conv}, prediction")
+        axes.set(ylim=(0, 1.05), xlabel="devices", title=f"{kind} scaling")
+        axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
     grid[0].set_ylabel("efficiency")
-    grid[0].legend()
+    grid[1].legend()
     return figure
 
 
 def text(
     points: Sequence[Point],
+    link: Link,
     settings: Settings,
     tables: Mapping[str, Table],
     command: str,
 ) -> str:
     """The report."""
     sent = "; ".join(f"{conv} {sizes_in_words(of_conv(points, conv))}" for conv in CONV_NAMES)
-    shared = (
-        " Virtual devices share the cores: beyond their number the efficiency must fall as one over"
-        " the devices, and one device alone may already use several cores."
-        if jax.devices()[0].platform == "cpu"
-        else ""
-    )
     return f"""\
-{device_names()}; batches of {settings.batch_size}, on each device (weak) or in all (strong); \
-medians of {settings.rounds} rounds of {settings.steps} steps.{shared}
+{device_names()}; images a second with batches of {settings.batch_size}, on each device (weak) or \
+in all (strong); medians of {settings.rounds} rounds of {settings.steps} steps. Apart: each device \
+with a batch and a network of its own, and no sums between them; where its efficiency is below 1 \
+they take cores, memory or power from each other.
 
-{report.table(*tables["measured"])}
+{report.table(*tables["images/s"])}
 
 A step sends: {sent}.
 
-The model (its formula is in `experiments/allreduce.py`), from the step of one device, \
-{settings.bandwidth:g} GB/s and {settings.latency:g} µs:
+The model (its formula is in `experiments/allreduce.py`) adds what these take to the step of the \
+devices apart. In the table above it is that of the link measured here, \
+{link.bandwidth / 1e9:.3g} GB/s and {link.latency * 1e6:,.0f} µs, on CPUs with a message for each \
+array. For {settings.bandwidth:g} GB/s, {settings.latency:g} µs, a message for each all-reduce and \
+devices that take nothing from each other it predicts these efficiencies:
 
-{report.table(*tables["predicted"])}
+{report.table(*tables["predicted efficiency"])}
 
 ![Efficiency against devices](efficiency.png)
 
@@ -338,7 +332,8 @@ The model (its formula is in `experiments/allreduce.py`), from the step of one d
 def sizes_in_words(points: Mapping[int, Point]) -> str:
     """How much a step over several devices sends, and in how many messages."""
     sizes = points[max(points)].sizes
-    return f"{sum(sizes) / 1e3:,.1f} kB in {len(sizes)} all-reduces"
+    arrays = messages(sizes, grouped=False)
+    return f"{sum(arrays) / 1e3:,.1f} kB, {len(arrays)} arrays in {len(sizes)} all-reduces"
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
 """Runs of several processes, on the loopback interface."""
 
-import contextlib
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
+from clusters import environment, processes
 
 from experiments import cluster
 from experiments.cluster import ClusterSettings
@@ -38,37 +37,9 @@ def command(settings, workdir):
     ]
 
 
-def environment(devices):
-    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-
-
-@contextlib.contextmanager
-def processes(settings, workdir, count, *words_of_all, last=(), last_environment=()):
-    """`count` processes of one run over eight devices in all.
-
-    The arguments in `last`, and `last_environment`, are the last process's alone.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with contextlib.ExitStack() as running:
-        found = []
-        for i in range(count):
-            words = [f"--coordinator=127.0.0.1:{port}", f"--num-processes={count}"]
-            words += [f"--process-id={i}", *words_of_all]
-            variables = environment(DEVICES // count)
-            if i == count - 1:
-                words += last
-                variables |= dict(last_environment)
-            process = subprocess.Popen(
-                command(settings, workdir) + words,
-                env=variables,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            found.append(running.enter_context(process))
-            running.callback(process.kill)
-        yield found
+def two_processes(settings, workdir, *words, **of_the_last):
+    """Of a run over eight devices in all."""
+    return processes([*command(settings, workdir), *words], 2, DEVICES, **of_the_last)
 
 
 def rows(workdir):
@@ -77,7 +48,7 @@ def rows(workdir):
 
 def test_processes_stop_together_and_one_goes_on_with_the_same_losses(settings, whole, tmp_path):
     workdir = tmp_path / "run"
-    with processes(settings, workdir, 2, "--input=streaming", "--workers=1") as both:
+    with two_processes(settings, workdir, "--input=streaming", "--workers=1") as both:
         deadline = time.monotonic() + 300
         while not (workdir / "checkpoints" / "1").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -126,7 +97,7 @@ def test_two_processes_go_on_where_one_was(settings, whole, tmp_path):
     """With four times the devices."""
     workdir = shutil.copytree(settings.workdir, tmp_path / "run")
     take_back_an_epoch(workdir)
-    with processes(settings, workdir, 2) as both:
+    with two_processes(settings, workdir) as both:
         outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert "resumed after epoch 2 of 3" in outputs[0][0]
@@ -135,7 +106,7 @@ def test_two_processes_go_on_where_one_was(settings, whole, tmp_path):
 
 @pytest.mark.parametrize("last", ["--seed=1", "--input=streaming"])
 def test_processes_that_differ_are_told(settings, tmp_path, last):
-    with processes(settings, tmp_path / "run", 2, last=[last]) as both:
+    with two_processes(settings, tmp_path / "run", last=[last]) as both:
         outputs = [process.communicate(timeout=300) for process in both]
     for process, (_, errors) in zip(both, outputs, strict=True):
         assert process.returncode == 1
@@ -148,7 +119,7 @@ def test_processes_with_other_files_are_told(settings, whole, tmp_path):
     workdir = shutil.copytree(settings.workdir, tmp_path / "run")
     take_back_an_epoch(workdir)
     elsewhere = tmp_path / "elsewhere"
-    with processes(settings, workdir, 2, last=[f"--workdir={elsewhere}"]) as both:
+    with two_processes(settings, workdir, last=[f"--workdir={elsewhere}"]) as both:
         outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [1, 1]
     for _, errors in outputs:
@@ -156,7 +127,9 @@ def test_processes_with_other_files_are_told(settings, whole, tmp_path):
 
 
 def test_failure_of_another_process_ends_the_first(settings, tmp_path):
-    with processes(settings, tmp_path / "run", 2, last=[f"--data-dir={tmp_path / 'none'}"]) as both:
+    with two_processes(
+        settings, tmp_path / "run", last=[f"--data-dir={tmp_path / 'none'}"]
+    ) as both:
         outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [1, 1]
     assert "error: process 1 could not go on; its own message says why" in outputs[0][1]
@@ -174,7 +147,7 @@ def test_process_that_fails_while_it_trains_ends_the_others(settings, tmp_path, 
     monkeypatch.setenv("TFDS_DATA_DIR", str(caches[0]))
     bad = {"TFDS_DATA_DIR": str(caches[1])}
     words = ("--input=streaming", "--workers=0")
-    with processes(settings, tmp_path / "run", 2, *words, last_environment=bad) as both:
+    with two_processes(settings, tmp_path / "run", *words, last_environment=bad) as both:
         outputs = [process.communicate(timeout=200) for process in both]
     assert [process.returncode for process in both] == [1, 1]
     assert "cannot be read" in outputs[1][1]
@@ -183,7 +156,7 @@ def test_process_that_fails_while_it_trains_ends_the_others(settings, tmp_path, 
 
 def test_failure_of_the_first_process_ends_the_others(settings, tmp_path):
     (tmp_path / "file").touch()
-    with processes(settings, tmp_path / "file" / "run", 2) as both:
+    with two_processes(settings, tmp_path / "file" / "run") as both:
         outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [1, 1]
     assert "cannot write to --workdir" in outputs[0][1]

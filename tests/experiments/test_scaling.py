@@ -1,20 +1,27 @@
 """The paper model in closed form, and a small measurement."""
 
+import dataclasses
 import io
 import json
 import re
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import tiny_scaling
+from clusters import processes
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
+from tiny_scaling import PRESETS, tiny_network
 
-from chansel_jax import resnet14, training
+from chansel_jax import training
 from chansel_jax.resnet import CONVS
 from experiments import scaling
-from experiments.allreduce import Link, all_reduces, efficiency
+from experiments.allreduce import Link, all_reduces, efficiency, messages
+from experiments.benchmarking import parallel
 from experiments.command_line import CommandError
 
 LINK = Link(bandwidth=1e9, latency=1e-6)
@@ -33,6 +40,11 @@ def test_efficiency_by_hand():
     assert efficiency(6e-6, [1000, 1000], 2, LINK, weak=True) == pytest.approx(0.5)
 
 
+def test_arrays_are_messages_of_their_own_or_grouped():
+    assert messages([[4, 8], [16]], grouped=False) == [4, 8, 16]
+    assert messages([[4, 8], [16]], grouped=True) == [12, 16]
+
+
 @pytest.mark.parametrize("weak", [True, False])
 def test_efficiency_falls_with_devices_and_bytes(weak):
     over_devices = [efficiency(1e-3, [10**6], 2**i, LINK, weak) for i in range(1, 11)]
@@ -48,7 +60,7 @@ def test_all_reduces_of_a_sum_over_devices():
     sharded = NamedSharding(mesh, PartitionSpec("data"))
     function = jax.jit(lambda x: x.sum(axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))
     images = jax.ShapeDtypeStruct((8, 5, 3), np.float32, sharding=sharded)
-    assert all_reduces(function.lower(images).compile().as_text()) == [5 * 3 * 4]
+    assert all_reduces(function.lower(images).compile().as_text()) == [[5 * 3 * 4]]
 
 
 @pytest.fixture(scope="module")
@@ -60,32 +72,75 @@ def settings(tmp_path_factory):
 @pytest.fixture(scope="module")
 def points(settings):
     console = Console(file=io.StringIO(), width=120)
-    return scaling.scale(settings, console), console.file.getvalue()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "PRESETS", PRESETS)
+        return scaling.scale(settings, console), console.file.getvalue()
 
 
 def test_a_step_sends_the_gradients_and_batch_norms_sums(points):
-    sums = set()
     for point in points[0]:
-        network = resnet14(CONVS[point.conv], rngs=nnx.Rngs(0))
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
+        network = tiny_network(CONVS[point.conv], rngs=nnx.Rngs(0))
+        parameters, normalised = (
+            sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, kind)))
+            for kind in (nnx.Param, nnx.BatchStat)
+        )
         if point.devices == 1:
-            assert point.sizes == ()
+            assert point.sizes == []
         else:
-            sums.add(sum(point.sizes) - 4 * parameters)
-    (of_batch_norm,) = sums  # the same for both convolutions
-    # Three sums of each of the 544 normalised channels, forward and backward, and the totals.
-    assert 3 * 544 * 4 <= of_batch_norm <= 3 * 544 * 4 + 64
+            # Three sums of each normalised channel (which has a mean and a variance), forward and
+            # backward, and the totals.
+            of_batch_norm = 3 * normalised / 2
+            assert (
+                0 <= sum(messages(point.sizes, grouped=True)) / 4 - parameters - of_batch_norm <= 16
+            )
 
 
 def test_report_has_every_case_and_the_prediction(settings, points):
-    report = (settings.output / "report.md").read_text()
+    check_report(settings.output)
+    assert "written to" in points[1]
+
+
+def check_report(output):
+    report = (output / "report.md").read_text()
     rows = re.findall(r"^\| (chansel|subkernel) \| (\d) \|", report, re.MULTILINE)
     assert rows == [("chansel", "1"), ("chansel", "2"), ("subkernel", "1"), ("subkernel", "2")]
     assert "| 1,024 |" in report and "virtual devices" in report and "all-reduces" in report
-    assert (settings.output / "efficiency.png").stat().st_size > 1000
-    results = json.loads((settings.output / "results.json").read_text())
-    assert [point["weak"] > 0 for point in results["points"]] == [True] * 4
-    assert "written to" in points[1]
+    assert (output / "efficiency.png").stat().st_size > 1000
+    results = json.loads((output / "results.json").read_text())
+    speeds = [point[kind] for point in results["points"] for kind in ("weak", "strong", "apart")]
+    assert min(speeds) > 0 and results["link"]["latency"] > 0
+
+
+def test_two_processes_measure_together(tmp_path):
+    """One device each; the second has no part in what one device does."""
+    script = Path(tiny_scaling.__file__)
+    words = ["--batch-size=2", "--rounds=1", "--steps=1", f"--output={tmp_path / 'report'}"]
+    with processes([sys.executable, str(script), *words], count=2, devices=2) as both:
+        outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert "2 virtual devices of 2 processes" in outputs[0][0]
+    assert "measured" not in outputs[1][0]  # one speaks
+    check_report(tmp_path / "report")
+
+
+def test_model_begins_with_the_devices_apart(settings):
+    """By hand: two devices that are half as fast together, and messages of no length."""
+    slow = scaling.Point("chansel", 2, weak=80.0, strong=70.0, apart=100.0, sizes=[])
+    found = [scaling.Point("chansel", 1, 100.0, 100.0, 100.0, []), slow]
+    found += [scaling.Point("subkernel", 1, 10.0, 10.0, 10.0, [])]
+    _, rows = scaling.measured(found, LINK, settings)
+    of_two = ["2", "100", "0.50", "80", "0.40", "0.50", "70", "0.35", "0.50"]
+    assert rows[1] == ["chansel", *of_two]
+    # Messages that take as long as a step on its own, 2 images at 50 a second: a half of that.
+    found[1] = dataclasses.replace(slow, sizes=[[int(0.04e9) - 2000]])
+    _, rows = scaling.measured(found, LINK, settings)
+    assert rows[1][6] == "0.25"
+
+
+def test_what_several_devices_send_is_measured():
+    """Within what any machine could do."""
+    link = parallel.measured_link(2, rounds=1, console=Console(file=io.StringIO()))
+    assert 0 < link.latency < 0.5 and 1e6 < link.bandwidth < 1e12
 
 
 @pytest.mark.parametrize(
