@@ -55,7 +55,7 @@ def soak(folder: Path, kills: int, epochs: int, seed: int = 0) -> Outcome:
     environment = {
         **os.environ,
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     whole, killed = folder / "whole", folder / "killed"
     subprocess.run(

@@ -37,9 +37,9 @@ def command(settings, workdir):
     ]
 
 
-def two_processes(settings, workdir, *words, **of_the_last):
-    """Of a run over eight devices in all."""
-    return processes([*command(settings, workdir), *words], 2, DEVICES, **of_the_last)
+def two_processes(settings, workdir, *words, devices=DEVICES, **of_the_last):
+    """Of a run over so many devices in all."""
+    return processes([*command(settings, workdir), *words], 2, devices, **of_the_last)
 
 
 def rows(workdir):
@@ -147,7 +147,8 @@ def test_process_that_fails_while_it_trains_ends_the_others(settings, tmp_path, 
     monkeypatch.setenv("TFDS_DATA_DIR", str(caches[0]))
     bad = {"TFDS_DATA_DIR": str(caches[1])}
     words = ("--input=streaming", "--workers=0")
-    with two_processes(settings, tmp_path / "run", *words, last_environment=bad) as both:
+    run = two_processes(settings, tmp_path / "run", *words, devices=2, last_environment=bad)
+    with run as both:
         outputs = [process.communicate(timeout=200) for process in both]
     assert [process.returncode for process in both] == [1, 1]
     assert "cannot be read" in outputs[1][1]
