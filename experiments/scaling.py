@@ -238,9 +238,9 @@ def predicted_efficiency(
 
 def measured(points: Sequence[Point], link: Link, settings: Settings) -> Table:
     """What was measured, with what the model expects of the measured link beside it."""
-    headings = ["", "devices", "apart", "efficiency"]
+    headings = ["", "devices", "apart", "eff."]
     for kind in KINDS:
-        headings += [kind, "efficiency", "model"]
+        headings += [kind, "eff.", "model"]
     rows = []
     for conv in CONV_NAMES:
         found = of_conv(points, conv)
