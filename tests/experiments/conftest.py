@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from shallow import SHALLOW
 
 from chansel_jax.optimizer import OptimizerSettings
+from chansel_jax.resnet import PRESETS
 from experiments import train
 from experiments.settings import DataSettings, NetworkSettings, Settings, TrainingSettings
 
@@ -37,6 +39,13 @@ def cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture
+def shallow_networks(monkeypatch):
+    """All networks are built as those of the runs below."""
+    for name, preset in SHALLOW.items():
+        monkeypatch.setitem(PRESETS, name, preset)
+
+
 @pytest.fixture(scope="session")
 def settings(images, tmp_path_factory):
     """Of a run of three epochs."""
@@ -53,16 +62,20 @@ def settings(images, tmp_path_factory):
 @pytest.fixture(scope="session")
 def whole(settings):
     """That run, uninterrupted: its summary and what was printed."""
-    console = Console(file=io.StringIO(), width=120)
-    return train.train_and_evaluate(settings, console), console.file.getvalue()
+    return train_shallow(settings)
 
 
 @pytest.fixture(scope="session")
 def dense(settings, tmp_path_factory):
     """The folder of a run of the dense network."""
     workdir = tmp_path_factory.mktemp("dense") / "run"
-    console = Console(file=io.StringIO())
-    train.train_and_evaluate(
-        dataclasses.replace(settings, conv="subkernel", workdir=workdir), console
-    )
+    train_shallow(dataclasses.replace(settings, conv="subkernel", workdir=workdir))
     return workdir
+
+
+def train_shallow(settings):
+    console = Console(file=io.StringIO(), width=120)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, preset in SHALLOW.items():
+            patch.setitem(PRESETS, name, preset)
+        return train.train_and_evaluate(settings, console), console.file.getvalue()

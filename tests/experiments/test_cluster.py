@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import shallow
 from clusters import environment, processes
 
 from experiments import cluster
@@ -31,7 +32,7 @@ def test_one_process_is_the_first_and_waits_for_none():
 
 def command(settings, workdir):
     return [
-        *(sys.executable, "-m", "experiments.train", "--dataset=folder", "--width=4"),
+        *(sys.executable, shallow.__file__, "--dataset=folder", "--width=4"),
         *(f"--data-dir={settings.data.data_dir}", "--warmup-fraction=0.2"),
         *("--batch-size=16", "--epochs=3", f"--workdir={workdir}"),
     ]

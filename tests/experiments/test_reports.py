@@ -68,6 +68,7 @@ def test_page_shows_what_the_markdown_says(tmp_path):
 # Comparison
 
 
+@pytest.mark.usefixtures("shallow_networks")
 def test_comparison_of_both_convolutions(settings, one_epoch, tmp_path, console):
     given = compare.Settings(
         network=settings.network,
@@ -78,7 +79,7 @@ def test_comparison_of_both_convolutions(settings, one_epoch, tmp_path, console)
     )
     compare.compare(given, console)
     text, results = assert_whole(tmp_path, "curves", "confusion")
-    assert "| parameters | 11,251 | 2,811 |" in text and "seeds 0, 1" in text
+    assert "| parameters | 5,091 | 1,523 |" in text and "seeds 0, 1" in text
     assert "published" not in text  # the classes are others
     for runs in results["networks"].values():
         assert [run["seed"] for run in runs] == [0, 1]
@@ -165,6 +166,7 @@ def test_dense_networks_of_equal_cost():
             assert nearest < 0.15
 
 
+@pytest.mark.usefixtures("shallow_networks")
 def test_a_study_from_beginning_to_end(settings, one_epoch, monkeypatch, tmp_path, console):
     def entries(data, epochs):
         chosen = Settings(network=settings.network, data=data, training=one_epoch)
@@ -184,7 +186,7 @@ def test_a_study_from_beginning_to_end(settings, one_epoch, monkeypatch, tmp_pat
     text, results = assert_whole(tmp_path, "figure")
     assert outcome.runs[0].summary["images"] == {"train": 32, "validation": 27}
     assert 0 < outcome.mean("plain_train_accuracy") <= 1
-    assert "| few, none / all | 2,811 |" in text and "of 100 at full length" in text
+    assert "| few, none / all | 1,523 |" in text and "of 100 at full length" in text
     assert "| theirs (published) | 1 M |" in text
     command = results["command"]
     assert command.startswith("python -m experiments.study overfit --epochs=1 --only=few --dataset")
@@ -218,6 +220,7 @@ def test_every_figure_can_be_drawn():
 # Compression
 
 
+@pytest.mark.usefixtures("shallow_networks")
 def test_compression_from_beginning_to_end(dense, settings, one_epoch, tmp_path, console):
     given = compress.Settings(
         dense,
@@ -233,8 +236,8 @@ def test_compression_from_beginning_to_end(dense, settings, one_epoch, tmp_path,
     assert exact.parameters > results["dense"]["parameters"] > cut.parameters
     rows = count_network(cut.network.config, (8, 8))
     assert cut.parameters == sum(row.parameters for row in rows)
-    assert f"| rank 9 | {exact.parameters:,} | 4 4 4 4 4 8 8 8 8 9 9 9 |" in text
-    assert len(results["energies"]) == 12
+    assert f"| rank 9 | {exact.parameters:,} | 4 4 4 8 8 9 |" in text
+    assert len(results["energies"]) == 6
     assert results["command"].startswith("python -m experiments.compress --workdir=PATH ")
     for shares in results["energies"].values():
         assert sum(shares) == pytest.approx(1)
@@ -249,6 +252,7 @@ def test_compression_from_beginning_to_end(dense, settings, one_epoch, tmp_path,
     assert "compiled" not in again.file.getvalue()
 
 
+@pytest.mark.usefixtures("shallow_networks")
 def test_fine_tuning_has_a_dropout_rate_of_its_own(dense, settings, tmp_path):
     given = compress.Settings(dense, data_dir=settings.data.data_dir, ranks=(2,))
     run = load_run(dense)
@@ -261,11 +265,12 @@ def test_fine_tuning_has_a_dropout_rate_of_its_own(dense, settings, tmp_path):
         build(other, network)
 
 
+@pytest.mark.usefixtures("shallow_networks")
 def test_compression_refuses(dense, settings, whole, images, tmp_path, console):
     with pytest.raises(CommandError, match="is a run of --conv=chansel"):
         compress.compress(compress.Settings(settings.workdir, data_dir=images), console)
     given = compress.Settings(dense, data_dir=images, ranks=(), parameter_budgets=(9,))
-    with pytest.raises(CommandError, match="parameter_budget=9 must be at least the 2811"):
+    with pytest.raises(CommandError, match="parameter_budget=9 must be at least the 1523"):
         compress.compress(given, console)
     given = dataclasses.replace(given, ranks=(1, 10))
     with pytest.raises(CommandError, match="ranks=10 must be at most 9"):

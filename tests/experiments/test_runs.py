@@ -19,6 +19,8 @@ from experiments.evaluate import Wanted
 from experiments.runs import load_images, load_run, settings_from
 from experiments.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("shallow_networks")
+
 
 @pytest.fixture
 def console():

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import shallow
 from PIL import Image
 from rich.console import Console
 
@@ -23,6 +24,8 @@ from experiments.benchmarking.machine import cpu_name
 from experiments.command_line import EXIT_SAVED, CommandError, Interrupted
 from experiments.experiment import load_data
 from experiments.settings import DataSettings, InputSettings, NetworkSettings
+
+pytestmark = pytest.mark.usefixtures("shallow_networks")
 
 
 def run(settings):
@@ -115,7 +118,7 @@ def test_network_learns_what_colours_tell(whole):
 
 def test_output_names_devices_sizes_layers_and_epochs(whole):
     _, output = whole
-    for part in ("2 × cpu", "jax ", "180 train, 27 validation", "blocks.5.conv2", "total"):
+    for part in ("2 × cpu", "jax ", "180 train, 27 validation", "blocks.2.conv2", "total"):
         assert part in output
     assert len(re.findall(r"^ +[123]  +\d\.\d{4}  ", output, re.MULTILINE)) == 3
 
@@ -212,7 +215,7 @@ def test_damaged_checkpoint_within_an_epoch_is_set_aside(settings, whole, tmp_pa
 
 def test_terminated_process_resumes_bit_for_bit(settings, whole, tmp_path):
     workdir = tmp_path / "ended"
-    command = [sys.executable, "-m", "experiments.train", *arguments(settings, workdir)]
+    command = [sys.executable, shallow.__file__, *arguments(settings, workdir)]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=TWO_DEVICES, **pipes) as process:
         await_path(workdir / "checkpoints" / "1")
@@ -266,7 +269,7 @@ def test_stream_of_damaged_files_is_one_line(settings, tmp_path, monkeypatch, wo
 def test_interrupt_from_a_terminal_lets_a_streaming_run_save(settings, whole, tmp_path):
     """It reaches the processes that decode, too."""
     workdir = tmp_path / "run"
-    command = [sys.executable, "-m", "experiments.train", *arguments(settings, workdir)]
+    command = [sys.executable, shallow.__file__, *arguments(settings, workdir)]
     command += ["--input=streaming", "--workers=2", "--save-every-steps=1"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=TWO_DEVICES, start_new_session=True, **pipes) as process:
@@ -436,7 +439,8 @@ import resource, runpy, sys, time
 from pathlib import Path
 from chansel_jax import records
 
-write, checkpoint = records.MetricsWriter.write, Path(sys.argv.pop(), "checkpoints", "1")
+command, checkpoint = sys.argv.pop(), Path(sys.argv.pop(), "checkpoints", "1")
+write = records.MetricsWriter.write
 
 def write_and_fill(writer, row):
     write(writer, row)
@@ -446,13 +450,14 @@ def write_and_fill(writer, row):
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 
 records.MetricsWriter.write = write_and_fill
-runpy.run_module("experiments.train", run_name="__main__")
+runpy.run_path(command, run_name="__main__")
 """
 
 
 def test_full_disk_ends_the_run_and_keeps_the_older_checkpoints(settings, whole, tmp_path):
     workdir = tmp_path / "run"
-    command = [sys.executable, "-c", FULL_DISK, *arguments(settings, workdir), str(workdir)]
+    command = [sys.executable, "-c", FULL_DISK, *arguments(settings, workdir)]
+    command += [str(workdir), shallow.__file__]
     ended = subprocess.run(command, env=TWO_DEVICES, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1
     assert re.search("^error: cannot save under .*; older checkpoints stay$", ended.stderr, re.M)

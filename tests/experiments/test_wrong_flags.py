@@ -10,6 +10,8 @@ import pytest
 
 from experiments import cluster, command_line
 
+pytestmark = pytest.mark.usefixtures("shallow_networks")
+
 COMMANDS = (
     *("train", "compare", "evaluate", "predict", "study", "compress"),
     *("benchmark", "profile", "scaling", "tune"),
