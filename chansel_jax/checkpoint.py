@@ -72,18 +72,13 @@ def open_checkpoints(workdir: str | Path, report: Callable[[str], None]) -> Iter
         report: takes one line for each checkpoint that had to be set aside as damaged.
 
     Raises:
-        CheckpointError: in the end, if the last checkpoint could not be written.
+        CheckpointError: if there are checkpoints, and none can be read; all stay then. In the end,
+            if the last checkpoint could not be written.
     """
     _quieten_orbax()
     workdir = Path(workdir).absolute()
     directory = workdir / CHECKPOINTS
-    for epoch in _saved_numbers(directory):
-        # The manager reads all metrics when it opens, and fails as a whole if it cannot.
-        try:
-            _saved_val_loss(directory, epoch)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            _set_aside(directory, epoch, error, report)
-    wait_for_all("damaged checkpoints are set aside")
+    _set_aside_without_metrics(directory, workdir / UNFINISHED, report)
     keep = policies.AnyPreservationPolicy(
         [
             policies.LatestN(LAST_KEPT),
@@ -95,6 +90,30 @@ def open_checkpoints(workdir: str | Path, report: Callable[[str], None]) -> Iter
         _managed(workdir / UNFINISHED, preservation_policy=policies.LatestN(1)) as within,
     ):
         yield Checkpoints(after, within)
+
+
+def _set_aside_without_metrics(
+    directory: Path, within_epochs: Path, report: Callable[[str], None]
+) -> None:
+    """The manager reads all metrics when it opens, and fails as a whole if it cannot."""
+    epochs, failures = _saved_numbers(directory), {}
+    for epoch in epochs:
+        try:
+            _saved_val_loss(directory, epoch)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            failures[epoch] = error
+    wait_for_all("the metrics of checkpoints are read")
+    if failures and len(failures) == len(epochs) and not _saved_numbers(within_epochs):
+        raise _none_left(directory, "epoch", epochs[-1], failures[epochs[-1]])
+    for epoch, error in failures.items():
+        _set_aside(directory, epoch, error, report)
+    wait_for_all("checkpoints without metrics are set aside")
+
+
+def _none_left(directory: Path, kind: str, number: int, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"no checkpoint under {directory} can be restored ({kind} {number}: {_first_line(error)})"
+    )
 
 
 @contextlib.contextmanager
@@ -170,10 +189,7 @@ def restore_newest(
     failures += [(within, "step", *failure) for failure in failures_within.items()]
     if failures and newest is None:
         manager, kind, number, error = failures[0]
-        raise CheckpointError(
-            f"no checkpoint under {manager.directory} can be restored "
-            f"({kind} {number}: {_first_line(error)})"
-        )
+        raise _none_left(Path(manager.directory), kind, number, error)
     for manager, kind, number, error in failures:
         _set_aside(Path(manager.directory), number, error, report, kind)
     if failures:
@@ -211,12 +227,10 @@ def restore(manager: ocp.CheckpointManager, number: int, like: dict[str, Any]) -
     # Restoring is done together: a process that gave up alone would leave the others waiting.
     together(lambda: _read_through(Path(manager.directory) / str(number) / "state"))
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    restored = manager.restore(
-        number,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
-        ),
+    arguments = ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
     )
+    restored = together(lambda: manager.restore(number, args=arguments))
     tree, record = restored["state"], restored["record"]
     together(lambda: _check_digest(tree, record["digest"]))
     totals = Totals(**tree.pop("totals")) if "totals" in tree else None

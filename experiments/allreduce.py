@@ -1,7 +1,7 @@
 """A paper model of what data-parallel training pays for its sums over devices.
 
 A step adds up the gradients of all devices, and BatchNorm its sums. An all-reduce of m bytes over n
-devices that recursive halving and doubling carry out takes
+devices, a power of two, that recursive halving and doubling carry out takes
 
     t(m, n) = 2 · ceil(log2 n) · latency + 2 · (n − 1) / n · m / bandwidth
 

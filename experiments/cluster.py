@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -20,7 +21,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from chansel_jax.processes import OtherProcessError, gathered, together
 from chansel_jax.training import data_mesh
-from experiments.command_line import EXIT_ERROR, CommandError, Interrupted, print_error
+from experiments.command_line import (
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    CommandError,
+    Interrupted,
+    print_error,
+)
 
 Result = TypeVar("Result")
 
@@ -64,6 +71,8 @@ def join(settings: ClusterSettings) -> None:
     Raises:
         CommandError: if they do not come together.
     """
+    # JAX's own handler of SIGTERM would keep a process from ending wherever we do not look for it.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             settings.coordinator, settings.num_processes, settings.process_id
@@ -89,6 +98,11 @@ def ended_together() -> Iterator[None]:
         yield
     except Interrupted:
         raise
+    except KeyboardInterrupt:
+        if jax.process_count() == 1:
+            raise
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(EXIT_INTERRUPTED)
     except Exception as error:
         if jax.process_count() == 1:
             raise

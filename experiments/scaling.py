@@ -131,10 +131,13 @@ def equal_in_all_processes(settings: Settings) -> dict:
 def write(points: Sequence[Point], link: Link, settings: Settings, console: Console) -> None:
     """Writes the results and the report, and prints its tables."""
     tables = {
-        "images/s": measured(points, link, settings),
-        "predicted efficiency": predicted(points, settings),
+        "images/s": measured_table(points, link, settings),
+        "predicted efficiency": predicted_table(points, settings),
     }
-    command = typed("scaling", settings)
+    command = typed("scaling", dataclasses.replace(settings, cluster=ClusterSettings()))
+    if (processes := jax.process_count()) > 1:
+        command += f" --coordinator=HOST:PORT --num-processes={processes} --process-id=0"
+        command += f"  # in the others 1 to {processes - 1}" if processes > 2 else "  # and 1"
     write_json(
         settings.output / "results.json",
         {
@@ -168,8 +171,14 @@ def device_counts(settings: Settings) -> Sequence[int]:
     counts = sorted({1, *(settings.devices or powers)})
     if counts[-1] > there:
         raise CommandError(f"devices={counts[-1]} must be at most the {there} that there are")
+    if there == 1:
+        raise CommandError("there is one device only; what several send each other takes two")
     if counts == [1]:
-        raise CommandError("devices=1: what several send each other takes two at least")
+        raise CommandError(
+            "devices=1: what several send each other takes two at least"
+            if settings.devices
+            else f"batch_size={settings.batch_size} must divide by 2, the fewest devices to compare"
+        )
     return counts
 
 
@@ -236,7 +245,7 @@ def predicted_efficiency(
     return efficiency(seconds, sizes, devices, link, weak)
 
 
-def measured(points: Sequence[Point], link: Link, settings: Settings) -> Table:
+def measured_table(points: Sequence[Point], link: Link, settings: Settings) -> Table:
     """What was measured, with what the model expects of the measured link beside it."""
     headings = ["", "devices", "apart", "eff."]
     for kind in KINDS:
@@ -255,7 +264,7 @@ def measured(points: Sequence[Point], link: Link, settings: Settings) -> Table:
     return headings, rows
 
 
-def predicted(points: Sequence[Point], settings: Settings) -> Table:
+def predicted_table(points: Sequence[Point], settings: Settings) -> Table:
     """The model's efficiencies over many devices."""
     headings = ["devices", *(f"{conv}, {kind}" for conv in CONV_NAMES for kind in KINDS)]
     rows = []
@@ -316,8 +325,9 @@ A step sends: {sent}.
 The model (its formula is in `experiments/allreduce.py`) adds what these take to the step of the \
 devices apart. In the table above it is that of the link measured here, \
 {link.bandwidth / 1e9:.3g} GB/s and {link.latency * 1e6:,.0f} µs, on CPUs with a message for each \
-array. For {settings.bandwidth:g} GB/s, {settings.latency:g} µs, a message for each all-reduce and \
-devices that take nothing from each other it predicts these efficiencies:
+array. For more devices as fast as one of these that take nothing from each other, with \
+{settings.bandwidth:g} GB/s, {settings.latency:g} µs and a message for each all-reduce, it \
+predicts these efficiencies:
 
 {report.table(*tables["predicted efficiency"])}
 

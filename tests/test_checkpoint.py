@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -164,12 +165,36 @@ def test_whole_checkpoint_within_an_epoch_stands_in_for_damaged_ones_after(direc
     assert ["is damaged" in line for line in lines] == [True] * 3
 
 
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_pickles_in_place_of_its_files_are_not_executed(directory, tmp_path):
+    pickled = pickle.dumps(Malicious(tmp_path / "executed"))
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        path.write_bytes(pickled)
+    with pytest.raises(checkpoint.CheckpointError, match="can be restored"):
+        restore(directory)
+    assert sorted(path.name for path in directory.iterdir()) == ["2", "4", "5"]
+    with pytest.raises(checkpoint.CheckpointError, match="cannot restore"):
+        checkpoint.restore_network(directory, resnet14(width=4, rngs=nnx.Rngs(0)), epoch=5)
+    assert not (tmp_path / "executed").exists()
+    pickle.loads(pickled)
+    assert (tmp_path / "executed").exists()
+
+
 def test_state_of_another_structure_sets_nothing_aside(directory):
     state = make_state(0)
     other = dataclasses.replace(state, params={"kernel": jnp.zeros(3)})
     with (
         checkpoint.open_checkpoints(directory.parent, print) as checkpoints,
-        pytest.raises(checkpoint.CheckpointError, match="no checkpoint"),
+        pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint .*epoch 5.* do not match"),
     ):
         newest(checkpoints, like=other)
     assert sorted(path.name for path in directory.iterdir()) == ["2", "4", "5"]

@@ -21,7 +21,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits
+            if _is_deep(image):  # Pillow would clip it to 8 bits
                 raise ValueError("it has more than 8 bits a channel")
             image = ImageOps.exif_transpose(image)  # as a viewer shows it
             # Pillow asks for this detour where a palette has transparent entries.
@@ -31,3 +31,9 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     if size is not None and rgb.size != size[::-1]:
         rgb = ImageOps.fit(rgb, size[::-1], Image.Resampling.BICUBIC)
     return np.asarray(rgb)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether the file has more than 8 bits a channel; Pillow's mode tells it of grey ones only."""
+    layouts = [str(tile.args) for tile in getattr(image, "tile", ())]
+    return image.mode.startswith(("I", "F")) or any(";16" in layout for layout in layouts)

@@ -21,6 +21,7 @@ from chansel_jax.optimizer import OptimizerSettings, make_optimizer, make_schedu
 from chansel_jax.processes import gathered
 from chansel_jax.resnet import CONVS, IMAGE_SIZES, PRESETS
 from experiments.allreduce import Link, all_reduces
+from experiments.command_line import CommandError
 
 Key = TypeVar("Key", bound=Hashable)
 Run = Callable[[int], None]  # that many times, and waits for the end
@@ -91,15 +92,17 @@ def _training(
 
 
 def _noise(count: int, size: int, classes: int, mesh: Mesh) -> training.Batch:
-    rng = np.random.default_rng(0)
-    images = rng.integers(256, size=(count, size, size, 3), dtype=np.uint8)
-    labels = rng.integers(classes, size=count, dtype=np.int32)
+    sharding = training.batch_sharding(mesh)
 
-    def put(array):
-        sharding = training.batch_sharding(mesh)
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    def put(shape, below, dtype):
+        def part(index):
+            part_shape = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
+            return np.random.default_rng(0).integers(below, size=part_shape, dtype=dtype)
 
-    return training.Batch(put(images), put(labels))
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    images = put((count, size, size, 3), 256, np.uint8)
+    return training.Batch(images, put((count,), classes, np.int32))
 
 
 def time_in_turn(
@@ -132,14 +135,23 @@ def _slowest(run: Run, steps: int) -> float:
 
 
 def measured_link(devices: int, *, rounds: int, console: Console) -> Link:
-    """What connects the first `devices`, by the paper model from all-reduces of two sizes."""
+    """What connects the first `devices`, by the paper model from all-reduces of two sizes.
+
+    Raises:
+        CommandError: if the larger ones take no longer.
+    """
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))
     runs = {size: _all_reduce_run(size, mesh) for size in (SMALL, LARGE)}
     seconds = time_in_turn(runs, rounds=rounds, steps=1, console=console)
     small, large = (seconds[size] / REPEATS for size in (SMALL, LARGE))
-    sent = 2 * (devices - 1) / devices * LARGE
+    if large <= small:
+        raise CommandError(
+            f"the link cannot be measured: an all-reduce of {LARGE} bytes takes {large:.2g} s, of "
+            f"{SMALL} bytes {small:.2g} s; is the machine busy? More --rounds may help"
+        )
+    sent = 2 * (devices - 1) / devices * (LARGE - SMALL)
     return Link(
-        bandwidth=sent / max(large - small, 1e-9),
+        bandwidth=sent / (large - small),
         latency=small / (2 * math.ceil(math.log2(devices))),
     )
 

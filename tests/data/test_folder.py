@@ -1,6 +1,8 @@
 import io
 import os
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -389,12 +391,30 @@ def bomb():
     return buffer.getvalue()
 
 
+def png_of_16_bits(colour_type):
+    """Black, 8 × 8, of PNG's colour type 2 (RGB), 4 (grey and alpha) or 6 (RGB and alpha)."""
+    channels = {2: 3, 4: 2, 6: 4}[colour_type]
+
+    def chunk(name, data):
+        checked = name + data
+        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    header = struct.pack(">IIBBBBB", 8, 8, 16, colour_type, 0, 0, 0)
+    rows = zlib.compress((b"\0" + bytes(8 * channels * 2)) * 8)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
+
+
 NO_IMAGES = {
     "bomb": bomb(),
     "empty": b"",
     "text": b"no image",
     **{f"cut {kind}": encoded(NOISE, kind)[:-40] for kind in ("png", "jpeg", "webp")},
     "16 bits": encoded(np.zeros((8, 8), np.uint16), "png"),
+    "16 bits, colours": png_of_16_bits(2),
+    "16 bits, grey and opacity": png_of_16_bits(4),
+    "16 bits, colours and opacity": png_of_16_bits(6),
 }
 
 

@@ -10,11 +10,12 @@ import time
 
 import pytest
 import shallow
+import tiny_scaling
 from clusters import environment, processes
 
 from experiments import cluster
 from experiments.cluster import ClusterSettings
-from experiments.command_line import EXIT_SAVED, CommandError
+from experiments.command_line import EXIT_INTERRUPTED, EXIT_SAVED, CommandError
 from experiments.experiment import load_data
 
 DEVICES = 8
@@ -94,9 +95,10 @@ def take_back_an_epoch(workdir):
     (workdir / "summary.json").unlink()
 
 
-def test_two_processes_go_on_where_one_was(settings, whole, tmp_path):
-    """With four times the devices."""
-    workdir = shutil.copytree(settings.workdir, tmp_path / "run")
+def test_two_processes_of_four_devices_go_on_where_one_device_was(settings, whole, tmp_path):
+    workdir = tmp_path / "run"
+    train(settings, workdir, devices=1)
+    assert_same_losses(workdir, settings.workdir)
     take_back_an_epoch(workdir)
     with two_processes(settings, workdir) as both:
         outputs = [process.communicate(timeout=300) for process in both]
@@ -163,6 +165,21 @@ def test_failure_of_the_first_process_ends_the_others(settings, tmp_path):
     assert [process.returncode for process in both] == [1, 1]
     assert "cannot write to --workdir" in outputs[0][1]
     assert "process 0 could not go on" in outputs[1][1]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, EXIT_INTERRUPTED)]
+)
+def test_signal_where_nothing_is_to_be_saved_ends_all_processes(tmp_path, number, code):
+    command = [sys.executable, tiny_scaling.__file__, "--batch-size=2", "--rounds=100000"]
+    command.append(f"--output={tmp_path / 'report'}")
+    with processes(command, count=2, devices=2) as both:
+        while "virtual devices" not in both[0].stdout.readline():
+            assert both[0].poll() is None
+        both[1].send_signal(number)
+        outputs = [process.communicate(timeout=100) for process in both]
+    assert both[1].returncode == code and both[0].returncode != 0
+    assert outputs[1][1].endswith("interrupted\n" if number == signal.SIGINT else "")
 
 
 def test_processes_that_do_not_come_together_are_an_error(monkeypatch):

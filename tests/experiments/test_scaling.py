@@ -63,6 +63,28 @@ def test_all_reduces_of_a_sum_over_devices():
     assert all_reduces(function.lower(images).compile().as_text()) == [[5 * 3 * 4]]
 
 
+def test_all_reduces_of_a_tuple_and_of_one_that_is_begun():
+    text = """
+      %a = (f32[9,16]{1,0}, /*index=1*/bf16[16]{0}) all-reduce(%x, %y), channel_id=1
+      %b = s32[] all-reduce-start(%z), channel_id=2
+      %c = s32[] all-reduce-done(%b)
+      %d = f32[8]{0} all-gather(%w), channel_id=3"""
+    assert all_reduces(text) == [[9 * 16 * 4, 16 * 2], [4]]
+
+
+def test_prediction_by_hand(settings):
+    """A step of 20 ms, and a message of 1 GB: over two devices a second at 1 GB/s."""
+    given = dataclasses.replace(settings, bandwidth=1.0, latency=1e-6)
+    found = {
+        1: scaling.Point("chansel", 1, 100.0, 100.0, 100.0, []),
+        2: scaling.Point("chansel", 2, 1.0, 1.0, 1.0, [[4 * 10**8, 6 * 10**8]]),
+    }
+    assert scaling.predicted_efficiency(found, 2, given, weak=True) == pytest.approx(0.02 / 1.02)
+    assert scaling.predicted_efficiency(found, 2, given, weak=False) == pytest.approx(0.01 / 1.01)
+    # Over four, two rounds each way, and three quarters twice.
+    assert scaling.predicted_efficiency(found, 4, given, weak=True) == pytest.approx(0.02 / 1.52)
+
+
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     output = tmp_path_factory.mktemp("scaling")
@@ -118,8 +140,9 @@ def test_two_processes_measure_together(tmp_path):
     with processes([sys.executable, str(script), *words], count=2, devices=2) as both:
         outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    assert "2 virtual devices of 2 processes" in outputs[0][0]
-    assert "measured" not in outputs[1][0]  # one speaks
+    assert "2 virtual devices of 2 processes" in outputs[0][0] and "written to" in outputs[0][0]
+    assert "virtual devices" not in outputs[1][0] and "written to" not in outputs[1][0]
+    assert "--num-processes=2 --process-id=0" in (tmp_path / "report" / "report.md").read_text()
     check_report(tmp_path / "report")
 
 
@@ -128,27 +151,31 @@ def test_model_begins_with_the_devices_apart(settings):
     slow = scaling.Point("chansel", 2, weak=80.0, strong=70.0, apart=100.0, sizes=[])
     found = [scaling.Point("chansel", 1, 100.0, 100.0, 100.0, []), slow]
     found += [scaling.Point("subkernel", 1, 10.0, 10.0, 10.0, [])]
-    _, rows = scaling.measured(found, LINK, settings)
+    _, rows = scaling.measured_table(found, LINK, settings)
     of_two = ["2", "100", "0.50", "80", "0.40", "0.50", "70", "0.35", "0.50"]
     assert rows[1] == ["chansel", *of_two]
     # Messages that take as long as a step on its own, 2 images at 50 a second: a half of that.
     found[1] = dataclasses.replace(slow, sizes=[[int(0.04e9) - 2000]])
-    _, rows = scaling.measured(found, LINK, settings)
+    _, rows = scaling.measured_table(found, LINK, settings)
     assert rows[1][6] == "0.25"
 
 
 def test_what_several_devices_send_is_measured():
     """Within what any machine could do."""
-    link = parallel.measured_link(2, rounds=1, console=Console(file=io.StringIO()))
+    link = parallel.measured_link(2, rounds=3, console=Console(file=io.StringIO()))
     assert 0 < link.latency < 0.5 and 1e6 < link.bandwidth < 1e12
 
 
 @pytest.mark.parametrize(
-    ("devices", "message"),
-    [((64,), "devices=64 must be at most the 2"), ((1,), "devices=1: .* two at least")],
+    ("given", "message"),
+    [
+        ({"devices": (64,)}, "devices=64 must be at most the 2"),
+        ({"devices": (1,)}, "devices=1: .* two at least"),
+        ({"batch_size": 127}, "batch_size=127 must divide by 2"),
+    ],
 )
-def test_too_many_or_few_devices_are_an_error(tmp_path, devices, message):
-    settings = scaling.Settings(devices=devices, output=tmp_path / "none")
+def test_too_many_or_few_devices_are_an_error(tmp_path, given, message):
+    settings = scaling.Settings(**given, output=tmp_path / "none")
     with pytest.raises(CommandError, match=message):
         scaling.scale(settings, Console(file=io.StringIO()))
     assert not (tmp_path / "none").exists()
