@@ -79,6 +79,8 @@ def train_and_evaluate(
                     claim(workdir, description, settings.resume, BEFORE_THEY_WERE)
                 )
             )
+            seen = {"config": (workdir / "config.json").exists()}
+            cluster.check_equal("files in its --workdir, which all must share,", seen)
             rows = print_beginning(experiment, workdir, aside, console)
             progress = train(experiment, workdir, console)
             summary = summarise(experiment, rows, progress)

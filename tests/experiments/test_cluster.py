@@ -117,15 +117,26 @@ def test_processes_that_differ_are_told(settings, tmp_path, last):
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_with_other_files_are_told(settings, whole, tmp_path):
-    """As on machines that do not share the folder: the second finds the first's run nowhere."""
-    workdir = shutil.copytree(settings.workdir, tmp_path / "run")
-    take_back_an_epoch(workdir)
-    elsewhere = tmp_path / "elsewhere"
-    with two_processes(settings, workdir, last=[f"--workdir={elsewhere}"]) as both:
+def two_folders(settings, tmp_path):
+    """What two processes say that have folders of their own, as on machines that share none."""
+    mine, other = tmp_path / "run", tmp_path / "elsewhere"
+    with two_processes(settings, mine, devices=2, last=[f"--workdir={other}"]) as both:
         outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [1, 1]
-    for _, errors in outputs:
+    return [errors for _, errors in outputs]
+
+
+def test_processes_with_other_folders_are_told(settings, tmp_path):
+    for errors in two_folders(settings, tmp_path):
+        assert "error: process 1 has other files in its --workdir" in errors
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_processes_with_other_checkpoints_are_told(settings, whole, tmp_path):
+    for name in ("run", "elsewhere"):
+        shutil.copytree(settings.workdir, tmp_path / name)
+    take_back_an_epoch(tmp_path / "run")
+    for errors in two_folders(settings, tmp_path):
         assert "error: process 1 has other checkpoints in its --workdir" in errors
 
 
