@@ -101,7 +101,7 @@ def load_source(
             builder = _builder(source, data_dir)
         try:
             builder.download_and_prepare()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the latter of a full disk
             if not folder.joinpath(str(builder.version)).exists():  # no other process was faster
                 raise DataError(f"cannot prepare {source.name} in {data_dir}: {error}") from error
         with _unreadable(folder):
