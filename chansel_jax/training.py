@@ -8,7 +8,7 @@ what dropout drops depend on the seed and the step alone.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -130,9 +130,10 @@ class Augmentation:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 
 
-def data_mesh() -> Mesh:
-    """All devices of all processes along one axis, `"data"`."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """`devices`, by default all of all processes, along one axis, `"data"`."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

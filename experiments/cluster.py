@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
 
 from chansel_jax.processes import OtherProcessError, gathered, together
 from chansel_jax.training import data_mesh
@@ -116,6 +117,11 @@ def ended_together() -> Iterator[None]:
 def is_first() -> bool:
     """Whether this is process 0."""
     return jax.process_index() == 0
+
+
+def console() -> Console:
+    """What is printed; only process 0 prints."""
+    return Console(highlight=False, soft_wrap=True, quiet=not is_first())
 
 
 def first_alone(function: Callable[[], Result]) -> Result | None:

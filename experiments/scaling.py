@@ -101,8 +101,7 @@ def main(settings: Settings) -> None:
         wanted = max(settings.devices, default=len(machine.usable_cores()))
         jax.config.update("jax_num_cpu_devices", wanted)
     with cluster.ended_together():
-        quiet = not cluster.is_first()
-        scale(settings, Console(highlight=False, soft_wrap=True, quiet=quiet))
+        scale(settings, cluster.console())
 
 
 def scale(settings: Settings, console: Console) -> list[Point]:

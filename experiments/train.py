@@ -43,8 +43,7 @@ def main(settings: Settings) -> None:
     """Trains as `settings` say, and prints how it goes."""
     cluster.join(settings.cluster)
     with cluster.ended_together():
-        quiet = not cluster.is_first()
-        train_and_evaluate(settings, Console(highlight=False, soft_wrap=True, quiet=quiet))
+        train_and_evaluate(settings, cluster.console())
 
 
 def train_and_evaluate(

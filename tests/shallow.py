@@ -1,14 +1,26 @@
 """`experiments.train` with a network that is compiled in half the time, for tests."""
 
+import sys
+
+from chansel_jax.conv import ChannelSelectionConv
 from chansel_jax.resnet import PRESETS, ResNet, ResNetConfig
 
 
-def shallow(conv, num_classes=3, *, width=16, dropout_rate=0.2, rngs, **options) -> ResNet:
-    """A ResNet-14 with one block in each stage."""
+def shallow(
+    conv=ChannelSelectionConv,
+    num_classes=3,
+    *,
+    blocks=(1, 1, 1),
+    width=16,
+    dropout_rate=0.2,
+    rngs,
+    **options,
+) -> ResNet:
+    """A ResNet-14 with fewer blocks: one in each stage."""
     config = ResNetConfig(
         conv=conv,
         num_classes=num_classes,
-        blocks=(1, 1, 1),
+        blocks=blocks,
         width=width,
         stem="plain",
         dropout_rate=dropout_rate,
@@ -17,12 +29,23 @@ def shallow(conv, num_classes=3, *, width=16, dropout_rate=0.2, rngs, **options)
     return ResNet(config, rngs=rngs)
 
 
-SHALLOW = {"resnet14": shallow}
+def arguments(settings, workdir):
+    """The flags for the run that the fixture `settings` describes, in another folder."""
+    return [
+        *("--dataset=folder", f"--data-dir={settings.data.data_dir}", "--width=4"),
+        *("--warmup-fraction=0.2", "--batch-size=16", "--epochs=3", f"--workdir={workdir}"),
+    ]
+
+
+def command(settings, workdir):
+    """That run in a process of its own."""
+    return [sys.executable, __file__, *arguments(settings, workdir)]
+
 
 if __name__ == "__main__":
     from experiments import train
     from experiments.command_line import run
     from experiments.settings import RECIPES, Settings
 
-    PRESETS.update(SHALLOW)
+    PRESETS["resnet14"] = shallow
     run(train.main, Settings, "train", RECIPES)

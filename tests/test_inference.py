@@ -7,20 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from shallow import shallow
 
-from chansel_jax.conv import ChannelSelectionConv
 from chansel_jax.inference import make_predict, predict_all
-from chansel_jax.resnet import ResNet, ResNetConfig
 
 MEAN, STD = np.float32([120, 100, 80]), np.float32([60, 50, 40])
 
 
 @functools.cache
 def network():
-    config = ResNetConfig(
-        conv=ChannelSelectionConv, num_classes=3, blocks=(1, 1), width=4, stem="plain"
-    )
-    network = ResNet(config, rngs=nnx.Rngs(0))
+    network = shallow(width=4, rngs=nnx.Rngs(0))
     network.dense.bias[...] = jnp.array([0.5, 0.0, -0.5])
     return network
 

@@ -8,15 +8,14 @@ import optax
 import pytest
 import torch
 from flax import nnx
-from jax.sharding import AxisType
+from shallow import shallow
 
-from chansel_jax import ChannelSelectionConv, SubKernelConv, training
+from chansel_jax import ChannelSelectionConv, SubKernelConv, resnet14, training
 from chansel_jax.augmentation import normalise
 from chansel_jax.data import Split
 from chansel_jax.data.summary import summarise
 from chansel_jax.digest import digest
 from chansel_jax.optimizer import OptimizerSettings, make_optimizer
-from chansel_jax.resnet import ResNet, ResNetConfig
 from chansel_jax.torch_weights import from_torch, to_torch
 from experiments.benchmarking.torch_networks import torch_resnet14
 
@@ -30,20 +29,12 @@ def split():
     return Split(images, rng.integers(0, 3, 37).astype(np.int32))
 
 
-def small_network(conv=ChannelSelectionConv, *, blocks=(1, 1), dropout_rate=0.0):
-    config = ResNetConfig(
-        conv=conv,
-        num_classes=3,
-        blocks=blocks,
-        width=4,
-        stem="plain",
-        dropout_rate=dropout_rate,
-    )
-    return ResNet(config, rngs=nnx.Rngs(0))
+def small_network(conv=ChannelSelectionConv, network=shallow, dropout_rate=0.0):
+    return network(conv, width=4, dropout_rate=dropout_rate, rngs=nnx.Rngs(0))
 
 
 def one_device():
-    return jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=jax.local_devices()[:1])
+    return training.data_mesh(jax.local_devices()[:1])
 
 
 class Run:
@@ -123,7 +114,7 @@ def test_step_consumes_its_state(run):
 
 @pytest.mark.parametrize("conv", [ChannelSelectionConv, SubKernelConv])
 def test_three_steps_of_sgd_equal_pytorch(split, conv):
-    network = small_network(conv, blocks=(2, 2, 2))
+    network = small_network(conv, resnet14)
     twin = torch_resnet14("chansel" if conv is ChannelSelectionConv else "subkernel", width=4)
     twin.load_state_dict({k: torch.tensor(v) for k, v in to_torch(network).items()}, strict=False)
     twin.double()  # in float32 its convolutions are less exact on some processors than the bounds
@@ -149,7 +140,7 @@ def test_three_steps_of_sgd_equal_pytorch(split, conv):
         torch_optimizer.zero_grad()
         torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1).backward()
         torch_optimizer.step()
-    expected = small_network(conv, blocks=(2, 2, 2))
+    expected = small_network(conv, resnet14)
     from_torch(expected, twin.state_dict())
     params = nnx.to_pure_dict(nnx.state(expected, nnx.Param))
     chex.assert_trees_all_close(state.params, params, atol=1e-5)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from chansel_jax.data.errors import DataError
 
@@ -33,7 +33,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     return np.asarray(rgb)
 
 
-def _is_deep(image: Image.Image) -> bool:
+def _is_deep(image: ImageFile.ImageFile) -> bool:
     """Whether the file has more than 8 bits a channel; Pillow's mode tells it of grey ones only."""
-    layouts = [str(tile.args) for tile in getattr(image, "tile", ())]
+    layouts = [str(tile.args) for tile in image.tile]
     return image.mode.startswith(("I", "F")) or any(";16" in layout for layout in layouts)

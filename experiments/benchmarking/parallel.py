@@ -5,14 +5,14 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from typing import TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import track
 
@@ -54,8 +54,8 @@ def prepare(model: str, case: Case) -> tuple[Run, list[list[int]]]:
     """The part of this process in a case, and the step's all-reduces, as `all_reduces` has them."""
     devices = jax.devices()[: case.devices]
     groups = [[device] for device in devices] if case.apart else [devices]
-    here = [group for group in groups if any(d.process_index == jax.process_index() for d in group)]
-    trainings = [_training(model, case.conv, group, case.images // len(groups)) for group in here]
+    here = [mesh for mesh in map(training.data_mesh, groups) if mesh.local_devices]
+    trainings = [_training(model, case.conv, mesh, case.images // len(groups)) for mesh in here]
 
     def run(steps: int) -> None:
         states = []
@@ -67,10 +67,9 @@ def prepare(model: str, case: Case) -> tuple[Run, list[list[int]]]:
 
 
 def _training(
-    model: str, conv: str, devices: Sequence[jax.Device], images: int
+    model: str, conv: str, mesh: Mesh, images: int
 ) -> tuple[Callable[[], training.TrainState], list[list[int]]]:
     """A function that takes a step, on noise, and the step's all-reduces."""
-    mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
     network = PRESETS[model](CONVS[conv], rngs=nnx.Rngs(0))
     defaults = OptimizerSettings()
     optimizer = make_optimizer(defaults, make_schedule(defaults, epochs=1, steps_per_epoch=1000))
@@ -140,7 +139,7 @@ def measured_link(devices: int, *, rounds: int, console: Console) -> Link:
     Raises:
         CommandError: if the larger ones take no longer.
     """
-    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))
+    mesh = training.data_mesh(jax.devices()[:devices])
     runs = {size: _all_reduce_run(size, mesh) for size in (SMALL, LARGE)}
     seconds = time_in_turn(runs, rounds=rounds, steps=1, console=console)
     small, large = (seconds[size] / REPEATS for size in (SMALL, LARGE))
@@ -158,9 +157,9 @@ def measured_link(devices: int, *, rounds: int, console: Console) -> Link:
 
 def _all_reduce_run(size: int, mesh: Mesh) -> Run:
     """This process's part in `REPEATS` all-reduces of `size` bytes, each of the one before."""
-    if not any(d.process_index == jax.process_index() for d in mesh.devices.flat):
+    if not mesh.local_devices:
         return lambda times: None
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sharding = training.batch_sharding(mesh)
     shape = (mesh.size * size // 4,)
     here = np.zeros(len(mesh.local_devices) * size // 4, np.float32)
     array = jax.make_array_from_process_local_data(sharding, here, shape)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
-from shallow import SHALLOW
+from shallow import shallow
 
 from chansel_jax.optimizer import OptimizerSettings
 from chansel_jax.resnet import PRESETS
@@ -42,8 +42,7 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def shallow_networks(monkeypatch):
     """All networks are built as those of the runs below."""
-    for name, preset in SHALLOW.items():
-        monkeypatch.setitem(PRESETS, name, preset)
+    monkeypatch.setitem(PRESETS, "resnet14", shallow)
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +75,5 @@ def dense(settings, tmp_path_factory):
 def train_shallow(settings):
     console = Console(file=io.StringIO(), width=120)
     with pytest.MonkeyPatch.context() as patch:
-        for name, preset in SHALLOW.items():
-            patch.setitem(PRESETS, name, preset)
+        patch.setitem(PRESETS, "resnet14", shallow)
         return train.train_and_evaluate(settings, console), console.file.getvalue()

@@ -31,17 +31,9 @@ def test_one_process_is_the_first_and_waits_for_none():
     assert [cluster.shared_maximum(lambda: next(numbers))() for _ in range(2)] == [None, 15]
 
 
-def command(settings, workdir):
-    return [
-        *(sys.executable, shallow.__file__, "--dataset=folder", "--width=4"),
-        *(f"--data-dir={settings.data.data_dir}", "--warmup-fraction=0.2"),
-        *("--batch-size=16", "--epochs=3", f"--workdir={workdir}"),
-    ]
-
-
 def two_processes(settings, workdir, *words, devices=DEVICES, **of_the_last):
     """Of a run over so many devices in all."""
-    return processes([*command(settings, workdir), *words], 2, devices, **of_the_last)
+    return processes([*shallow.command(settings, workdir), *words], 2, devices, **of_the_last)
 
 
 def rows(workdir):
@@ -67,7 +59,7 @@ def test_processes_stop_together_and_one_goes_on_with_the_same_losses(settings, 
 
 def train(settings, workdir, devices):
     done = subprocess.run(
-        command(settings, workdir), env=environment(devices), capture_output=True, text=True
+        shallow.command(settings, workdir), env=environment(devices), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done

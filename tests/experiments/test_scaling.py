@@ -5,7 +5,6 @@ import io
 import json
 import re
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,10 +14,10 @@ from clusters import processes
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
-from tiny_scaling import PRESETS, tiny_network
+from tiny_scaling import tiny_network
 
 from chansel_jax import training
-from chansel_jax.resnet import CONVS
+from chansel_jax.resnet import CONVS, PRESETS
 from experiments import scaling
 from experiments.allreduce import Link, all_reduces, efficiency, messages
 from experiments.benchmarking import parallel
@@ -95,7 +94,7 @@ def settings(tmp_path_factory):
 def points(settings):
     console = Console(file=io.StringIO(), width=120)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "PRESETS", PRESETS)
+        patch.setitem(PRESETS, "resnet14", tiny_network)
         return scaling.scale(settings, console), console.file.getvalue()
 
 
@@ -135,9 +134,8 @@ def check_report(output):
 
 def test_two_processes_measure_together(tmp_path):
     """One device each; the second has no part in what one device does."""
-    script = Path(tiny_scaling.__file__)
     words = ["--batch-size=2", "--rounds=1", "--steps=1", f"--output={tmp_path / 'report'}"]
-    with processes([sys.executable, str(script), *words], count=2, devices=2) as both:
+    with processes([sys.executable, tiny_scaling.__file__, *words], count=2, devices=2) as both:
         outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert "2 virtual devices of 2 processes" in outputs[0][0] and "written to" in outputs[0][0]

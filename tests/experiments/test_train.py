@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import shallow
+from clusters import environment
 from PIL import Image
 from rich.console import Console
 
@@ -53,15 +54,7 @@ def snapshot(folder):
 
 
 # As many devices as in this process, so that sums are added in the same order.
-TWO_DEVICES = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-
-
-def arguments(settings, workdir):
-    """The flags for `settings`, with another folder."""
-    return [
-        *("--dataset=folder", f"--data-dir={settings.data.data_dir}", "--width=4"),
-        *("--warmup-fraction=0.2", "--batch-size=16", "--epochs=3", f"--workdir={workdir}"),
-    ]
+TWO_DEVICES = environment(devices=2)
 
 
 def await_path(path):
@@ -215,7 +208,7 @@ def test_damaged_checkpoint_within_an_epoch_is_set_aside(settings, whole, tmp_pa
 
 def test_terminated_process_resumes_bit_for_bit(settings, whole, tmp_path):
     workdir = tmp_path / "ended"
-    command = [sys.executable, shallow.__file__, *arguments(settings, workdir)]
+    command = shallow.command(settings, workdir)
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=TWO_DEVICES, **pipes) as process:
         await_path(workdir / "checkpoints" / "1")
@@ -269,7 +262,7 @@ def test_stream_of_damaged_files_is_one_line(settings, tmp_path, monkeypatch, wo
 def test_interrupt_from_a_terminal_lets_a_streaming_run_save(settings, whole, tmp_path):
     """It reaches the processes that decode, too."""
     workdir = tmp_path / "run"
-    command = [sys.executable, shallow.__file__, *arguments(settings, workdir)]
+    command = shallow.command(settings, workdir)
     command += ["--input=streaming", "--workers=2", "--save-every-steps=1"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=TWO_DEVICES, start_new_session=True, **pipes) as process:
@@ -456,7 +449,7 @@ runpy.run_path(command, run_name="__main__")
 
 def test_full_disk_ends_the_run_and_keeps_the_older_checkpoints(settings, whole, tmp_path):
     workdir = tmp_path / "run"
-    command = [sys.executable, "-c", FULL_DISK, *arguments(settings, workdir)]
+    command = [sys.executable, "-c", FULL_DISK, *shallow.arguments(settings, workdir)]
     command += [str(workdir), shallow.__file__]
     ended = subprocess.run(command, env=TWO_DEVICES, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1
