@@ -8,9 +8,12 @@ written in the background; a checkpoint appears under its number only when it is
 
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import shutil
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -86,10 +89,34 @@ def open_checkpoints(workdir: str | Path, report: Callable[[str], None]) -> Iter
         ]
     )
     with (
+        _silent_leftovers(),
         _managed(directory, preservation_policy=keep, best_fn=_val_loss, best_mode="min") as after,
         _managed(workdir / UNFINISHED, preservation_policy=policies.LatestN(1)) as within,
     ):
         yield Checkpoints(after, within)
+
+
+@contextlib.contextmanager
+def _silent_leftovers() -> Iterator[None]:
+    """Within it nothing is printed of tasks that a save leaves behind when it fails.
+
+    TensorStore tells each of them that it has written, after orbax has closed their event loop. The
+    failure itself is raised.
+    """
+    usual = sys.unraisablehook
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            gc.collect()
+        sys.unraisablehook = usual
 
 
 def _set_aside_without_metrics(
@@ -112,7 +139,8 @@ def _set_aside_without_metrics(
 
 def _none_left(directory: Path, kind: str, number: int, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"no checkpoint under {directory} can be restored ({kind} {number}: {_first_line(error)})"
+        f"no checkpoint under {directory} can be restored ({kind} {number}: {_first_line(error)}); "
+        "all are left as they are: take another --workdir, or --resume=never to start anew"
     )
 
 
@@ -347,6 +375,8 @@ def _shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def _refused_writes(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
+    except jax.errors.JaxRuntimeError:  # another process has ended
+        raise
     except Exception as error:  # orbax has none of its own for a disk that is full
         raise CheckpointError(
             f"cannot save under {manager.directory} ({_first_line(error)}); older checkpoints stay"

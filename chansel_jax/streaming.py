@@ -196,8 +196,9 @@ def _checked(batches: Iterator[dict], workers: int) -> Iterator[dict]:
     try:
         yield from batches
     except RuntimeError as error:  # Grain's, where a worker ends
+        reason = str(error).partition(". ")[0]  # logs come next, which we do not keep
         raise DataError(
-            f"workers={workers}: the images cannot be read ({error}); memory may be short, which "
+            f"workers={workers}: the images cannot be read ({reason}); memory may be short, which "
             "fewer workers take less of"
         ) from error
 

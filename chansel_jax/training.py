@@ -228,7 +228,7 @@ def make_train_step(
         label_smoothing: share of the target spread evenly over all classes.
 
     Raises:
-        ValueError: if `batch_size` does not divide by the devices.
+        ValueError: if `batch_size` is not divisible by the devices.
     """
     check_batch_size(batch_size, mesh)
     update = _update_function(network, optimizer, augmentation, label_smoothing)
@@ -318,7 +318,7 @@ def make_evaluate(
     The last batch is padded and the padding masked, so that no image is left out or counted twice.
 
     Raises:
-        ValueError: if `batch_size` does not divide by the devices.
+        ValueError: if `batch_size` is not divisible by the devices.
     """
     check_batch_size(batch_size, mesh)
     add = _count_function(network)
@@ -359,19 +359,20 @@ def _count_function(network: nnx.Module) -> Callable[..., Totals]:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
-    """Raises `ValueError`, with the nearest that do, if a batch does not divide by the devices.
+    """Raises `ValueError`, with the nearest that are, if a batch is not divisible by the devices.
 
     Args:
         batch_size: images of a batch, over all devices.
         mesh: the devices.
-        accumulate: parts of the batch, of which each must divide.
+        accumulate: parts of the batch, of which each is divided.
     """
     divisor = mesh.size * accumulate
     if batch_size < 1 or batch_size % divisor:
         lower = batch_size // divisor * divisor
         nearest = " or ".join(str(b) for b in (lower, lower + divisor) if b > 0)
-        by = f"the {mesh.size} devices" + (f" times accumulate={accumulate}" * (accumulate > 1))
-        raise ValueError(f"batch_size={batch_size} must divide by {by}: take {nearest}")
+        by = "the one device" if mesh.size == 1 else f"the {mesh.size} devices"
+        by += f" times accumulate={accumulate}" * (accumulate > 1)
+        raise ValueError(f"batch_size={batch_size} must be divisible by {by}: take {nearest}")
 
 
 def apply_function(network: nnx.Module, *, train: bool) -> Callable:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -84,8 +85,14 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += differences(old, new)
         elif old != new:
-            found.append(f"{name}: {old} → {new}")
+            found.append(f"{name}: {_short(old)} → {_short(new)}")
     return found
+
+
+def _short(value: Any) -> str:
+    """As text, of SHA-256 digests the beginning."""
+    text = str(value)
+    return f"{text[:8]}…" if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 def _filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def run(
         sys.exit(EXIT_INTERRUPTED)
 
 
-def print_error(error: Exception) -> None:
+def print_error(error: Exception | str) -> None:
     """Prints an error as one line, at once."""
     print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
 

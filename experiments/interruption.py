@@ -11,11 +11,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def noted_signals() -> Iterator[Callable[[], signal.Signals | None]]:
+def noted_signals(
+    say: Callable[[str], None],
+) -> Iterator[Callable[[], signal.Signals | None]]:
     """Within it the first SIGINT or SIGTERM is noted only; a second one ends the process at once.
 
     The exit code is then 128 and the signal's number, as a shell tells it. A signal that is ignored
     (as SIGINT is by what a script runs in the background) stays ignored.
+
+    Args:
+        say: takes a line when the first has come; it is called in another thread.
 
     Yields:
         A function that returns the signal that has come, or None.
@@ -29,7 +34,7 @@ def noted_signals() -> Iterator[Callable[[], signal.Signals | None]]:
     def note(number, _):
         received.append(signal.Signals(number))
 
-    with _ended_by_the_second_of(heeded):
+    with _ended_by_the_second_of(heeded, say):
         # One that was not set in Python (JAX's own, in a run of several processes) is None.
         before = {number: signal.signal(number, note) or signal.SIG_DFL for number in heeded}
         try:
@@ -40,8 +45,8 @@ def noted_signals() -> Iterator[Callable[[], signal.Signals | None]]:
 
 
 @contextlib.contextmanager
-def _ended_by_the_second_of(numbers: Collection[int]) -> Iterator[None]:
-    """Within it a thread ends the process at the second of these signals.
+def _ended_by_the_second_of(numbers: Collection[int], say: Callable[[str], None]) -> Iterator[None]:
+    """Within it a thread says that one of these signals has come, and ends the process at a second.
 
     A handler would have to wait for what the main thread does: a compilation may take minutes.
     """
@@ -50,10 +55,16 @@ def _ended_by_the_second_of(numbers: Collection[int]) -> Iterator[None]:
 
     def count():
         seen = 0
-        while number := reading.recv(1):
-            seen += number[0] in numbers
+        while byte := reading.recv(1):
+            (number,) = byte
+            if number not in numbers:
+                continue
+            seen += 1
             if seen == 2:
-                os._exit(128 + number[0])
+                os._exit(128 + number)
+            with contextlib.suppress(OSError):  # of a pipe whose reader has gone
+                name = signal.Signals(number).name
+                say(f"{name}: stops after this step, and saves; a second one ends it at once")
 
     before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
     thread = threading.Thread(target=count, daemon=True)

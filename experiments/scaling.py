@@ -37,7 +37,7 @@ class Settings:
 
     devices: tuple[int, ...] = ()
     """How many; by default 1, 2, 4, … as there are. Those of a single process on a CPU are virtual
-    ones, by default as many as cores."""
+    ones, at most as many as cores."""
     model: Literal["resnet14", "resnet18"] = "resnet14"
     """The network; images of 32 × 32 for the first, of 224 × 224 for the second."""
     batch_size: int = 128
@@ -62,10 +62,11 @@ class Settings:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
         for count in self.devices:
-            if count < 1 or self.batch_size % count:
+            if count < 1:
+                raise ValueError(f"devices={count} must be at least 1")
+            if self.batch_size % count:
                 raise ValueError(
-                    f"devices={','.join(map(str, self.devices))}: batch_size={self.batch_size} "
-                    f"must divide by {count}"
+                    f"batch_size={self.batch_size} must be divisible by devices={count}"
                 )
 
 
@@ -98,7 +99,8 @@ def main(settings: Settings) -> None:
     cluster.join(settings.cluster)
     virtual = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not (virtual or jax.distributed.is_initialized()):
-        wanted = max(settings.devices, default=len(machine.usable_cores()))
+        cores = len(machine.usable_cores())
+        wanted = min(max(settings.devices, default=cores), cores)
         jax.config.update("jax_num_cpu_devices", wanted)
     with cluster.ended_together():
         scale(settings, cluster.console())
@@ -133,10 +135,7 @@ def write(points: Sequence[Point], link: Link, settings: Settings, console: Cons
         "images/s": measured_table(points, link, settings),
         "predicted efficiency": predicted_table(points, settings),
     }
-    command = typed("scaling", dataclasses.replace(settings, cluster=ClusterSettings()))
-    if (processes := jax.process_count()) > 1:
-        command += f" --coordinator=HOST:PORT --num-processes={processes} --process-id=0"
-        command += f"  # in the others 1 to {processes - 1}" if processes > 2 else "  # and 1"
+    command = what_to_type(settings)
     write_json(
         settings.output / "results.json",
         {
@@ -156,7 +155,32 @@ def write(points: Sequence[Point], link: Link, settings: Settings, console: Cons
     for name, table in tables.items():
         console.print(f"\n{name}")
         console.print(report.terminal_table(*table))
+    console.print(legend(settings))
     console.print(f"written to {settings.output}", markup=False)
+
+
+def what_to_type(settings: Settings) -> str:
+    """The command, of process 0 if there are several."""
+    command = typed("scaling", dataclasses.replace(settings, cluster=ClusterSettings()))
+    cores, processes = machine.usable_cores(), jax.process_count()
+    if len(cores) < os.cpu_count():
+        command = f"taskset -c {','.join(map(str, cores))} {command}"
+    if processes > 1:
+        command += f" --coordinator=HOST:PORT --num-processes={processes} --process-id=0"
+        command += f"  # in the others 1 to {processes - 1}" if processes > 2 else "  # and 1"
+        command += ", on other cores" if len(cores) < os.cpu_count() else ""
+    return command
+
+
+def legend(settings: Settings) -> str:
+    """What the columns are."""
+    return (
+        f"Images a second, and eff., the efficiency: the share of as many times one device's. "
+        f"Weak: {settings.batch_size} images a step on each device; strong: in all (– where that "
+        "leaves a device none). Apart: as weak, but each device with a network of its own and no "
+        "sums between them; where its efficiency is below 1 they take cores, memory or power from "
+        "each other. Model: the efficiency that the paper model expects of the measured link."
+    )
 
 
 def device_counts(settings: Settings) -> Sequence[int]:
@@ -176,7 +200,7 @@ def device_counts(settings: Settings) -> Sequence[int]:
         raise CommandError(
             "devices=1: what several send each other takes two at least"
             if settings.devices
-            else f"batch_size={settings.batch_size} must divide by 2, the fewest devices to compare"
+            else f"batch_size={settings.batch_size} must be divisible by 2, the fewest to compare"
         )
     return counts
 
@@ -312,12 +336,11 @@ def text(
     """The report."""
     sent = "; ".join(f"{conv} {sizes_in_words(of_conv(points, conv))}" for conv in CONV_NAMES)
     return f"""\
-{device_names()}; images a second with batches of {settings.batch_size}, on each device (weak) or \
-in all (strong); medians of {settings.rounds} rounds of {settings.steps} steps. Apart: each device \
-with a batch and a network of its own, and no sums between them; where its efficiency is below 1 \
-they take cores, memory or power from each other.
+{device_names()}; medians of {settings.rounds} rounds of {settings.steps} steps.
 
 {report.table(*tables["images/s"])}
+
+{legend(settings)}
 
 A step sends: {sent}.
 

@@ -53,8 +53,9 @@ def train(experiment: Experiment, workdir: Path, console: Console) -> Progress:
     """
     epochs = experiment.settings.training.epochs
     with (
-        noted_signals() as signal_received,
+        noted_signals(console.print) as signal_received,
         checkpoint.open_checkpoints(workdir, console.print) as checkpoints,
+        cluster.ended_by_others(),
         contextlib.ExitStack() as opened,
     ):
         progress = restore(experiment, checkpoints, console)

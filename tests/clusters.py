@@ -12,6 +12,12 @@ def environment(devices: int) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
 
 
+def free_port() -> int:
+    """One that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
 @contextlib.contextmanager
 def processes(
     command: Sequence[str],
@@ -25,8 +31,7 @@ def processes(
 
     The arguments in `last`, and `last_environment`, are the last process's alone.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with contextlib.ExitStack() as running:
         found = []
         for i in range(count):

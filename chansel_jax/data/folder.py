@@ -1,7 +1,8 @@
 """Any folder of images, one folder a class.
 
 Understood are PATH/{train,validation,test}/<class>/, without validation or test or both, and
-PATH/<class>/. Hidden files and files with other extensions than IMAGE_EXTENSIONS are passed over.
+PATH/<class>/. Hidden files and files with other extensions than IMAGE_EXTENSIONS are passed over;
+images that lie elsewhere are refused, as nobody could tell what class they are of.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from chansel_jax.data.image_files import read_image
 from chansel_jax.data.source import Content, Source, choose_per_class
 
 SPLITS = ("train", "validation", "test")
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VALIDATION_SHARE = 5  # one image in five
 
 Files = list[tuple[Path, int]]  # image files and their labels
@@ -75,14 +76,15 @@ def _find(root: Path, classes: Sequence[str]) -> tuple[tuple[str, ...], dict[str
         there = _subfolders(split_root)
         if not classes and (unknown := set(there) - set(class_names)):
             raise DataError(f"the class {min(unknown)} of {split_root} is not in {roots['train']}")
+        if missing := set(class_names) - set(there):
+            raise DataError(f"the class {min(missing)} of {roots['train']} is not in {split_root}")
+        if loose := [path for path in split_root.iterdir() if _is_image(path)]:
+            raise DataError(f"{min(loose)} lies beside the classes: each class has a folder")
         found[split] = [
             (path, label)
             for label, name in enumerate(class_names)
-            if name in there
             for path in _image_files(split_root / name)
         ]
-        if not found[split]:
-            raise DataError(f"there are no images in {split_root}")
     return class_names, found
 
 
@@ -91,6 +93,8 @@ def _check_classes(wanted: Sequence[str], there: Sequence[str], root: Path) -> N
         raise DataError(f"{root} has no folders, one is expected for each class")
     if len(set(wanted)) < len(wanted):
         raise DataError(f"--classes={','.join(wanted)} names a class twice")
+    if len(wanted) < 2:
+        raise DataError(f"there is one class only, {wanted[0]}: to tell classes apart takes two")
     for name in wanted:
         if name not in there:
             raise DataError(f"there is no class {name} in {root}, but {', '.join(there)}")
@@ -103,14 +107,19 @@ def _subfolders(root: Path) -> tuple[str, ...]:
 
 
 def _image_files(root: Path) -> list[Path]:
-    paths = sorted(
-        path
-        for path in root.iterdir()
-        if path.suffix.lower() in IMAGE_EXTENSIONS and not _is_hidden(path) and path.is_file()
-    )
+    paths, others = [], []
+    for path in root.iterdir():
+        (paths if _is_image(path) else others).append(path)
+    for folder_within in filter(Path.is_dir, others):
+        if deeper := next(filter(_is_image, folder_within.rglob("*")), None):
+            raise DataError(f"{deeper} lies in a folder within the class {root.name}: move it up")
     if not paths:
         raise DataError(f"the class {root.name} has no images: {root}")
-    return paths
+    return sorted(paths)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_EXTENSIONS and not _is_hidden(path)
 
 
 def _is_hidden(path: Path) -> bool:

@@ -228,7 +228,9 @@ def _abstract(model: str) -> ResNet:
 
 def _check_batch_size(batch_size: int, machine: Machine, train_images: TrainImages | None) -> None:
     if machine.platform == "cpu" and batch_size % machine.cpu_devices:
-        raise PlanError(f"batch_size={batch_size} must divide by cpu_devices={machine.cpu_devices}")
+        raise PlanError(
+            f"batch_size={batch_size} must be divisible by cpu_devices={machine.cpu_devices}"
+        )
     if train_images is not None and batch_size > len(train_images.labels):
         raise PlanError(
             f"batch_size={batch_size} must be at most the {len(train_images.labels)} "

@@ -87,11 +87,11 @@ def test_split_seed_decides_the_split(root, write_images):
 
 def test_classes_are_selected_in_the_order_given(root, write_images):
     arrays = write_images(root, {"train/cat": 5, "train/dog": 5, "train/eel": 5, "test/fly": 1})
-    write_images(root, {"test/dog": 2})
+    write_images(root, {"test/dog": 2, "test/eel": 1})
     dataset = load("folder", data_dir=root, classes=("eel", "dog"))
     assert dataset.class_names == ("eel", "dog")
     assert by_label(dataset.splits["train"])[0] < arrays_in(arrays, root / "train" / "eel")
-    assert counts(dataset)["test"] == [0, 2]
+    assert counts(dataset)["test"] == [1, 2]
 
 
 def test_train_per_class_leaves_the_rest_for_validation(root, write_images):
@@ -106,25 +106,32 @@ def test_train_per_class_beside_a_validation_folder(root, write_images):
     assert counts(dataset) == {"train": [7, 7], "validation": [2, 2]}
 
 
-@pytest.mark.parametrize("extension", ["png", "PNG", "jpg", "JPEG", "webp"])
+def decoded(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize(
+    "extension", ["png", "PNG", "jpg", "JPEG", "webp", "bmp", "gif", "tif", "tiff"]
+)
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
 def test_pixels_are_those_that_pillow_decodes(root, write_images, extension, mode):
     if (extension.lower(), mode) in {("jpg", "P"), ("jpeg", "P")}:
         mode = "CMYK"  # JPEG has no palettes
-    for path in write_images(root, {"train/cat": 2, "validation/cat": 1}, size=(6, 9)):
+    for path in write_images(root, SPLITS, size=(6, 9)):
         Image.open(path).convert(mode).save(path.with_suffix(f".{extension}"))
         if extension != "png":
             path.rename(path.with_suffix(".txt"))  # is passed over, as the extension decides
     dataset = load("folder", data_dir=root)
     for name, split in dataset.splits.items():
-        paths = sorted((root / name / "cat").glob(f"*.{extension}"))
-        expected = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
-        np.testing.assert_array_equal(split.images, expected)
+        for label, class_name in enumerate(dataset.class_names):
+            paths = (root / name / class_name).glob(f"*.{extension}")
+            assert by_label(split)[label] == {decoded(path).tobytes() for path in paths}
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparency_is_dropped(root, write_images, mode):
-    arrays = write_images(root, {"train/cat": 2, "validation/cat": 1})
+    arrays = write_images(root, {"train/cat": 2, "train/dog": 2, "test/cat": 1, "test/dog": 1})
     for path, array in arrays.items():
         grey = Image.fromarray(array[..., 0])
         if mode == "P":
@@ -134,19 +141,19 @@ def test_transparency_is_dropped(root, write_images, mode):
             image = grey.convert(mode)
             image.putalpha(Image.fromarray(array[..., 1]))
             image.save(path)
-    expected = [array[..., :1].repeat(3, axis=-1) for array in arrays.values()]
-    np.testing.assert_array_equal(
-        load("folder", data_dir=root).splits["train"].images, expected[:2]
-    )
+    greys = {path: array[..., :1].repeat(3, axis=-1) for path, array in arrays.items()}
+    expected = [arrays_in(greys, root / "test" / name) for name in ("cat", "dog")]
+    assert by_label(load("folder", data_dir=root).splits["test"]) == dict(enumerate(expected))
 
 
 def test_hidden_and_other_files_are_passed_over(root, write_images):
     write_images(root, SPLITS)
     (root / "train" / "cat" / ".hidden.png").write_bytes(b"")
     (root / "train" / "cat" / "notes.txt").write_text("no image")
-    (root / "train" / "cat" / "folder.png").mkdir()
+    (root / "train" / "cat" / "folder").mkdir()
+    (root / "train" / "cat" / "folder" / "notes.txt").write_text("no image")
     (root / "train" / ".cache").mkdir()
-    (root / "train" / "readme.png").write_bytes(b"")
+    (root / "train" / "readme.txt").write_text("no image")
     assert counts(load("folder", data_dir=root)) == {"train": [10, 10], "validation": [2, 2]}
 
 
@@ -207,7 +214,8 @@ def test_negative_split_seed(root, write_images):
     assert "--split-seed=-1" in refusal(root, split_seed=-1)
 
 
-def test_image_size_scales_the_shorter_side_and_keeps_the_centre(root):
+def test_image_size_scales_the_shorter_side_and_keeps_the_centre(root, write_images):
+    write_images(root, {"train/dog": 1, "validation/dog": 1})
     for i, (width, height) in enumerate([(48, 16), (16, 40), (32, 32), (8, 8), (4, 5)]):
         red = Image.new("RGB", (width, height), (255, 0, 0))
         side = min(width, height)
@@ -216,7 +224,8 @@ def test_image_size_scales_the_shorter_side_and_keeps_the_centre(root):
         path = root / ("train" if i < 4 else "validation") / "cat" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         red.save(path)
-    images = load("folder", data_dir=root, image_size=8).splits["train"].images
+    train = load("folder", data_dir=root, image_size=8).splits["train"]
+    images = train.images[train.labels == 0]
     assert images.shape == (4, 8, 8, 3)
     assert (images[..., 2] > 200).all()  # at the sides some of the red is blended in
     assert (images[..., 0] < 55).all()
@@ -225,7 +234,7 @@ def test_image_size_scales_the_shorter_side_and_keeps_the_centre(root):
 def test_image_size_smooths_what_it_shrinks(root):
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
-    for folder in ("train/cat", "validation/cat"):
+    for folder in ("train/cat", "train/dog", "validation/cat", "validation/dog"):
         (root / folder).mkdir(parents=True)
         Image.fromarray(stripes).save(root / folder / "0.png")
     image = load("folder", data_dir=root, image_size=8).splits["train"].images[0]
@@ -315,19 +324,36 @@ def test_each_choice_is_prepared_by_itself(root, write_images, cache_dir, option
         ({"test/cat": 1}, {}, "{root} has a folder test but no folder train"),
         ({"train/cat": 5, "train/dog": 0}, {}, "the class dog has no images: {root}/train/dog"),
         (
-            {"train/cat": 5, "test/cat": 0},
+            {**SPLITS, "test/cat": 0, "test/dog": 1},
             {},
             "the class cat has no images: {root}/test/cat",
         ),
         (
-            {"train/cat": 5, "test/cat": 1, "test/dog": 1},
+            {**SPLITS, "test/cat": 1, "test/dog": 1, "test/eel": 1},
             {},
-            "the class dog of {root}/test is not in {root}/train",
+            "the class eel of {root}/test is not in {root}/train",
+        ),
+        ({**SPLITS, "test/cat": 1}, {}, "the class dog of {root}/train is not in {root}/test"),
+        (
+            {**SPLITS, "train/eel": 2},
+            {"classes": ("dog", "eel")},
+            "the class eel of {root}/train is not in {root}/validation",
+        ),
+        ({"cat": 5}, {}, "there is one class only, cat: to tell classes apart takes two"),
+        (
+            {"cat": 5, "dog": 5},
+            {"classes": ("dog",)},
+            "there is one class only, dog: to tell classes apart takes two",
         ),
         (
-            {"train/cat": 5, "test/dog": 1},
-            {"classes": ("cat",)},
-            "there are no images in {root}/test",
+            {**SPLITS, "train": 1},
+            {},
+            "{root}/train/00.png lies beside the classes: each class has a folder",
+        ),
+        (
+            {**SPLITS, "train/dog/more/and": 1},
+            {},
+            "{root}/train/dog/more/and/00.png lies in a folder within the class dog: move it up",
         ),
         (
             {"cat": 5, "dog": 5},
@@ -349,7 +375,7 @@ def test_each_choice_is_prepared_by_itself(root, write_images, cache_dir, option
             {"train_per_class": 11},
             "training with --train-per-class=11 needs 11 images of cat, not 10",
         ),
-        ({"cat": 1}, {}, "training and validation needs 2 images of cat, not 1"),
+        ({"cat": 1, "dog": 5}, {}, "training and validation needs 2 images of cat, not 1"),
         ({"cat": 5}, {"train_per_class": 0}, "--train-per-class=0 must be at least 1"),
         ({"cat": 5}, {"image_size": 0}, "--image-size=0 must be at least 1"),
     ],
@@ -359,6 +385,12 @@ def test_bad_trees_and_choices(root, write_images, cache_dir, images, options, m
     write_images(root, images)
     assert refusal(root, **options) == message.format(root=root)
     assert not cache_dir.exists()
+
+
+def test_link_to_nothing(root, write_images):
+    write_images(root, SPLITS)
+    (root / "train" / "cat" / "link.png").symlink_to(root / "none")
+    assert refusal(root).endswith(f"No such file or directory: '{root}/train/cat/link.png'")
 
 
 def test_no_such_folder(root):

@@ -258,7 +258,7 @@ def test_epoch_by_default_takes_the_default_lowering_alone():
 def test_what_does_not_fit_the_machine_is_named():
     with pytest.raises(plan.PlanError, match="TF32 exists on GPUs only"):
         plan.make_cases(Settings(dtypes=("tf32",)), CPU, None)
-    with pytest.raises(plan.PlanError, match="batch_size=5 must divide by cpu_devices=2"):
+    with pytest.raises(plan.PlanError, match="batch_size=5 must be divisible by cpu_devices=2"):
         plan.make_cases(Settings(batch_size=5), Machine("cpu", 2, cpu_devices=2), None)
     images = TrainImages(
         np.zeros((8, 6, 6, 3), np.uint8), np.arange(8, dtype=np.int32), *[None] * 2

@@ -10,9 +10,9 @@ import pytest
 from experiments.interruption import noted_signals
 
 SCRIPT = """
-import hashlib, signal, time
+import hashlib, signal, sys, time
 from experiments.interruption import noted_signals
-with noted_signals() as received:
+with noted_signals(lambda line: print(line, file=sys.stderr, flush=True)) as received:
     print(received(), flush=True)
     while received() is None:
         time.sleep(0.01)
@@ -28,10 +28,12 @@ WAITS = ("while True: pass", "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_first_signal_is_noted_and_the_second_ends_the_process(first, second, wait):
     command = [sys.executable, "-c", SCRIPT.replace("WAIT", wait)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True) as process:
         assert process.stdout.readline() == "None\n"
         process.send_signal(first)
         assert process.stdout.readline() == f"{first.name}\n"
+        assert process.stderr.readline().startswith(f"{first.name}: stops after this step, and")
         process.send_signal(second)
         assert process.wait(timeout=10) == 128 + second
 
@@ -39,7 +41,7 @@ def test_first_signal_is_noted_and_the_second_ends_the_process(first, second, wa
 def test_ignored_signals_stay_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with noted_signals() as received:
+        with noted_signals(print) as received:
             signal.raise_signal(signal.SIGINT)
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
             assert received() is None
@@ -52,7 +54,7 @@ def test_other_threads_leave_signals_alone():
     found = []
 
     def target():
-        with noted_signals() as received:
+        with noted_signals(print) as received:
             found.append(received())
 
     before = signal.getsignal(signal.SIGTERM)

@@ -79,7 +79,7 @@ def test_prints_every_part_of_a_step_and_keeps_the_trace(tmp_path, capsys):
 
 
 def test_a_batch_that_does_not_divide_by_the_devices():
-    with pytest.raises(CommandError, match="batch_size=9 must divide by the 2 devices"):
+    with pytest.raises(CommandError, match="batch_size=9 must be divisible by the 2 devices"):
         profile.main(Settings(batch_size=9, convs=("chansel",)))
 
 

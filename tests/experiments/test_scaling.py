@@ -169,7 +169,7 @@ def test_what_several_devices_send_is_measured():
     [
         ({"devices": (64,)}, "devices=64 must be at most the 2"),
         ({"devices": (1,)}, "devices=1: .* two at least"),
-        ({"batch_size": 127}, "batch_size=127 must divide by 2"),
+        ({"batch_size": 127}, "batch_size=127 must be divisible by 2"),
     ],
 )
 def test_too_many_or_few_devices_are_an_error(tmp_path, given, message):

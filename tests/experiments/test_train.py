@@ -402,10 +402,10 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(settin
     ("changes", "message"),
     [
         ({"batch_size": 184}, "batch_size=184 must be at most the 180 training images"),
-        ({"batch_size": 13}, "batch_size=13 must divide by the 2 devices: take 12 or 14"),
+        ({"batch_size": 13}, "batch_size=13 must be divisible by the 2 devices: take 12 or 14"),
         (
             {"batch_size": 42, "accumulate": 2},
-            "batch_size=42 must divide by the 2 devices times accumulate=2: take 40 or 44",
+            "batch_size=42 must be divisible by the 2 devices times accumulate=2: take 40 or 44",
         ),
         ({"network": NetworkSettings(rank=10)}, "rank=10"),
         ({"conv": "subkernel", "network": NetworkSettings(rank=2)}, "rank=2"),
@@ -426,7 +426,6 @@ def test_wrong_settings_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-# What it prints of the tasks that fail in the background belongs to a process of its own.
 FULL_DISK = """
 import resource, runpy, sys, time
 from pathlib import Path
@@ -453,7 +452,7 @@ def test_full_disk_ends_the_run_and_keeps_the_older_checkpoints(settings, whole,
     command += [str(workdir), shallow.__file__]
     ended = subprocess.run(command, env=TWO_DEVICES, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1
-    assert re.search("^error: cannot save under .*; older checkpoints stay$", ended.stderr, re.M)
+    assert re.fullmatch("error: cannot save under .*; older checkpoints stay\n", ended.stderr)
     summary, output = run(variant(settings, workdir))
     assert "resumed after epoch 1 of 3" in output and "damaged" not in output
     assert summary["params_sha256"] == whole[0]["params_sha256"]
