@@ -8,7 +8,6 @@ written in the background; a checkpoint appears under its number only when it is
 
 import contextlib
 import dataclasses
-import gc
 import json
 import logging
 import shutil
@@ -112,10 +111,12 @@ def _silent_leftovers() -> Iterator[None]:
     sys.unraisablehook = hook
     try:
         yield
+    except BaseException:
+        # What held them may not be collected before the very end.
+        never_awaited = "coroutine 'async_serialize_from_host.*' was never awaited"
+        warnings.filterwarnings("ignore", never_awaited, RuntimeWarning)
+        raise
     finally:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-            gc.collect()
         sys.unraisablehook = usual
 
 
@@ -240,6 +241,8 @@ def _newest_whole(
             break
         try:
             return restore(manager, number, like), failures
+        except (MemoryError, jax.errors.JaxRuntimeError):  # the checkpoint is not to blame
+            raise
         except Exception as error:  # orbax has no exception of its own for a damaged file
             failures[number] = error
     return None, failures

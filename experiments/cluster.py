@@ -32,6 +32,7 @@ from experiments.command_line import (
     Interrupted,
     print_error,
 )
+from experiments.memory import is_exhausted
 
 Result = TypeVar("Result")
 
@@ -201,7 +202,7 @@ def ended_by_others() -> Iterator[None]:
 
 
 def _end(error: Exception) -> NoReturn:
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    if isinstance(error, jax.errors.JaxRuntimeError) and not is_exhausted(error):
         error = OtherProcessError(f"another process may have ended, it says why: {error}")
     print_error(error)
     time.sleep(GRACE)  # for the others to say what they have to: process 0 takes them with it

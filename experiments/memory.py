@@ -1,4 +1,4 @@
-"""How the process asks the operating system for memory."""
+"""How the process asks the operating system for memory, and whether it got it."""
 
 import ctypes
 import sys
@@ -31,6 +31,11 @@ def hand_back_memory() -> None:
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+def is_exhausted(error: Exception) -> bool:
+    """Whether Python or XLA raised `error` for want of memory."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _glibc() -> ctypes.CDLL | None:

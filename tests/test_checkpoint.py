@@ -144,6 +144,19 @@ def test_training_goes_on_after_damage(directory):
     assert {"damaged-5", "damaged-5-2"} <= {path.name for path in directory.iterdir()}
 
 
+@pytest.mark.parametrize("error", [MemoryError, jax.errors.JaxRuntimeError])
+def test_what_no_checkpoint_is_to_blame_for_is_no_damage(directory, monkeypatch, error):
+    before = sorted(directory.rglob("*"))
+
+    def fail(*_):
+        raise error("as of memory, or of another process that has ended")
+
+    monkeypatch.setattr(checkpoint, "_read_through", fail)
+    with pytest.raises(error):
+        restore(directory)
+    assert sorted(directory.rglob("*")) == before
+
+
 def test_all_damaged_is_an_error(directory):
     for epoch in (2, 4, 5):
         truncate(data_file(directory, epoch))
