@@ -155,7 +155,7 @@ def write(points: Sequence[Point], link: Link, settings: Settings, console: Cons
     for name, table in tables.items():
         console.print(f"\n{name}")
         console.print(report.terminal_table(*table))
-    console.print(legend(settings))
+    console.print(f"\n{legend(settings)}")
     console.print(f"written to {settings.output}", markup=False)
 
 
