@@ -4,15 +4,10 @@ All of them do the same; where something is to happen once, process 0 does it al
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
-import re
-import signal
-import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
@@ -36,134 +31,7 @@ from experiments.memory import is_exhausted
 
 Result = TypeVar("Result")
 
-# Seconds.
-GRACE = 2
-UNTIL_TOLD = 5  # what is waited for
-PATIENCE = 300
-WITHOUT_SIGN_OF_LIFE = 30  # until a process counts as dead
-
-
-@dataclasses.dataclass(frozen=True)
-class ClusterSettings:
-    """The processes, where Slurm, Open MPI, Kubernetes or Cloud TPU do not announce them."""
-
-    coordinator: str | None = None
-    """HOST:PORT at which all reach process 0; the port is any that is free there."""
-    num_processes: int | None = None
-    """How many there are."""
-    process_id: int | None = None
-    """Which of them this one is, from 0."""
-
-    def __post_init__(self):
-        values = dataclasses.asdict(self)
-        missing = [name for name, value in values.items() if value is None]
-        if 0 < len(missing) < len(values):
-            raise ValueError(f"{missing[0]}=None: it goes with the others of {', '.join(values)}")
-        if missing:
-            return
-        port = self.coordinator.rpartition(":")[2]
-        if not re.fullmatch(r".+:[0-9]{1,5}", self.coordinator) or not 0 < int(port) < 2**16:
-            raise ValueError(
-                f"coordinator={self.coordinator} must be HOST:PORT, a port being from 1 to 65535"
-            )
-        if self.num_processes < 1:
-            raise ValueError(f"num_processes={self.num_processes} must be at least 1")
-        if not 0 <= self.process_id < self.num_processes:
-            raise ValueError(
-                f"process_id={self.process_id} must be in [0, {self.num_processes}), "
-                "num_processes being the upper end"
-            )
-
-
-def join(settings: ClusterSettings) -> None:
-    """Joins the processes that `settings` name or else the environment announces, if it does.
-
-    It comes before anything else that JAX does. Each process waits here for all the others; what
-    for is told after a while, and in the end that ends it.
-
-    Raises:
-        CommandError: if they do not come together.
-    """
-    # JAX's own handler of SIGTERM would keep a process from ending wherever we do not look for it.
-    jax.config.update("jax_enable_preemption_service", False)
-    if settings.process_id == 0:
-        _check_port_is_free(settings.coordinator)
-    try:
-        with _waiting_told(settings), _default_interrupt():
-            jax.distributed.initialize(
-                settings.coordinator,
-                settings.num_processes,
-                settings.process_id,
-                # Its own end of patience comes with a trace of C++.
-                initialization_timeout=2 * PATIENCE,
-                heartbeat_timeout_seconds=WITHOUT_SIGN_OF_LIFE,
-            )
-    except Exception as error:  # each kind of cluster has its own
-        announced = settings.coordinator or "JAX_COORDINATOR_ADDRESS" in os.environ
-        # What JAX raises where neither the arguments nor the environment say anything.
-        if isinstance(error, ValueError) and not announced and "coordinator_address" in str(error):
-            return
-        raise CommandError(
-            f"the processes did not come together: {type(error).__name__}: {error} (for a single "
-            "one: --coordinator=127.0.0.1:PORT --num-processes=1 --process-id=0)"
-        ) from error
-
-
-def _check_port_is_free(coordinator: str) -> None:
-    """Raises `CommandError` if not; JAX would crash."""
-    try:
-        with socket.create_server(("", int(coordinator.rpartition(":")[2]))):
-            pass
-    except OSError as error:
-        raise CommandError(f"coordinator={coordinator}: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def _waiting_told(settings: ClusterSettings) -> Iterator[None]:
-    """Within it a thread tells what is waited for if that takes long, and ends it at last."""
-    over = threading.Event()
-
-    def tell():
-        if over.wait(UNTIL_TOLD):
-            return
-        print(f"waiting for {_awaited(settings)}", file=sys.stderr, flush=True)
-        if over.wait(PATIENCE):
-            return
-        print_error(f"gave up after {PATIENCE} s of waiting for {_awaited(settings)}")
-        os._exit(EXIT_ERROR)
-
-    threading.Thread(target=tell, daemon=True).start()
-    try:
-        yield
-    finally:
-        over.set()
-
-
-def _awaited(settings: ClusterSettings) -> str:
-    """Whom this process waits for, and why they cannot be reached, as far as can be known."""
-    if not settings.process_id:  # it listens, or the environment knows
-        return "the other processes"
-    host, _, port = settings.coordinator.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=UNTIL_TOLD):
-            return "others than process 0, which is there"
-    except OSError as error:
-        return f"process 0 at --coordinator={settings.coordinator} ({error.strerror or error})"
-
-
-@contextlib.contextmanager
-def _default_interrupt() -> Iterator[None]:
-    """Within it Ctrl-C ends the process also where Python's own handler does not get its turn."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+GRACE = 2  # seconds
 
 
 @contextlib.contextmanager

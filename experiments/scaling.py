@@ -21,8 +21,8 @@ from experiments import cluster, report
 from experiments.allreduce import Link, efficiency, messages
 from experiments.benchmarking import machine
 from experiments.benchmarking.parallel import Case, measured_link, prepare, time_in_turn
-from experiments.cluster import ClusterSettings
 from experiments.command_line import CommandError, make_output, run, typed
+from experiments.joining import ClusterSettings, join
 
 CONV_NAMES = ("chansel", "subkernel")
 KINDS = ("weak", "strong")
@@ -96,7 +96,7 @@ def main(settings: Settings) -> None:
     """Measures, predicts and reports."""
     # The threads of virtual devices wait for each other in a sum; some must be left to compute.
     os.environ.setdefault("PJRT_NPROC", "16")
-    cluster.join(settings.cluster)
+    join(settings.cluster)
     virtual = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not (virtual or jax.distributed.is_initialized()):
         cores = len(machine.usable_cores())

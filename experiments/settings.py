@@ -13,7 +13,7 @@ from flax import nnx
 from chansel_jax.optimizer import OptimizerSettings
 from chansel_jax.resnet import CONVS, PRESETS, ResNet
 from chansel_jax.training import Augmentation
-from experiments.cluster import ClusterSettings
+from experiments.joining import ClusterSettings
 
 Conv = Literal["chansel", "subkernel"]
 

@@ -26,6 +26,7 @@ from experiments import cluster, printing
 from experiments.benchmarking import machine
 from experiments.command_line import CommandError, run
 from experiments.experiment import Experiment, build
+from experiments.joining import join
 from experiments.memory import is_exhausted
 from experiments.settings import RECIPES, Settings, decisive, run_name
 from experiments.training_loop import Progress, train
@@ -42,7 +43,7 @@ class DivergedError(CommandError):
 
 def main(settings: Settings) -> None:
     """Trains as `settings` say, and prints how it goes."""
-    cluster.join(settings.cluster)
+    join(settings.cluster)
     with cluster.ended_together():
         train_and_evaluate(settings, cluster.console())
 
