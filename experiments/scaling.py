@@ -8,27 +8,23 @@ the bytes that a step sends how it would go on to 1,024.
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import jax
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from chansel_jax.records import write_json
-from experiments import cluster, report
-from experiments.allreduce import Link, efficiency, messages
+from experiments import cluster, report, scaling_report
+from experiments.allreduce import Link
 from experiments.benchmarking import machine
 from experiments.benchmarking.parallel import Case, measured_link, prepare, time_in_turn
 from experiments.command_line import CommandError, make_output, run, typed
 from experiments.joining import ClusterSettings, join
+from experiments.scaling_report import Measured, Point
 
 CONV_NAMES = ("chansel", "subkernel")
-KINDS = ("weak", "strong")
-PREDICTED = (8, 16, 32, 64, 128, 256, 512, 1024)
-
-Table = tuple[list[str], list[list[str]]]  # headings and rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,28 +66,6 @@ class Settings:
                 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """A convolution's training over so many devices, in images a second of all together.
-
-    Attributes:
-        conv: the convolution.
-        devices: how many.
-        weak: with the batch on each device.
-        strong: with the batch divided between them.
-        apart: with the batch on each device and no sums between them, each training a network of
-            its own: what they take from each other where they share cores, memory or power.
-        sizes: bytes of each array of each all-reduce of a step.
-    """
-
-    conv: str
-    devices: int
-    weak: float
-    strong: float
-    apart: float
-    sizes: list[list[int]]
-
-
 def main(settings: Settings) -> None:
     """Measures, predicts and reports."""
     # The threads of virtual devices wait for each other in a sum; some must be left to compute.
@@ -106,7 +80,7 @@ def main(settings: Settings) -> None:
         scale(settings, cluster.console())
 
 
-def scale(settings: Settings, console: Console) -> list[Point]:
+def scale(settings: Settings, console: Console) -> Measured:
     """Measures over every number of devices, and writes the report.
 
     Raises:
@@ -117,10 +91,9 @@ def scale(settings: Settings, console: Console) -> list[Point]:
     counts = device_counts(settings)
     cluster.first_alone(lambda: make_output(settings.output))
     console.print(device_names(), markup=False)
-    link = measured_link(counts[-1], rounds=settings.rounds, console=console)
-    points = measure(settings, counts, console)
-    cluster.first_alone(lambda: write(points, link, settings, console))
-    return points
+    measured = measure(settings, counts, console)
+    cluster.first_alone(lambda: write(measured, settings, console))
+    return measured
 
 
 def equal_in_all_processes(settings: Settings) -> dict:
@@ -129,33 +102,23 @@ def equal_in_all_processes(settings: Settings) -> dict:
     return {name: value for name, value in dataclasses.asdict(settings).items() if name not in own}
 
 
-def write(points: Sequence[Point], link: Link, settings: Settings, console: Console) -> None:
+def write(measured: Measured, settings: Settings, console: Console) -> None:
     """Writes the results and the report, and prints its tables."""
-    tables = {
-        "images/s": measured_table(points, link, settings),
-        "predicted efficiency": predicted_table(points, settings),
-    }
     command = what_to_type(settings)
     write_json(
         settings.output / "results.json",
-        {
-            "command": command,
-            "machine": device_names(),
-            "versions": machine.versions(),
-            "link": dataclasses.asdict(link),
-            "points": [dataclasses.asdict(point) for point in points],
-        },
+        {"command": command, "versions": machine.versions(), **dataclasses.asdict(measured)},
     )
     report.write(
         settings.output,
-        f"Scaling of {settings.model}",
-        text(points, link, settings, tables, command),
-        {"efficiency": draw(points, link, settings)},
+        f"Scaling of {measured.model}",
+        scaling_report.text(measured, command),
+        {"efficiency": scaling_report.draw(measured)},
     )
-    for name, table in tables.items():
+    for name, table in scaling_report.tables(measured).items():
         console.print(f"\n{name}")
         console.print(report.terminal_table(*table))
-    console.print(f"\n{legend(settings)}")
+    console.print(f"\n{scaling_report.legend(measured)}")
     console.print(f"written to {settings.output}", markup=False)
 
 
@@ -170,17 +133,6 @@ def what_to_type(settings: Settings) -> str:
         command += f"  # in the others 1 to {processes - 1}" if processes > 2 else "  # and 1"
         command += ", on other cores" if len(cores) < os.cpu_count() else ""
     return command
-
-
-def legend(settings: Settings) -> str:
-    """What the columns are."""
-    return (
-        f"Images a second, and eff., the efficiency: the share of as many times one device's. "
-        f"Weak: {settings.batch_size} images a step on each device; strong: in all (– where that "
-        "leaves a device none). Apart: as weak, but each device with a network of its own and no "
-        "sums between them; where its efficiency is below 1 they take cores, memory or power from "
-        "each other. Model: the efficiency that the paper model expects of the measured link."
-    )
 
 
 def device_counts(settings: Settings) -> Sequence[int]:
@@ -216,9 +168,10 @@ def device_names() -> str:
     return f"{len(devices)} virtual devices{of}, {shared}, {machine.cpu_name()}"
 
 
-def measure(settings: Settings, counts: Sequence[int], console: Console) -> list[Point]:
-    """Times every case in turn, round by round."""
+def measure(settings: Settings, counts: Sequence[int], console: Console) -> Measured:
+    """Times the link, and every case in turn, round by round."""
     images = settings.batch_size
+    link = measured_link(counts[-1], rounds=settings.rounds, console=console)
     cases = [
         Case(conv, count, size, apart)
         for conv in CONV_NAMES
@@ -229,7 +182,7 @@ def measure(settings: Settings, counts: Sequence[int], console: Console) -> list
     runs = {case: run for case, (run, _) in prepared.items()}
     seconds = time_in_turn(runs, rounds=settings.rounds, steps=settings.steps, console=console)
     speed = {case: case.images / taken for case, taken in seconds.items()}
-    return [
+    points = [
         Point(
             conv,
             count,
@@ -241,131 +194,17 @@ def measure(settings: Settings, counts: Sequence[int], console: Console) -> list
         for conv in CONV_NAMES
         for count in counts
     ]
-
-
-def of_conv(points: Sequence[Point], conv: str) -> dict[int, Point]:
-    """By number of devices."""
-    return {point.devices: point for point in points if point.conv == conv}
-
-
-def expected_efficiency(
-    points: Mapping[int, Point], devices: int, settings: Settings, link: Link, weak: bool
-) -> float:
-    """What the paper model expects of the devices at hand and the `link` measured between them."""
-    share = points[devices].apart / points[1].weak / devices
-    seconds = settings.batch_size / points[1].weak / share
-    sizes = messages(points[devices].sizes, grouped=jax.devices()[0].platform != "cpu")
-    return share * efficiency(seconds, sizes, devices, link, weak)
-
-
-def predicted_efficiency(
-    points: Mapping[int, Point], devices: int, settings: Settings, weak: bool
-) -> float:
-    """What it predicts of more devices that take nothing from each other, over the given link."""
-    seconds = settings.batch_size / points[1].weak
-    link = Link(settings.bandwidth * 1e9, settings.latency * 1e-6)
-    sizes = messages(points[max(points)].sizes, grouped=True)
-    return efficiency(seconds, sizes, devices, link, weak)
-
-
-def measured_table(points: Sequence[Point], link: Link, settings: Settings) -> Table:
-    """What was measured, with what the model expects of the measured link beside it."""
-    headings = ["", "devices", "apart", "eff."]
-    for kind in KINDS:
-        headings += [kind, "eff.", "model"]
-    rows = []
-    for conv in CONV_NAMES:
-        found = of_conv(points, conv)
-        for count, point in found.items():
-            share = point.apart / found[1].weak / count
-            row = [conv, str(count), f"{point.apart:,.0f}", f"{share:.2f}"]
-            for kind in KINDS:
-                speed = getattr(point, kind)
-                expected = expected_efficiency(found, count, settings, link, kind == "weak")
-                row += [f"{speed:,.0f}", f"{speed / found[1].weak / count:.2f}", f"{expected:.2f}"]
-            rows.append(row)
-    return headings, rows
-
-
-def predicted_table(points: Sequence[Point], settings: Settings) -> Table:
-    """The model's efficiencies over many devices."""
-    headings = ["devices", *(f"{conv}, {kind}" for conv in CONV_NAMES for kind in KINDS)]
-    rows = []
-    for count in PREDICTED:
-        row = [f"{count:,}"]
-        for conv in CONV_NAMES:
-            for kind in KINDS:
-                possible = kind == "weak" or count <= settings.batch_size
-                found = of_conv(points, conv)
-                predicted = predicted_efficiency(found, count, settings, kind == "weak")
-                row.append(f"{predicted:.3f}" if possible else "–")
-        rows.append(row)
-    return headings, rows
-
-
-def draw(points: Sequence[Point], link: Link, settings: Settings) -> Figure:
-    """Efficiency against devices: measured, the model for that, and its prediction as lines."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    grid = figure.subplots(1, 2, sharey=True)
-    for axes, kind in zip(grid, KINDS, strict=True):
-        weak = kind == "weak"
-        for conv, colour in zip(CONV_NAMES, ("tab:blue", "tab:orange"), strict=True):
-            found = of_conv(points, conv)
-            speeds = [getattr(point, kind) / found[1].weak / n for n, point in found.items()]
-            axes.plot(list(found), speeds, "o", color=colour, label=f"{conv}, measured")
-            expected = [expected_efficiency(found, n, settings, link, weak) for n in found]
-            axes.plot(list(found), expected, "x", color=colour, label=f"{conv}, model for these")
-            counts = [2**i for i in range(11) if weak or 2**i <= settings.batch_size]
-            predicted = [predicted_efficiency(found, n, settings, weak) for n in counts]
-            axes.plot(counts, predicted, color=colour, label=f"{conv}, prediction")
-        axes.set(ylim=(0, 1.05), xlabel="devices", title=f"{kind} scaling")
-        axes.set_xscale("log", base=2)
-        axes.grid(alpha=0.3)
-    grid[0].set_ylabel("efficiency")
-    grid[1].legend()
-    return figure
-
-
-def text(
-    points: Sequence[Point],
-    link: Link,
-    settings: Settings,
-    tables: Mapping[str, Table],
-    command: str,
-) -> str:
-    """The report."""
-    sent = "; ".join(f"{conv} {sizes_in_words(of_conv(points, conv))}" for conv in CONV_NAMES)
-    return f"""\
-{device_names()}; medians of {settings.rounds} rounds of {settings.steps} steps.
-
-{report.table(*tables["images/s"])}
-
-{legend(settings)}
-
-A step sends: {sent}.
-
-The model (its formula is in `experiments/allreduce.py`) adds what these take to the step of the \
-devices apart. In the table above it is that of the link measured here, \
-{link.bandwidth / 1e9:.3g} GB/s and {link.latency * 1e6:,.0f} µs, on CPUs with a message for each \
-array. For more devices as fast as one of these that take nothing from each other, with \
-{settings.bandwidth:g} GB/s, {settings.latency:g} µs and a message for each all-reduce, it \
-predicts these efficiencies:
-
-{report.table(*tables["predicted efficiency"])}
-
-![Efficiency against devices](efficiency.png)
-
-```bash
-{command}
-```
-"""
-
-
-def sizes_in_words(points: Mapping[int, Point]) -> str:
-    """How much a step over several devices sends, and in how many messages."""
-    sizes = points[max(points)].sizes
-    arrays = messages(sizes, grouped=False)
-    return f"{sum(arrays) / 1e3:,.1f} kB, {len(arrays)} arrays in {len(sizes)} all-reduces"
+    return Measured(
+        settings.model,
+        device_names(),
+        images,
+        settings.rounds,
+        settings.steps,
+        points,
+        link,
+        grouped=jax.devices()[0].platform != "cpu",  # as NCCL does, and Gloo does not
+        assumed=Link(settings.bandwidth * 1e9, settings.latency * 1e-6),
+    )
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from tiny_scaling import tiny_network
 
 from chansel_jax import training
 from chansel_jax.resnet import CONVS, PRESETS
-from experiments import scaling
+from experiments import scaling, scaling_report
 from experiments.allreduce import Link, all_reduces, efficiency, messages
 from experiments.benchmarking import parallel
 from experiments.command_line import CommandError
+from experiments.scaling_report import Measured, Point
 
 LINK = Link(bandwidth=1e9, latency=1e-6)
 
@@ -71,17 +72,26 @@ def test_all_reduces_of_a_tuple_and_of_one_that_is_begun():
     assert all_reduces(text) == [[9 * 16 * 4, 16 * 2], [4]]
 
 
-def test_prediction_by_hand(settings):
+def measured(points, **others):
+    """Batches of 2, over LINK."""
+    given = {"link": LINK, "grouped": False, "assumed": LINK, **others}
+    return Measured("resnet14", "a machine", 2, 1, 1, points, **given)
+
+
+def test_prediction_by_hand():
     """A step of 20 ms, and a message of 1 GB: over two devices a second at 1 GB/s."""
-    given = dataclasses.replace(settings, bandwidth=1.0, latency=1e-6)
-    found = {
-        1: scaling.Point("chansel", 1, 100.0, 100.0, 100.0, []),
-        2: scaling.Point("chansel", 2, 1.0, 1.0, 1.0, [[4 * 10**8, 6 * 10**8]]),
-    }
-    assert scaling.predicted_efficiency(found, 2, given, weak=True) == pytest.approx(0.02 / 1.02)
-    assert scaling.predicted_efficiency(found, 2, given, weak=False) == pytest.approx(0.01 / 1.01)
+    found = measured(
+        [
+            Point("chansel", 1, 100.0, 100.0, 100.0, []),
+            Point("chansel", 2, 1.0, 1.0, 1.0, [[4 * 10**8, 6 * 10**8]]),
+        ],
+        assumed=Link(bandwidth=1e9, latency=0),
+    )
+    assert found.predicted("chansel", 2, "weak") == pytest.approx(0.02 / 1.02)
+    assert found.predicted("chansel", 2, "strong") == pytest.approx(0.01 / 1.01)
     # Over four, two rounds each way, and three quarters twice.
-    assert scaling.predicted_efficiency(found, 4, given, weak=True) == pytest.approx(0.02 / 1.52)
+    assert found.predicted("chansel", 4, "weak") == pytest.approx(0.02 / 1.52)
+    assert found.predicted("chansel", 4, "strong") is None  # for two images
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +101,15 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def points(settings):
+def outcome(settings):
     console = Console(file=io.StringIO(), width=120)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "resnet14", tiny_network)
         return scaling.scale(settings, console), console.file.getvalue()
 
 
-def test_a_step_sends_the_gradients_and_batch_norms_sums(points):
-    for point in points[0]:
+def test_a_step_sends_the_gradients_and_batch_norms_sums(outcome):
+    for point in outcome[0].points:
         network = tiny_network(CONVS[point.conv], rngs=nnx.Rngs(0))
         parameters, normalised = (
             sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, kind)))
@@ -116,9 +126,9 @@ def test_a_step_sends_the_gradients_and_batch_norms_sums(points):
             )
 
 
-def test_report_has_every_case_and_the_prediction(settings, points):
+def test_report_has_every_case_and_the_prediction(settings, outcome):
     check_report(settings.output)
-    assert "written to" in points[1]
+    assert "written to" in outcome[1]
 
 
 def check_report(output):
@@ -144,17 +154,17 @@ def test_two_processes_measure_together(tmp_path):
     check_report(tmp_path / "report")
 
 
-def test_model_begins_with_the_devices_apart(settings):
+def test_model_begins_with_the_devices_apart():
     """By hand: two devices that are half as fast together, and messages of no length."""
-    slow = scaling.Point("chansel", 2, weak=80.0, strong=70.0, apart=100.0, sizes=[])
-    found = [scaling.Point("chansel", 1, 100.0, 100.0, 100.0, []), slow]
-    found += [scaling.Point("subkernel", 1, 10.0, 10.0, 10.0, [])]
-    _, rows = scaling.measured_table(found, LINK, settings)
+    slow = Point("chansel", 2, weak=80.0, strong=70.0, apart=100.0, sizes=[])
+    points = [Point("chansel", 1, 100.0, 100.0, 100.0, []), slow]
+    points += [Point("subkernel", 1, 10.0, 10.0, 10.0, [])]
+    _, rows = scaling_report.measured_table(measured(points))
     of_two = ["2", "100", "0.50", "80", "0.40", "0.50", "70", "0.35", "0.50"]
     assert rows[1] == ["chansel", *of_two]
     # Messages that take as long as a step on its own, 2 images at 50 a second: a half of that.
-    found[1] = dataclasses.replace(slow, sizes=[[int(0.04e9) - 2000]])
-    _, rows = scaling.measured_table(found, LINK, settings)
+    points[1] = dataclasses.replace(slow, sizes=[[int(0.04e9) - 2000]])
+    _, rows = scaling_report.measured_table(measured(points))
     assert rows[1][6] == "0.25"
 
 
