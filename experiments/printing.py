@@ -14,12 +14,19 @@ from rich.table import Table
 from chansel_jax.counting import LayerCount
 from chansel_jax.data import Dataset
 from chansel_jax.records import Row, best_epoch
+from experiments.benchmarking import machine
 
 # As much as fits into 80 columns.
 LAYOUT = {"box": SIMPLE, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
 EPOCH_HEADER = (
     "epoch  train loss     acc  val loss     acc  learning rate  images/s  seconds  best epoch"
 )
+
+
+def device_name() -> str:
+    """What JAX computes on, as its maker calls it."""
+    device = jax.devices()[0]
+    return machine.cpu_name() if device.platform == "cpu" else device.device_kind
 
 
 def print_header(dataset: Dataset, devices: Sequence[jax.Device], console: Console) -> None:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,11 @@ from rich.table import Table
 from chansel_jax import native, training
 from chansel_jax.data import Split
 from chansel_jax.optimizer import OptimizerSettings, make_optimizer, make_schedule
+from chansel_jax.records import write_json
 from chansel_jax.resnet import CONVS, IMAGE_SIZES, PRESETS
-from experiments.command_line import CommandError, make_output, run
+from experiments import printing
+from experiments.benchmarking import machine
+from experiments.command_line import CommandError, make_output, run, typed
 
 WARM_UP_STEPS = 20  # until the heap has stopped growing
 SLOWEST = 8  # operations that are listed one by one
@@ -48,7 +51,8 @@ class Settings:
     steps: int = 5
     """Steps that are timed, and as many that are traced."""
     output: Path | None = None
-    """Folder in which the traces are kept, for TensorBoard or Perfetto; by default they are not."""
+    """Folder for the traces, which TensorBoard and Perfetto show, and for profile.json, which holds
+    the tables; by default nothing is kept."""
 
     def __post_init__(self):
         for name in ("batch_size", "steps"):
@@ -86,6 +90,7 @@ def main(settings: Settings) -> None:
     )
     if not native.available():
         console.print(f"native: {native.why_not()}")
+    profiles = {}
     for conv in settings.convs:
         with contextlib.ExitStack() as stack:
             if settings.output is None:
@@ -93,14 +98,15 @@ def main(settings: Settings) -> None:
             else:
                 folder = settings.output / conv
             try:
-                profile = profile_step(settings, conv, folder)
+                profiles[conv] = profile_step(settings, conv, folder)
             except jax.errors.JaxRuntimeError as error:  # memory is short
                 raise CommandError(f"batch_size={settings.batch_size}: {error}") from error
             except ValueError as error:  # the batch does not divide by the devices
                 raise CommandError(error) from error
-        print_profile(conv, profile, console)
+        print_profile(conv, profiles[conv], console)
     if settings.output is not None:
-        console.print(f"traces are in {settings.output}", markup=False)
+        write_json(settings.output / "profile.json", as_json(settings, profiles))
+        console.print(f"traces and profile.json are in {settings.output}", markup=False)
 
 
 def profile_step(settings: Settings, conv: str, folder: Path) -> Profile:
@@ -193,15 +199,38 @@ def kind_of(op_name: str) -> str:
     return "elementwise (BatchNorm, ReLU, …)"
 
 
-def print_profile(conv: str, profile: Profile, console: Console) -> None:
-    """A row a kind, then the slowest operations."""
+def by_kind(profile: Profile) -> list[tuple[str, int, float]]:
+    """Each kind, how many operations it has and their milliseconds, the most first."""
     kinds = collections.defaultdict(list)
     for name, milliseconds in profile.milliseconds.items():
         kinds[kind_of(profile.op_names[name])].append(milliseconds)
+    rows = ((kind, len(found), sum(found)) for kind, found in kinds.items())
+    return sorted(rows, key=lambda row: -row[2])
+
+
+def as_json(settings: Settings, profiles: Mapping[str, Profile]) -> dict[str, Any]:
+    """The profiles of the convolutions, with what they were measured on."""
+    return {
+        "command": typed("profile", settings),
+        "device": printing.device_name(),
+        "cores": len(machine.usable_cores()),
+        "versions": machine.versions(),
+        "milliseconds": {
+            conv: {
+                "step": profile.untraced,
+                "kinds": {kind: found for kind, _, found in by_kind(profile)},
+            }
+            for conv, profile in profiles.items()
+        },
+    }
+
+
+def print_profile(conv: str, profile: Profile, console: Console) -> None:
+    """A row a kind, then the slowest operations."""
     print_rows(
         f"{conv}: {profile.untraced:.1f} ms a step; what runs side by side counts each",
         ("kind", "operations", "ms"),
-        sorted(((kind, len(ms), sum(ms)) for kind, ms in kinds.items()), key=lambda row: -row[2]),
+        by_kind(profile),
         console,
     )
     slowest = sorted(profile.milliseconds.items(), key=lambda item: -item[1])[:SLOWEST]

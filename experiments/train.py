@@ -142,7 +142,7 @@ def summarise(
         "conv": settings.conv,
         "dataset": settings.data.dataset,
         "seed": settings.seed,
-        "device": device_name(),
+        "device": printing.device_name(),
         "versions": machine.versions(),
         "images": {name: len(split.labels) for name, split in experiment.dataset.splits.items()},
         "parameters": sum(row.parameters for row in rows),
@@ -150,12 +150,6 @@ def summarise(
         **records.summarise(progress.history),
         "params_sha256": digest((state.params, state.batch_stats)),
     }
-
-
-def device_name() -> str:
-    """What JAX computes on, as its maker calls it."""
-    device = jax.devices()[0]
-    return machine.cpu_name() if device.platform == "cpu" else device.device_kind
 
 
 def refuse_workdir_among_images(workdir: Path, settings: Settings) -> None:

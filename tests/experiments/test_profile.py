@@ -1,5 +1,7 @@
 """The profile of a training step, from real traces."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -76,6 +78,13 @@ def test_prints_every_part_of_a_step_and_keeps_the_trace(tmp_path, capsys):
         assert part in printed, part
     assert "ms a step" in printed and jax.__version__ in printed
     assert list((tmp_path / "traces" / "chansel").rglob("*.xplane.pb"))
+    kept = json.loads((tmp_path / "traces" / "profile.json").read_text())
+    assert (
+        kept["command"] == "python -m experiments.profile --convs=chansel --batch-size=8 --steps=2"
+    )
+    found = kept["milliseconds"]["chansel"]
+    assert found["step"] > 0 and min(found["kinds"].values()) > 0
+    assert all(f"{ms:.2f}" in printed for ms in found["kinds"].values())
 
 
 def test_a_batch_that_does_not_divide_by_the_devices():
