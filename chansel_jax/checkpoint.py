@@ -25,7 +25,7 @@ from jax.tree_util import DictKey
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from chansel_jax.digest import digest
-from chansel_jax.processes import together, wait_for_all
+from chansel_jax.processes import is_loss, together, wait_for_all
 from chansel_jax.training import Totals, TrainState, network_tree
 from chansel_jax.workdir import CHECKPOINTS, UNFINISHED
 
@@ -111,7 +111,7 @@ def _silent_leftovers() -> Iterator[None]:
     sys.unraisablehook = hook
     try:
         yield
-    except BaseException:
+    except CheckpointError:
         # What held them may not be collected before the very end.
         never_awaited = "coroutine 'async_serialize_from_host.*' was never awaited"
         warnings.filterwarnings("ignore", never_awaited, RuntimeWarning)
@@ -241,9 +241,9 @@ def _newest_whole(
             break
         try:
             return restore(manager, number, like), failures
-        except (MemoryError, jax.errors.JaxRuntimeError):  # the checkpoint is not to blame
-            raise
         except Exception as error:  # orbax has no exception of its own for a damaged file
+            if is_loss(error) or isinstance(error, MemoryError):
+                raise
             failures[number] = error
     return None, failures
 
@@ -378,9 +378,9 @@ def _shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def _refused_writes(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
-    except jax.errors.JaxRuntimeError:  # another process has ended
-        raise
     except Exception as error:  # orbax has none of its own for a disk that is full
+        if is_loss(error):
+            raise
         raise CheckpointError(
             f"cannot save under {manager.directory} ({_first_line(error)}); older checkpoints stay"
         ) from error

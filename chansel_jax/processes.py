@@ -14,6 +14,17 @@ class OtherProcessError(Exception):
     """Another process of the run could not go on; one line."""
 
 
+def is_loss(error: Exception) -> bool:
+    """Whether JAX raised `error` because a process that this one works with has ended.
+
+    Or for another fault of what runs outside Python; nothing that is saved is to blame for it.
+    """
+    # What fails when it is begun, and not when it is waited for, comes as a ValueError.
+    return isinstance(error, jax.errors.JaxRuntimeError) or (
+        isinstance(error, ValueError) and any(name in str(error) for name in ("Gloo", "NCCL"))
+    )
+
+
 def gathered(value: Any) -> np.ndarray:
     """The value of each process, in their order."""
     value = np.asarray(value)

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from chansel_jax.processes import OtherProcessError, gathered, together
+from chansel_jax.processes import gathered, is_loss, together
 from chansel_jax.training import data_mesh
 from experiments.command_line import (
     EXIT_ERROR,
@@ -27,7 +27,7 @@ from experiments.command_line import (
     Interrupted,
     print_error,
 )
-from experiments.memory import is_exhausted
+from experiments.memory import shortage
 
 Result = TypeVar("Result")
 
@@ -56,23 +56,25 @@ def ended_together() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ended_by_others() -> Iterator[None]:
+def ended_at_once_by_others() -> Iterator[None]:
     """Within it the end of another process ends this one at once, with nothing left to be closed.
 
     For what waits for all processes when it is closed, as orbax does.
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except Exception as error:
+        if jax.process_count() == 1 or not is_loss(error):
             raise
         _end(error)
 
 
 def _end(error: Exception) -> NoReturn:
-    if isinstance(error, jax.errors.JaxRuntimeError) and not is_exhausted(error):
-        error = OtherProcessError(f"another process may have ended, it says why: {error}")
-    print_error(error)
+    """Ends this process without a word from JAX, which would have it wait for the others."""
+    told = shortage(error)
+    if told is None and is_loss(error):
+        told = f"another process may have ended, it says why: {error}"
+    print_error(told or error)
     time.sleep(GRACE)  # for the others to say what they have to: process 0 takes them with it
     os._exit(EXIT_ERROR)
 
@@ -82,9 +84,18 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+class _PatientConsole(Console):
+    """Goes quiet when nobody reads what it prints, as of `| head`; a run is not to end for that."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # Python flushes the standard output once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def console() -> Console:
     """What is printed; only process 0 prints."""
-    return Console(highlight=False, soft_wrap=True, quiet=not is_first())
+    return _PatientConsole(highlight=False, soft_wrap=True, quiet=not is_first())
 
 
 def first_alone(function: Callable[[], Result]) -> Result | None:

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from experiments.memory import keep_freed_memory
+from experiments.memory import keep_freed_memory, shortage
 
 Settings = TypeVar("Settings")
 
@@ -45,9 +45,9 @@ def run(
 ) -> None:
     """Calls `main` with settings read from the command line.
 
-    A `CommandError` or `OSError` ends the program with one line on standard error and exit code 1,
-    a wrong flag likewise with 2, an interruption by the user with 130, or with 75 where a run was
-    saved.
+    A `CommandError` or `OSError`, or too little memory, ends the program with one line on standard
+    error and exit code 1, a wrong flag likewise with 2, an interruption by the user with 130, or
+    with 75 where a run was saved.
 
     Args:
         main: the command.
@@ -68,6 +68,12 @@ def run(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        told = shortage(error)
+        if told is None:
+            raise
+        print_error(told)
+        sys.exit(EXIT_ERROR)
 
 
 def print_error(error: Exception | str) -> None:

@@ -62,9 +62,10 @@ def _ended_by_the_second_of(numbers: Collection[int], say: Callable[[str], None]
             seen += 1
             if seen == 2:
                 os._exit(128 + number)
-            with contextlib.suppress(OSError):  # of a pipe whose reader has gone
-                name = signal.Signals(number).name
-                say(f"{name}: stops after this step, and saves; a second one ends it at once")
+            name = signal.Signals(number).name
+            line = f"{name}: stops between two steps, and saves; a second one ends it at once"
+            # In another thread again, for the next signal not to wait until somebody reads it.
+            threading.Thread(target=say, args=(line,), daemon=True).start()
 
     before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
     thread = threading.Thread(target=count, daemon=True)

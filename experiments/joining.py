@@ -14,10 +14,9 @@ import jax
 
 from experiments.command_line import EXIT_ERROR, CommandError, print_error
 
-# Seconds.
-UNTIL_TOLD = 5  # what is waited for
-PATIENCE = 300
-WITHOUT_SIGN_OF_LIFE = 30  # until a process counts as dead
+SECONDS_UNTIL_TOLD = 5
+SECONDS_UNTIL_GIVEN_UP = 300
+HEARTBEAT_TIMEOUT = 30  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +65,14 @@ def join(settings: ClusterSettings) -> None:
     if settings.process_id == 0:
         _check_port_is_free(settings.coordinator)
     try:
-        with _waiting_told(settings), _default_interrupt():
+        with _waiting_told(settings), _interrupt_ends_process():
             jax.distributed.initialize(
                 settings.coordinator,
                 settings.num_processes,
                 settings.process_id,
                 # Its own end of patience comes with a trace of C++.
-                initialization_timeout=2 * PATIENCE,
-                heartbeat_timeout_seconds=WITHOUT_SIGN_OF_LIFE,
+                initialization_timeout=2 * SECONDS_UNTIL_GIVEN_UP,
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
             )
     except Exception as error:  # each kind of cluster has its own
         announced = settings.coordinator or "JAX_COORDINATOR_ADDRESS" in os.environ
@@ -101,12 +100,12 @@ def _waiting_told(settings: ClusterSettings) -> Iterator[None]:
     over = threading.Event()
 
     def tell():
-        if over.wait(UNTIL_TOLD):
+        if over.wait(SECONDS_UNTIL_TOLD):
             return
         print(f"waiting for {_awaited(settings)}", file=sys.stderr, flush=True)
-        if over.wait(PATIENCE):
+        if over.wait(SECONDS_UNTIL_GIVEN_UP):
             return
-        print_error(f"gave up after {PATIENCE} s of waiting for {_awaited(settings)}")
+        print_error(f"gave up after {SECONDS_UNTIL_GIVEN_UP} s of waiting for {_awaited(settings)}")
         os._exit(EXIT_ERROR)
 
     threading.Thread(target=tell, daemon=True).start()
@@ -122,14 +121,14 @@ def _awaited(settings: ClusterSettings) -> str:
         return "the other processes"
     host, _, port = settings.coordinator.rpartition(":")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=UNTIL_TOLD):
-            return "others than process 0, which is there"
-    except OSError as error:
-        return f"process 0 at --coordinator={settings.coordinator} ({error.strerror or error})"
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_UNTIL_TOLD):
+            return "the other processes"
+    except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
+        return f"process 0 at --coordinator={settings.coordinator} ({error})"
 
 
 @contextlib.contextmanager
-def _default_interrupt() -> Iterator[None]:
+def _interrupt_ends_process() -> Iterator[None]:
     """Within it Ctrl-C ends the process also where Python's own handler does not get its turn."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

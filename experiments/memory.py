@@ -1,4 +1,4 @@
-"""How the process asks the operating system for memory, and whether it got it."""
+"""How the process asks the operating system for memory, and what to do if there is too little."""
 
 import ctypes
 import sys
@@ -33,9 +33,15 @@ def hand_back_memory() -> None:
         libc.malloc_trim(0)
 
 
-def is_exhausted(error: Exception) -> bool:
-    """Whether Python or XLA raised `error` for want of memory."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+def shortage(error: Exception) -> str | None:
+    """What to tell of an `error` that Python or XLA raised for want of memory; None of others."""
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        return None
+    return (
+        f"there is too little memory ({error}): a smaller --batch-size takes less; so do, in "
+        "training, --accumulate=N, which computes a batch in N parts, and --input=streaming, which "
+        "leaves the images on disk"
+    )
 
 
 def _glibc() -> ctypes.CDLL | None:

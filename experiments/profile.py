@@ -99,9 +99,7 @@ def main(settings: Settings) -> None:
                 folder = settings.output / conv
             try:
                 profiles[conv] = profile_step(settings, conv, folder)
-            except jax.errors.JaxRuntimeError as error:  # memory is short
-                raise CommandError(f"batch_size={settings.batch_size}: {error}") from error
-            except ValueError as error:  # the batch does not divide by the devices
+            except ValueError as error:  # the batch is not divisible by the devices
                 raise CommandError(error) from error
         print_profile(conv, profiles[conv], console)
     if settings.output is not None:

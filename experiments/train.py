@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from chansel_jax import checkpoint, records
@@ -27,7 +26,6 @@ from experiments.benchmarking import machine
 from experiments.command_line import CommandError, run
 from experiments.experiment import Experiment, build
 from experiments.joining import join
-from experiments.memory import is_exhausted
 from experiments.settings import RECIPES, Settings, decisive, run_name
 from experiments.training_loop import Progress, train
 
@@ -60,7 +58,7 @@ def train_and_evaluate(
 
     Raises:
         CommandError: if a setting or the data is wrong, the workdir holds another run, no
-            checkpoint can be restored, nothing can be written, or memory is short.
+            checkpoint can be restored, or nothing can be written.
         DivergedError: if a loss is not finite.
         Interrupted: after SIGINT or SIGTERM, when all is saved.
     """
@@ -88,13 +86,6 @@ def train_and_evaluate(
             cluster.first_alone(lambda: finish(summary, workdir))
     except FloatingPointError as error:
         raise DivergedError(error) from error
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not is_exhausted(error):
-            raise
-        raise CommandError(
-            f"there is too little memory ({error}): a smaller --batch-size takes less, or "
-            "--accumulate=N, which computes it in N parts; what is saved stays"
-        ) from error
     except EXPECTED as error:
         raise CommandError(error) from error
     except OSError as error:

@@ -55,7 +55,7 @@ def train(experiment: Experiment, workdir: Path, console: Console) -> Progress:
     with (
         noted_signals(console.print) as signal_received,
         checkpoint.open_checkpoints(workdir, console.print) as checkpoints,
-        cluster.ended_by_others(),
+        cluster.ended_at_once_by_others(),
         contextlib.ExitStack() as opened,
     ):
         progress = restore(experiment, checkpoints, console)

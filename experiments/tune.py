@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from chansel_jax import dense, depthwise, lowerings, native, selection
-from experiments.command_line import CommandError, run
+from experiments.command_line import run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +114,10 @@ def main(settings: Settings) -> None:
             ("dense convolution", time_dense, dense.LOWERINGS),
         ):
             candidates = [c for c in lowerings.runnable(choices) if c != "auto"]
-            try:
-                results = [
-                    function(shape, candidates, dtype, settings)
-                    for shape in track(LAYERS, title, console=console, transient=True)
-                ]
-            except jax.errors.JaxRuntimeError as error:
-                raise CommandError(f"batch_size={settings.batch_size}: {error}") from error
+            results = [
+                function(shape, candidates, dtype, settings)
+                for shape in track(LAYERS, title, console=console, transient=True)
+            ]
             print_results(f"{title}, {dtype}, forward + backward, ms", results, console)
 
 

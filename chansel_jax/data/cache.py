@@ -189,6 +189,8 @@ def _unreadable(folder: Path) -> Iterator[None]:
     """Any error here means that the prepared data set is broken: the readers raise all kinds."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:
         raise DataError(
             f"the prepared data set cannot be read, delete {folder} and try again: {error}"

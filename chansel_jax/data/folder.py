@@ -6,6 +6,7 @@ images that lie elsewhere are refused, as nobody could tell what class they are 
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -65,10 +66,7 @@ def _find(root: Path, classes: Sequence[str]) -> tuple[tuple[str, ...], dict[str
     """The names of the classes, and the files of every split there is a folder for."""
     if not root.is_dir():
         raise DataError(f"there is no folder {root}")
-    roots = {split: root / split for split in SPLITS if (root / split).is_dir()} or {"train": root}
-    if "train" not in roots:
-        raise DataError(f"{root} has a folder {min(roots)} but no folder train")
-
+    roots = _split_folders(root)
     class_names = tuple(classes) or _subfolders(roots["train"])
     _check_classes(class_names, _subfolders(roots["train"]), roots["train"])
     found = {}
@@ -78,14 +76,32 @@ def _find(root: Path, classes: Sequence[str]) -> tuple[tuple[str, ...], dict[str
             raise DataError(f"the class {min(unknown)} of {split_root} is not in {roots['train']}")
         if missing := set(class_names) - set(there):
             raise DataError(f"the class {min(missing)} of {roots['train']} is not in {split_root}")
-        if loose := [path for path in split_root.iterdir() if _is_image(path)]:
-            raise DataError(f"{min(loose)} lies beside the classes: each class has a folder")
+        _refuse_loose_images(split_root, "the classes: each class has a folder")
         found[split] = [
             (path, label)
             for label, name in enumerate(class_names)
             for path in _image_files(split_root / name)
         ]
     return class_names, found
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The folder of each split; `root` itself is train where it holds the classes."""
+    roots = {split: root / split for split in SPLITS if (root / split).is_dir()}
+    if not roots:
+        return {"train": root}
+    if "train" not in roots:
+        raise DataError(f"{root} has a folder {min(roots)} but no folder train")
+    _refuse_loose_images(root, f"the folders {', '.join(roots)}")
+    for name in _subfolders(root):
+        if name not in SPLITS and _image_below(root / name):
+            raise DataError(f"{root / name} holds images, but is none of {', '.join(SPLITS)}")
+    return roots
+
+
+def _refuse_loose_images(root: Path, beside: str) -> None:
+    if loose := [path for path in root.iterdir() if _is_image(path)]:
+        raise DataError(f"{min(loose)} lies beside {beside}")
 
 
 def _check_classes(wanted: Sequence[str], there: Sequence[str], root: Path) -> None:
@@ -101,29 +117,37 @@ def _check_classes(wanted: Sequence[str], there: Sequence[str], root: Path) -> N
 
 
 def _subfolders(root: Path) -> tuple[str, ...]:
-    return tuple(
-        sorted(path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(path))
-    )
+    """The names of the folders in `root` that are not hidden, sorted."""
+    with os.scandir(root) as entries:
+        return tuple(sorted(e.name for e in entries if e.is_dir() and not _is_hidden(e.name)))
 
 
 def _image_files(root: Path) -> list[Path]:
-    paths, others = [], []
-    for path in root.iterdir():
-        (paths if _is_image(path) else others).append(path)
-    for folder_within in filter(Path.is_dir, others):
-        if deeper := next(filter(_is_image, folder_within.rglob("*")), None):
+    for name in _subfolders(root):
+        if deeper := _image_below(root / name):
             raise DataError(f"{deeper} lies in a folder within the class {root.name}: move it up")
+    paths = [path for path in root.iterdir() if _is_image(path)]
     if not paths:
         raise DataError(f"the class {root.name} has no images: {root}")
     return sorted(paths)
 
 
+def _image_below(root: Path) -> Path | None:
+    """Some image in `root` or deeper; None if there is none but hidden ones."""
+    for folder, names, files in os.walk(root):
+        names[:] = [name for name in names if not _is_hidden(name)]
+        for path in map(Path(folder).joinpath, sorted(files)):
+            if _is_image(path):
+                return path
+    return None
+
+
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_EXTENSIONS and not _is_hidden(path)
+    return path.suffix.lower() in IMAGE_EXTENSIONS and not _is_hidden(path.name)
 
 
-def _is_hidden(path: Path) -> bool:
-    return path.name.startswith(".")
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _digest(root: Path, found: dict[str, Files], *settings: object) -> str:

@@ -153,6 +153,10 @@ def test_hidden_and_other_files_are_passed_over(root, write_images):
     (root / "train" / "cat" / "folder").mkdir()
     (root / "train" / "cat" / "folder" / "notes.txt").write_text("no image")
     (root / "train" / ".cache").mkdir()
+    (root / "notes").mkdir()
+    for folder in (root / ".hidden", root / "train" / "cat" / ".ipynb_checkpoints"):
+        folder.mkdir()
+        (folder / "00.png").write_bytes(b"")
     (root / "train" / "readme.txt").write_text("no image")
     assert counts(load("folder", data_dir=root)) == {"train": [10, 10], "validation": [2, 2]}
 
@@ -350,6 +354,12 @@ def test_each_choice_is_prepared_by_itself(root, write_images, cache_dir, option
             {},
             "{root}/train/00.png lies beside the classes: each class has a folder",
         ),
+        ({**SPLITS, "": 1}, {}, "{root}/00.png lies beside the folders train, validation"),
+        (
+            {"train/cat": 5, "train/dog": 5, "val/cat": 2},
+            {},
+            "{root}/val holds images, but is none of train, validation, test",
+        ),
         (
             {**SPLITS, "train/dog/more/and": 1},
             {},
@@ -442,7 +452,10 @@ NO_IMAGES = {
     "bomb": bomb(),
     "empty": b"",
     "text": b"no image",
-    **{f"cut {kind}": encoded(NOISE, kind)[:-40] for kind in ("png", "jpeg", "webp")},
+    **{
+        f"cut {kind}": encoded(NOISE, kind)[:-40]
+        for kind in ("png", "jpeg", "webp", "bmp", "gif", "tiff")
+    },
     "16 bits": encoded(np.zeros((8, 8), np.uint16), "png"),
     "16 bits, colours": png_of_16_bits(2),
     "16 bits, grey and opacity": png_of_16_bits(4),

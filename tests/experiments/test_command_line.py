@@ -1,9 +1,12 @@
 """Settings from flags, and how a command ends."""
 
 import dataclasses
+import re
 import sys
 from typing import Literal
 
+import jax
+import numpy as np
 import pytest
 
 from experiments.command_line import CommandError, make_output, parse, run
@@ -156,6 +159,23 @@ def test_error_ends_with_its_code_and_one_line(error, code, line, monkeypatch, c
         run_with(monkeypatch, main)
     assert stopped.value.code == code
     assert capsys.readouterr() == ("", line)
+
+
+def use_more_than_there_is_in_numpy():
+    np.zeros(2**62, np.uint8)
+
+
+def use_more_than_there_is_in_jax():
+    jax.numpy.zeros(2**46, np.uint8).block_until_ready()
+
+
+@pytest.mark.parametrize("use", [use_more_than_there_is_in_numpy, use_more_than_there_is_in_jax])
+def test_too_little_memory_is_told(use, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_with(monkeypatch, lambda _: use())
+    assert stopped.value.code == 1
+    message = "error: there is too little memory \\(.*llocat.*\\): a smaller --batch-size .*\n"
+    assert re.fullmatch(message, capsys.readouterr().err)
 
 
 def test_wrong_flag_ends_with_2_before_main_runs(monkeypatch, capsys):

@@ -12,7 +12,7 @@ from experiments.interruption import noted_signals
 SCRIPT = """
 import hashlib, signal, sys, time
 from experiments.interruption import noted_signals
-with noted_signals(lambda line: print(line, file=sys.stderr, flush=True)) as received:
+with noted_signals(lambda line: SAY) as received:
     print(received(), flush=True)
     while received() is None:
         time.sleep(0.01)
@@ -20,6 +20,7 @@ with noted_signals(lambda line: print(line, file=sys.stderr, flush=True)) as rec
     WAIT
 """
 # While Python runs, and while it waits for a function in C, which signals do not interrupt.
+SAY = "print(line, file=sys.stderr, flush=True)"
 WAITS = ("while True: pass", "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)")
 
 
@@ -27,15 +28,27 @@ WAITS = ("while True: pass", "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_first_signal_is_noted_and_the_second_ends_the_process(first, second, wait):
-    command = [sys.executable, "-c", SCRIPT.replace("WAIT", wait)]
+    command = [sys.executable, "-c", SCRIPT.replace("WAIT", wait).replace("SAY", SAY)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, **pipes, text=True) as process:
         assert process.stdout.readline() == "None\n"
         process.send_signal(first)
         assert process.stdout.readline() == f"{first.name}\n"
-        assert process.stderr.readline().startswith(f"{first.name}: stops after this step, and")
+        assert process.stderr.readline().startswith(f"{first.name}: stops between two steps")
         process.send_signal(second)
         assert process.wait(timeout=10) == 128 + second
+
+
+# As where nobody reads it, and as Rich where nobody can.
+@pytest.mark.parametrize("say", ["time.sleep(1000)", "sys.exit(1)"])
+def test_second_signal_does_not_depend_on_what_is_said_of_the_first(say):
+    command = [sys.executable, "-c", SCRIPT.replace("WAIT", WAITS[0]).replace("SAY", say)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "None\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "SIGTERM\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 128 + signal.SIGTERM
 
 
 def test_ignored_signals_stay_ignored():

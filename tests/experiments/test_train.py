@@ -398,15 +398,6 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(settin
     assert (tmp_path / "later" / "losses.png").exists()
 
 
-def test_too_little_memory_is_told(settings, tmp_path, monkeypatch):
-    def greedy(*_):
-        return jax.numpy.zeros(2**46, np.uint8).block_until_ready()
-
-    monkeypatch.setattr(training_loop, "train_epoch", greedy)
-    with pytest.raises(CommandError, match="too little memory .*allocating .*--batch-size"):
-        run(variant(settings, tmp_path / "run"))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -12,7 +12,6 @@ from rich.console import Console
 from chansel_jax import dense, depthwise, selection
 from chansel_jax.lowerings import runnable
 from experiments import tune
-from experiments.command_line import CommandError
 from experiments.tune import Result, Settings, Shape
 
 TINY = (Shape(6, 3, 4), Shape(5, 2, 3, kernel=1, strides=2, rank=2))
@@ -83,14 +82,3 @@ def test_the_closing_line_by_hand():
 def test_wrong_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         Settings(**settings)
-
-
-def test_more_than_the_memory_holds(monkeypatch):
-    monkeypatch.setattr(tune, "LAYERS", TINY)
-
-    def full(*_):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-
-    monkeypatch.setattr(tune, "time_layer", full)
-    with pytest.raises(CommandError, match="batch_size=2: RESOURCE_EXHAUSTED"):
-        tune.main(Settings(batch_size=2))
