@@ -313,7 +313,10 @@ def restore_network(
     try:
         _read_through(path)
         with ocp.PyTreeCheckpointer() as checkpointer:
-            _check_shapes(checkpointer.metadata(path).item_metadata.tree, like)
+            metadata = checkpointer.metadata(path).item_metadata
+            if metadata is None:
+                raise CheckpointError("its metadata cannot be read")
+            _check_shapes(metadata.tree, like)
             restored = checkpointer.restore(
                 path,
                 args=ocp.args.PyTreeRestore(
@@ -388,11 +391,14 @@ def _refused_writes(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 def _quieten_orbax() -> None:
     # Orbax reports every phase of every save; what went wrong reaches the caller as an exception.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _first_line(error: Exception) -> str:
-    return f"{(str(error).splitlines() or [type(error).__name__])[0]:.200}"
+    """Of what `error` says, in the middle without what is too much: the reason comes last."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 200 else f"{line[:100]} … {line[-100:]}"
 
 
 def _read_through(directory: Path) -> None:

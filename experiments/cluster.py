@@ -4,7 +4,6 @@ All of them do the same; where something is to happen once, process 0 does it al
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ from rich.console import Console
 
 from chansel_jax.processes import gathered, is_loss, together
 from chansel_jax.training import data_mesh
+from chansel_jax.workdir import differences
 from experiments.command_line import (
     EXIT_ERROR,
     EXIT_INTERRUPTED,
@@ -123,13 +123,17 @@ def check_equal(what: str, content: Mapping[str, Any]) -> None:
     """Checks that all processes have the same `content`, which is nested JSON.
 
     Raises:
-        CommandError: in all of them, if not.
+        CommandError: in all of them, if not; it names all that differs.
     """
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
-    digests = gathered(np.frombuffer(digest, np.uint8))
-    for process, other in enumerate(digests):
-        if not np.array_equal(other, digests[0]):
-            raise CommandError(f"process {process} has other {what} than process 0")
+    text = json.dumps(content).encode()
+    longest = int(gathered(len(text)).max())
+    texts = gathered(np.frombuffer(text.ljust(longest), np.uint8))
+    contents = [json.loads(bytes(found)) for found in texts]
+    for process, other in enumerate(contents):
+        if found := differences(contents[0], other):
+            raise CommandError(
+                f"process {process} has other {what} than process 0 ({'; '.join(found)})"
+            )
 
 
 def shared_maximum(number: Callable[[], int | None]) -> Callable[[], int | None]:

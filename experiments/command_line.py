@@ -1,12 +1,15 @@
 """What all commands share: settings from flags, and errors as one line."""
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import inspect
 import io
+import os
 import re
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +59,7 @@ def run(
         recipes: as in `parse`.
     """
     keep_freed_memory()
+    _handle_interrupts()
     try:
         main(parse(settings_type, name, recipes=recipes))
     except (CommandError, OSError) as error:
@@ -66,14 +70,25 @@ def run(
             print(stop, file=sys.stderr)
         sys.exit(EXIT_SAVED)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        with contextlib.suppress(OSError):  # nobody may read it
+            print("interrupted", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+        os._exit(EXIT_INTERRUPTED)  # threads that read images in C++ crash if Python ends first
     except Exception as error:
         told = shortage(error)
         if told is None:
             raise
         print_error(told)
         sys.exit(EXIT_ERROR)
+
+
+def _handle_interrupts() -> None:
+    """From here to the end Ctrl-C raises KeyboardInterrupt; then it ends the process at once."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        return
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # the package's, see there
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
 def print_error(error: Exception | str) -> None:

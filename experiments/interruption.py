@@ -7,17 +7,18 @@ import socket
 import threading
 from collections.abc import Callable, Collection, Iterator
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# The last is of a terminal that is closed.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def noted_signals(
     say: Callable[[str], None],
 ) -> Iterator[Callable[[], signal.Signals | None]]:
-    """Within it the first SIGINT or SIGTERM is noted only; a second one ends the process at once.
+    """Within it the first of SIGNALS is noted only; a second one ends the process at once.
 
     The exit code is then 128 and the signal's number, as a shell tells it. A signal that is ignored
-    (as SIGINT is by what a script runs in the background) stays ignored.
+    (as SIGINT is by what a script runs in the background, SIGHUP by `nohup`) stays ignored.
 
     Args:
         say: takes a line when the first has come; it is called in another thread.

@@ -102,10 +102,14 @@ def _waiting_told(settings: ClusterSettings) -> Iterator[None]:
     def tell():
         if over.wait(SECONDS_UNTIL_TOLD):
             return
-        print(f"waiting for {_awaited(settings)}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody may read it
+            print(f"waiting for {_awaited(settings)}", file=sys.stderr, flush=True)
         if over.wait(SECONDS_UNTIL_GIVEN_UP):
             return
-        print_error(f"gave up after {SECONDS_UNTIL_GIVEN_UP} s of waiting for {_awaited(settings)}")
+        with contextlib.suppress(OSError):
+            print_error(
+                f"gave up after {SECONDS_UNTIL_GIVEN_UP} s of waiting for {_awaited(settings)}"
+            )
         os._exit(EXIT_ERROR)
 
     threading.Thread(target=tell, daemon=True).start()

@@ -147,7 +147,7 @@ def _is_image(path: Path) -> bool:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".")
+    return name.startswith((".", "__MACOSX"))  # the latter of archives made on a Mac
 
 
 def _digest(root: Path, found: dict[str, Files], *settings: object) -> str:

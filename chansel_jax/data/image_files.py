@@ -20,6 +20,8 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
         DataError: if it cannot be read as an image; one line.
     """
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
         with Image.open(path) as image:
             if _is_deep(image):  # Pillow would clip it to 8 bits
                 raise ValueError("it has more than 8 bits a channel")

@@ -154,7 +154,11 @@ def test_hidden_and_other_files_are_passed_over(root, write_images):
     (root / "train" / "cat" / "folder" / "notes.txt").write_text("no image")
     (root / "train" / ".cache").mkdir()
     (root / "notes").mkdir()
-    for folder in (root / ".hidden", root / "train" / "cat" / ".ipynb_checkpoints"):
+    for folder in (
+        root / ".hidden",
+        root / "__MACOSX",
+        root / "train" / "cat" / ".ipynb_checkpoints",
+    ):
         folder.mkdir()
         (folder / "00.png").write_bytes(b"")
     (root / "train" / "readme.txt").write_text("no image")
@@ -401,6 +405,12 @@ def test_link_to_nothing(root, write_images):
     write_images(root, SPLITS)
     (root / "train" / "cat" / "link.png").symlink_to(root / "none")
     assert refusal(root).endswith(f"No such file or directory: '{root}/train/cat/link.png'")
+
+
+def test_pipe_is_not_waited_for(root, write_images):
+    write_images(root, SPLITS)
+    os.mkfifo(root / "train" / "cat" / "pipe.png")
+    assert refusal(root) == f"{root}/train/cat/pipe.png cannot be read as an image: it is no file"
 
 
 def test_no_such_folder(root):

@@ -1,7 +1,10 @@
 """Settings from flags, and how a command ends."""
 
 import dataclasses
+import os
 import re
+import signal
+import subprocess
 import sys
 from typing import Literal
 
@@ -155,10 +158,22 @@ def test_error_ends_with_its_code_and_one_line(error, code, line, monkeypatch, c
     def main(_):
         raise error
 
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as stopped:
         run_with(monkeypatch, main)
     assert stopped.value.code == code
     assert capsys.readouterr() == ("", line)
+
+
+def test_interrupt_while_modules_are_imported_ends_silently():
+    command = [sys.executable, "-X", "importtime", "-m", "experiments.train"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not process.stderr.readline().endswith("| experiments\n"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+    assert process.returncode == -signal.SIGINT
+    assert all(line.startswith("import time:") for line in errors.splitlines())
 
 
 def use_more_than_there_is_in_numpy():

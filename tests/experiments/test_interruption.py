@@ -25,7 +25,7 @@ WAITS = ("while True: pass", "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)
 
 
 @pytest.mark.parametrize("wait", WAITS)
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_first_signal_is_noted_and_the_second_ends_the_process(first, second, wait):
     command = [sys.executable, "-c", SCRIPT.replace("WAIT", wait).replace("SAY", SAY)]
