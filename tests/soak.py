@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 STEPS_PER_EPOCH = 512 // 16
@@ -41,21 +42,34 @@ class Outcome:
     same: bool
 
 
-def soak(folder: Path, kills: int, epochs: int, seed: int = 0) -> Outcome:
+def soak(
+    folder: Path,
+    kills: int,
+    epochs: int,
+    program: Sequence[str] = ("-m", "experiments.train"),
+    seed: int = 0,
+) -> Outcome:
     """Trains in `folder` twice, once in one go and once killed `kills` times.
+
+    Args:
+        folder: which is there.
+        kills: how many.
+        epochs: of the training.
+        program: what Python is to run.
+        seed: of the moments.
 
     Raises:
         RuntimeError: if the run ends before it has been killed so often, or fails.
     """
     rng = random.Random(seed)
     command = [
-        *(sys.executable, "-m", "experiments.train", "--width=4", "--train-images=512"),
+        *(sys.executable, *program, "--width=4", "--train-images=512"),
         *(f"--epochs={epochs}", "--batch-size=16"),
     ]
     environment = {
-        **os.environ,
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **os.environ,
     }
     whole, killed = folder / "whole", folder / "killed"
     subprocess.run(

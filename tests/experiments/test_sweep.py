@@ -80,7 +80,7 @@ def test_finished_run_is_one_of_the_same_settings_and_images(settings, whole, tm
     with pytest.raises(CommandError, match=f"records of the run in {copy} cannot be read"):
         read_records(copy)
     data = dataclasses.replace(settings.data, train_images=9)
-    with pytest.raises(CommandError, match=r"train_images: None → 9; train: \w+ → "):
+    with pytest.raises(CommandError, match=r"train_images: None → 9; train: \w+… → "):
         sweep.is_finished(dataclasses.replace(settings, data=data))
 
 

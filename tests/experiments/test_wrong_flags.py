@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import jax
 import pytest
 
-from experiments import cluster, command_line
+from experiments import command_line
 
 pytestmark = pytest.mark.usefixtures("shallow_networks")
 
@@ -206,7 +207,7 @@ def refusal(command, words, monkeypatch, capsys):
     """How the command ended, and what it said on the standard error."""
     monkeypatch.setattr("sys.argv", [command, *words])
     # JAX has its devices here, and no other process is waited for.
-    monkeypatch.setattr(cluster, "join", lambda settings: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     chosen = module(command)
     with pytest.raises(SystemExit) as stopped:
