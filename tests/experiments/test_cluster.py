@@ -117,15 +117,13 @@ def test_two_processes_of_four_devices_go_on_where_one_device_was(settings, whol
     assert_same_losses(workdir, settings.workdir)
 
 
-@pytest.mark.parametrize(
-    ("last", "differing"),
-    [("--seed=1", "seed: 0 → 1"), ("--input=streaming", "input: memory → streaming")],
-)
-def test_processes_that_differ_are_told(settings, tmp_path, last, differing):
-    with two_processes(settings, tmp_path / "run", last=[last]) as both:
+def test_processes_that_differ_are_told(settings, tmp_path):
+    last = ["--seed=1", "--input=streaming"]
+    with two_processes(settings, tmp_path / "run", devices=2, last=last) as both:
         outputs = [process.communicate(timeout=300) for process in both]
     for process, (_, errors) in zip(both, outputs, strict=True):
         assert process.returncode == 1
+        differing = "input: memory → streaming; seed: 0 → 1"
         assert f"error: process 1 has other settings than process 0 ({differing})" in errors
     assert not (tmp_path / "run").exists()
 
