@@ -22,7 +22,6 @@ from chansel_jax.training import data_mesh
 from chansel_jax.workdir import differences
 from experiments.command_line import (
     EXIT_ERROR,
-    EXIT_INTERRUPTED,
     CommandError,
     Interrupted,
     print_error,
@@ -44,11 +43,6 @@ def ended_together() -> Iterator[None]:
         yield
     except Interrupted:
         raise
-    except KeyboardInterrupt:
-        if jax.process_count() == 1:
-            raise
-        print("interrupted", file=sys.stderr, flush=True)
-        os._exit(EXIT_INTERRUPTED)
     except Exception as error:
         if jax.process_count() == 1:
             raise

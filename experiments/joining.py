@@ -37,8 +37,8 @@ class ClusterSettings:
             raise ValueError(f"{missing[0]}=None: it goes with the others of {', '.join(values)}")
         if missing:
             return
-        port = self.coordinator.rpartition(":")[2]
-        if not re.fullmatch(r".+:[0-9]{1,5}", self.coordinator) or not 0 < int(port) < 2**16:
+        found = re.fullmatch(r".+:[0-9]{1,5}", self.coordinator)
+        if not found or not 0 < self.address[1] < 2**16:
             raise ValueError(
                 f"coordinator={self.coordinator} must be HOST:PORT, a port being from 1 to 65535"
             )
@@ -49,6 +49,12 @@ class ClusterSettings:
                 f"process_id={self.process_id} must be in [0, {self.num_processes}), "
                 "num_processes being the upper end"
             )
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """The coordinator's host and port."""
+        host, _, port = self.coordinator.rpartition(":")
+        return host, int(port)
 
 
 def join(settings: ClusterSettings) -> None:
@@ -63,7 +69,7 @@ def join(settings: ClusterSettings) -> None:
     # JAX's own handler of SIGTERM would keep a process from ending wherever we do not look for it.
     jax.config.update("jax_enable_preemption_service", False)
     if settings.process_id == 0:
-        _check_port_is_free(settings.coordinator)
+        _check_port_is_free(settings)
     try:
         with _waiting_told(settings), _interrupt_ends_process():
             jax.distributed.initialize(
@@ -85,13 +91,15 @@ def join(settings: ClusterSettings) -> None:
         ) from error
 
 
-def _check_port_is_free(coordinator: str) -> None:
+def _check_port_is_free(settings: ClusterSettings) -> None:
     """Raises `CommandError` if not; JAX would crash."""
     try:
-        with socket.create_server(("", int(coordinator.rpartition(":")[2]))):
+        with socket.create_server(("", settings.address[1])):
             pass
     except OSError as error:
-        raise CommandError(f"coordinator={coordinator}: {error.strerror or error}") from error
+        raise CommandError(
+            f"coordinator={settings.coordinator}: {error.strerror or error}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -123,9 +131,9 @@ def _awaited(settings: ClusterSettings) -> str:
     """Whom this process waits for, and why they cannot be reached, as far as can be known."""
     if not settings.process_id:  # it listens, or the environment knows
         return "the other processes"
-    host, _, port = settings.coordinator.rpartition(":")
+    host, port = settings.address
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_UNTIL_TOLD):
+        with socket.create_connection((host.strip("[]"), port), timeout=SECONDS_UNTIL_TOLD):
             return "the other processes"
     except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
         return f"process 0 at --coordinator={settings.coordinator} ({error})"

@@ -126,12 +126,13 @@ def what_to_type(settings: Settings) -> str:
     """The command, of process 0 if there are several."""
     command = typed("scaling", dataclasses.replace(settings, cluster=ClusterSettings()))
     cores, processes = machine.usable_cores(), jax.process_count()
-    if len(cores) < os.cpu_count():
+    pinned = len(cores) < os.cpu_count()
+    if pinned:
         command = f"taskset -c {','.join(map(str, cores))} {command}"
     if processes > 1:
         command += f" --coordinator=HOST:PORT --num-processes={processes} --process-id=0"
         command += f"  # in the others 1 to {processes - 1}" if processes > 2 else "  # and 1"
-        command += ", on other cores" if len(cores) < os.cpu_count() else ""
+        command += ", on other cores" if pinned else ""
     return command
 
 
