@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 def environment(devices: int) -> dict[str, str]:
     """Of a process with so many virtual devices."""
-    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    virtual = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {virtual}"}
 
 
 def free_port() -> int:

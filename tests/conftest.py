@@ -17,6 +17,10 @@ os.environ.setdefault("PJRT_NPROC", "16")
 # optimisations would cost more than they save. XLA's own are made all the same.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
+# Likewise its newer way to compile fused loops, and compiling parts beside each other.
+os.environ["XLA_FLAGS"] = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 # The same functions are compiled for many tests, and in processes of their own too, those of
 # pytest-xdist among them.
 if "PYTEST_XDIST_WORKER" not in os.environ:

@@ -148,11 +148,11 @@ def test_block_is_that_of_torch(x64, kind, strides, train):
 @pytest.mark.parametrize(
     ("preset", "kind", "options", "size"),
     [
-        ("resnet14", "subkernel", {}, 32),
-        ("resnet14", "chansel", {}, 32),
-        ("resnet14", "chansel", {"rank": 3, "use_bias": True}, 32),
-        ("resnet18", "subkernel", {}, 64),
-        ("resnet18", "chansel", {"use_bias": True}, 64),
+        ("resnet14", "subkernel", {}, 16),
+        ("resnet14", "chansel", {}, 16),
+        ("resnet14", "chansel", {"rank": 2, "use_bias": True}, 16),
+        ("resnet18", "subkernel", {}, 32),
+        ("resnet18", "chansel", {"use_bias": True}, 32),
     ],
 )
 def test_networks_are_those_of_torch(x64, preset, kind, options, size):

@@ -65,7 +65,7 @@ def test_like_grouped(kernel_size, strides, padding, dilation, channels, rank, d
     assert_like_grouped(OTHERS, operands, tolerance, **window)
 
 
-@hypothesis.settings(max_examples=12, derandomize=True, deadline=None, database=None)
+@hypothesis.settings(max_examples=20, derandomize=True, deadline=None, database=None)
 @hypothesis.given(
     **ANY_LAYER,
     rank=st.integers(1, 3),

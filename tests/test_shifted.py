@@ -98,7 +98,7 @@ def test_like_grouped(kernel_size, strides, padding, dilation, rank):
 pads = st.tuples(st.integers(0, 4), st.integers(0, 4))
 
 
-@hypothesis.settings(max_examples=12, derandomize=True, deadline=None, database=None)
+@hypothesis.settings(max_examples=20, derandomize=True, deadline=None, database=None)
 @hypothesis.given(
     size=st.tuples(st.integers(1, 20), st.integers(1, 6)),
     kernel_size=st.tuples(st.integers(1, 3), st.integers(1, 3)),

@@ -8,7 +8,7 @@ import optax
 import pytest
 import torch
 from flax import nnx
-from tiny_scaling import tiny_network
+from shallow import shallow
 
 from chansel_jax import ChannelSelectionConv, SubKernelConv, resnet14, training
 from chansel_jax.augmentation import normalise
@@ -29,7 +29,7 @@ def split():
     return Split(images, rng.integers(0, 3, 37).astype(np.int32))
 
 
-def small_network(conv=ChannelSelectionConv, network=tiny_network, dropout_rate=0.0):
+def small_network(conv=ChannelSelectionConv, network=shallow, dropout_rate=0.0):
     return network(conv, width=4, dropout_rate=dropout_rate, rngs=nnx.Rngs(0))
 
 

@@ -144,7 +144,11 @@ def test_damaged_cache_names_the_folder_to_delete(prepared, tmp_path, damage):
         load(data_dir=data_dir)
     assert one_line(error)
 
-    shutil.rmtree(folder)
+
+def test_deleted_cache_is_prepared_again(prepared, tmp_path):
+    data_dir = tmp_path / "deleted"
+    shutil.copytree(prepared, data_dir)
+    shutil.rmtree(data_dir / "chansel_images" / "silhouettes")
     assert len(load(data_dir=data_dir).splits["train"].labels) == 2400
 
 

@@ -34,7 +34,7 @@ UNREAD = """
 import sys
 from experiments import cluster
 console = cluster.console()
-for i in range(10**5):
+for i in range(10**4):
     console.print(i)
 print("done", file=sys.stderr)
 """

@@ -14,7 +14,7 @@ from clusters import processes
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
-from tiny_scaling import tiny_network
+from shallow import shallow
 
 from chansel_jax import training
 from chansel_jax.resnet import CONVS, PRESETS
@@ -104,13 +104,13 @@ def settings(tmp_path_factory):
 def outcome(settings):
     console = Console(file=io.StringIO(), width=120)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "resnet14", tiny_network)
+        patch.setitem(PRESETS, "resnet14", shallow)
         return scaling.scale(settings, console), console.file.getvalue()
 
 
 def test_a_step_sends_the_gradients_and_batch_norms_sums(outcome):
     for point in outcome[0].points:
-        network = tiny_network(CONVS[point.conv], rngs=nnx.Rngs(0))
+        network = shallow(CONVS[point.conv], rngs=nnx.Rngs(0))
         parameters, normalised = (
             sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, kind)))
             for kind in (nnx.Param, nnx.BatchStat)

@@ -32,7 +32,7 @@ WRONG = [
     ("train", "--rank=0", "rank=0 must be "),
     ("train", "--rank=10", "rank=10 must be "),
     ("train", "--conv=subkernel --rank=2", "rank=2"),
-    ("train", "--ranks=1,2", "rank=(1, 2) must be one rank, or one for each of 6"),
+    ("train", "--ranks=1,2,3", "rank=(1, 2, 3) must be one rank, or one for each of 2"),
     (
         "train",
         "--ranks=" + ",".join(["10"] * 12),
