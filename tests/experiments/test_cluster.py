@@ -190,6 +190,16 @@ def test_process_that_is_killed_ends_the_other(settings, tmp_path):
     assert "error: another process may have ended" in errors and "cannot save" not in errors
 
 
+def test_others_end_with_a_first_process_that_is_killed(settings, tmp_path):
+    """By JAX, whose service is in that process."""
+    with two_processes(settings, tmp_path / "run", "--epochs=100", devices=2) as both:
+        while not both[0].stdout.readline().startswith("epoch"):
+            assert both[0].poll() is None
+        both[0].kill()
+        both[1].communicate(timeout=joining.HEARTBEAT_TIMEOUT / 2)
+    assert both[1].returncode != 0
+
+
 def test_failure_of_the_first_process_ends_the_others(settings, tmp_path):
     (tmp_path / "file").touch()
     with two_processes(settings, tmp_path / "file" / "run") as both:
