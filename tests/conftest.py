@@ -5,6 +5,7 @@ import signal
 import tempfile
 
 import jax
+import jaxlib.version
 import torch
 
 # What a script starts in the background ignores Ctrl-C, and so would all that the tests start.
@@ -17,10 +18,13 @@ os.environ.setdefault("PJRT_NPROC", "16")
 # optimisations would cost more than they save. XLA's own are made all the same.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
-# Likewise its newer way to compile fused loops, and compiling parts beside each other.
-os.environ["XLA_FLAGS"] = (
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
+# Likewise XLA's newer way to compile fused loops, where there is still another, and the compiling
+# of parts beside each other.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # which inherits them
+    flags = [*os.environ.get("XLA_FLAGS", "").split(), "--xla_cpu_parallel_codegen_split_count=1"]
+    if jaxlib.version.__version_info__ < (0, 12):  # later ones end at a flag that is unknown
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join(flags)
 # The same functions are compiled for many tests, and in processes of their own too, those of
 # pytest-xdist among them.
 if "PYTEST_XDIST_WORKER" not in os.environ:

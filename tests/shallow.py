@@ -33,7 +33,7 @@ def arguments(settings, workdir):
     """The flags for the run that the fixture `settings` describes, in another folder."""
     return [
         *("--dataset=folder", f"--data-dir={settings.data.data_dir}", "--width=4"),
-        *("--learning-rate=0.02", "--warmup-fraction=0.2", "--batch-size=16", "--epochs=3"),
+        *("--learning-rate=0.01", "--warmup-fraction=0.2", "--batch-size=16", "--epochs=3"),
         f"--workdir={workdir}",
     ]
 

@@ -151,8 +151,8 @@ def test_block_is_that_of_torch(x64, kind, strides, train):
         ("resnet14", "subkernel", {}, 16),
         ("resnet14", "chansel", {}, 16),
         ("resnet14", "chansel", {"rank": 2, "use_bias": True}, 16),
-        ("resnet18", "subkernel", {}, 32),
-        ("resnet18", "chansel", {"use_bias": True}, 32),
+        ("resnet18", "subkernel", {}, 48),
+        ("resnet18", "chansel", {"use_bias": True}, 48),
     ],
 )
 def test_networks_are_those_of_torch(x64, preset, kind, options, size):

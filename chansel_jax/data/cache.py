@@ -104,6 +104,9 @@ def load_source(
         except (OSError, RuntimeError) as error:  # the latter of a full disk
             if not folder.joinpath(str(builder.version)).exists():  # no other process was faster
                 raise DataError(f"cannot prepare {source.name} in {data_dir}: {error}") from error
+        finally:
+            with contextlib.suppress(OSError):  # it is not empty, unless nothing was prepared
+                folder.rmdir()
         with _unreadable(folder):
             return _read(_builder(source, data_dir), in_memory)
 

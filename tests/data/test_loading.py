@@ -145,13 +145,6 @@ def test_damaged_cache_names_the_folder_to_delete(prepared, tmp_path, damage):
     assert one_line(error)
 
 
-def test_deleted_cache_is_prepared_again(prepared, tmp_path):
-    data_dir = tmp_path / "deleted"
-    shutil.copytree(prepared, data_dir)
-    shutil.rmtree(data_dir / "chansel_images" / "silhouettes")
-    assert len(load(data_dir=data_dir).splits["train"].labels) == 2400
-
-
 def test_data_dir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=f"^cannot prepare silhouettes in {tmp_path}/file") as error:

@@ -52,7 +52,7 @@ def settings(images, tmp_path_factory):
         network=NetworkSettings(width=4),
         data=DataSettings(dataset="folder", data_dir=images),
         training=TrainingSettings(
-            optimization=OptimizerSettings(learning_rate=0.02, warmup_fraction=0.2),
+            optimization=OptimizerSettings(learning_rate=0.01, warmup_fraction=0.2),
             epochs=3,
             batch_size=16,
         ),

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import shallow
-import tiny_scaling
+import shallow_scaling
 from clusters import environment, processes
 
 from experiments import cluster, joining
@@ -34,7 +34,7 @@ UNREAD = """
 import sys
 from experiments import cluster
 console = cluster.console()
-for i in range(10**4):
+for i in range(2 * 10**4):  # more than a pipe holds
     console.print(i)
 print("done", file=sys.stderr)
 """
@@ -213,7 +213,7 @@ def test_failure_of_the_first_process_ends_the_others(settings, tmp_path):
     ("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, EXIT_INTERRUPTED)]
 )
 def test_signal_where_nothing_is_to_be_saved_ends_all_processes(tmp_path, number, code):
-    command = [sys.executable, tiny_scaling.__file__, "--batch-size=2", "--rounds=100000"]
+    command = [sys.executable, shallow_scaling.__file__, "--batch-size=2", "--rounds=100000"]
     command.append(f"--output={tmp_path / 'report'}")
     with processes(command, count=2, devices=2) as both:
         while "virtual devices" not in both[0].stdout.readline():

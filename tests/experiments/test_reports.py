@@ -11,10 +11,13 @@ from pathlib import Path
 import chex
 import numpy as np
 import pytest
+from flax import nnx
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
+from shallow import shallow
 
+from chansel_jax.conv import SubKernelConv
 from chansel_jax.counting import count_network
 from chansel_jax.training import network_tree
 from chansel_jax.workdir import differences
@@ -250,6 +253,15 @@ def test_compression_from_beginning_to_end(dense, settings, one_epoch, tmp_path,
     again = Console(file=io.StringIO(), width=160)
     assert [each.after for each in compress.compress(given, again)] == [exact.after, cut.after]
     assert "compiled" not in again.file.getvalue()
+
+
+def test_every_layer_has_at_most_its_own_highest_rank():
+    network = shallow(SubKernelConv, blocks=(1, 1), width=4, rngs=nnx.Rngs(0))
+    given = compress.Settings(Path("run"), ranks=(8,))
+    (factorised,) = compress.factorised(network, given).values()
+    assert factorised.config.ranks == (4, 4, 4, 8)
+    with pytest.raises(CommandError, match="ranks=9 must be at most 8"):
+        compress.factorised(network, dataclasses.replace(given, ranks=(9,)))
 
 
 @pytest.mark.usefixtures("shallow_networks")

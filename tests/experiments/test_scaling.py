@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tiny_scaling
+import shallow_scaling
 from clusters import processes
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -145,7 +145,7 @@ def check_report(output):
 def test_two_processes_measure_together(tmp_path):
     """One device each; the second has no part in what one device does."""
     words = ["--batch-size=2", "--rounds=1", "--steps=1", f"--output={tmp_path / 'report'}"]
-    with processes([sys.executable, tiny_scaling.__file__, *words], count=2, devices=2) as both:
+    with processes([sys.executable, shallow_scaling.__file__, *words], count=2, devices=2) as both:
         outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert "2 virtual devices of 2 processes" in outputs[0][0] and "written to" in outputs[0][0]

@@ -8,6 +8,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import jax
 import pytest
+from clusters import environment
 
 from experiments import command_line
 
@@ -33,11 +34,7 @@ WRONG = [
     ("train", "--rank=10", "rank=10 must be "),
     ("train", "--conv=subkernel --rank=2", "rank=2"),
     ("train", "--ranks=1,2,3", "rank=(1, 2, 3) must be one rank, or one for each of 2"),
-    (
-        "train",
-        "--ranks=" + ",".join(["10"] * 12),
-        "must be at most 9, the elements of a 3 × 3 kernel",
-    ),
+    ("train", "--ranks=10,10", "must be at most 9, the elements of a 3 × 3 kernel"),
     ("train", "--conv=subkernel --norm", "norm=True"),
     ("train", "--dataset=folder --data-dir=NONE", "there is no folder NONE"),
     ("train", "--dataset=folder --data-dir=EMPTY", "EMPTY"),
@@ -208,7 +205,7 @@ def refusal(command, words, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [command, *words])
     # JAX has its devices here, and no other process is waited for.
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    monkeypatch.setenv("XLA_FLAGS", environment(devices=2)["XLA_FLAGS"])
     chosen = module(command)
     with pytest.raises(SystemExit) as stopped:
         recipes = getattr(chosen, "RECIPES", None)
