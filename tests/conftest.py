@@ -18,16 +18,14 @@ os.environ.setdefault("PJRT_NPROC", "16")
 # optimisations would cost more than they save. XLA's own are made all the same.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
-# Likewise XLA's newer way to compile fused loops, where there is still another, and the compiling
-# of parts beside each other.
-if "PYTEST_XDIST_WORKER" not in os.environ:  # which inherits them
+if "PYTEST_XDIST_WORKER" not in os.environ:  # pytest-xdist's inherit what is set here
+    # Likewise XLA's newer way to compile fused loops, where there is still another, and the
+    # compiling of parts beside each other.
     flags = [*os.environ.get("XLA_FLAGS", "").split(), "--xla_cpu_parallel_codegen_split_count=1"]
     if jaxlib.version.__version_info__ < (0, 12):  # later ones end at a flag that is unknown
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(flags)
-# The same functions are compiled for many tests, and in processes of their own too, those of
-# pytest-xdist among them.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+    # The same functions are compiled for many tests, and in processes of their own too.
     compiled = tempfile.TemporaryDirectory(prefix="compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

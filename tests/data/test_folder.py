@@ -481,6 +481,7 @@ def test_file_that_is_no_image(root, write_images, cache_dir, content, position)
     good = path.read_bytes()
     path.write_bytes(content)
     assert refusal(root).startswith(f"{path} cannot be read as an image: ")
+    assert not [path for path in cache_dir.rglob("*") if path.is_file()]
     assert not list(cache_dir.rglob("folder-*"))
     path.write_bytes(good)
     load("folder", data_dir=root)

@@ -180,24 +180,27 @@ def test_process_that_fails_while_it_trains_ends_the_others(settings, tmp_path, 
     assert "error: another process may have ended" in outputs[0][1]
 
 
-def test_process_that_is_killed_ends_the_other(settings, tmp_path):
-    with two_processes(settings, tmp_path / "run", "--epochs=100", devices=2) as both:
+def end_of_the_other(settings, workdir, killed):
+    """The exit code and errors of one process of a training whose other one is killed."""
+    with two_processes(settings, workdir, "--epochs=100", devices=2) as both:
         while not both[0].stdout.readline().startswith("epoch"):
             assert both[0].poll() is None
-        both[1].kill()
-        _, errors = both[0].communicate(timeout=joining.HEARTBEAT_TIMEOUT / 2)
-    assert both[0].returncode == 1
+        both[killed].kill()
+        other = both[1 - killed]
+        _, errors = other.communicate(timeout=joining.HEARTBEAT_TIMEOUT / 2)
+    return other.returncode, errors
+
+
+def test_process_that_is_killed_ends_the_first(settings, tmp_path):
+    code, errors = end_of_the_other(settings, tmp_path / "run", killed=1)
+    assert code == 1
     assert "error: another process may have ended" in errors and "cannot save" not in errors
 
 
-def test_others_end_with_a_first_process_that_is_killed(settings, tmp_path):
+def test_first_process_that_is_killed_ends_the_others(settings, tmp_path):
     """By JAX, whose service is in that process."""
-    with two_processes(settings, tmp_path / "run", "--epochs=100", devices=2) as both:
-        while not both[0].stdout.readline().startswith("epoch"):
-            assert both[0].poll() is None
-        both[0].kill()
-        both[1].communicate(timeout=joining.HEARTBEAT_TIMEOUT / 2)
-    assert both[1].returncode != 0
+    code, _ = end_of_the_other(settings, tmp_path / "run", killed=0)
+    assert code != 0
 
 
 def test_failure_of_the_first_process_ends_the_others(settings, tmp_path):

@@ -410,7 +410,10 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(settin
         ({"network": NetworkSettings(rank=10)}, "rank=10"),
         ({"conv": "subkernel", "network": NetworkSettings(rank=2)}, "rank=2"),
         ({"conv": "subkernel", "network": NetworkSettings(norm=True)}, "norm=True"),
-        ({"network": NetworkSettings(ranks=(1, 2, 3))}, r"rank=\(1, 2, 3\) must be one rank"),
+        (
+            {"network": NetworkSettings(ranks=(1, 2, 3))},
+            r"rank=\(1, 2, 3\) must be one rank, or one for",
+        ),
         ({"network": NetworkSettings(width=0)}, "width=0"),
         ({"dropout_rate": 1.0}, "dropout_rate=1.0"),
         ({"data": DataSettings(dataset="folder", data_dir=Path("missing"))}, "missing"),
