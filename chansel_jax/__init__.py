@@ -1,7 +1,7 @@
 """Channel selection convolution in JAX and Flax."""
 
 from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
-from chansel_jax.resnet import ResNet, ResNetConfig, resnet14, resnet18
+from chansel_jax.networks.resnet import ResNet, ResNetConfig, resnet14, resnet18
 
 __all__ = [
     "ChannelSelectionConv",

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
 
-from chansel_jax import dense, depthwise
-from chansel_jax.lowerings import checked_lowering
-from chansel_jax.selection import LOWERINGS, channel_selection, composed_kernel, weighted_sums
-from chansel_jax.window import Padding, output_size, padding_spec, pair, positive
+from chansel_jax.ops import dense, depthwise
+from chansel_jax.ops.lowerings import checked_lowering
+from chansel_jax.ops.selection import LOWERINGS, channel_selection, composed_kernel, weighted_sums
+from chansel_jax.ops.window import Padding, output_size, padding_spec, pair, positive
 
 he_normal = nnx.initializers.he_normal()
 lecun_normal = nnx.initializers.lecun_normal()
@@ -108,7 +108,7 @@ class SubKernelConv(_Conv):
         kernel_init: initialiser of `kernel`; He's normal one by default.
         bias_init: initialiser of `bias`; zeros by default.
         lowering: how it is computed, one of `SubKernelConv.LOWERINGS`; see
-            `chansel_jax.dense.dense_conv`. Default `"auto"`, the fastest.
+            `chansel_jax.ops.dense.dense_conv`. Default `"auto"`, the fastest.
         rngs: the stream `params` initialises the parameters.
 
     Raises:
@@ -197,7 +197,7 @@ class ChannelSelectionConv(_Conv):
         norm: whether to normalise the weighted sums (BatchNorm) before the depthwise part. Default
             False.
         lowering: how it is computed, one of `ChannelSelectionConv.LOWERINGS`; see
-            `chansel_jax.selection.channel_selection`. `"auto"` (the default) is the fastest; with
+            `chansel_jax.ops.selection.channel_selection`. Default `"auto"`, the fastest; with
             `norm` there are only `"auto"`, `"grouped"` and `"shifted"`.
         rngs: the stream `params` initialises the parameters.
 

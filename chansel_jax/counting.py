@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from flax import nnx
 
-from chansel_jax import window
 from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
-from chansel_jax.resnet import MAX_POOL, PooledStem, ResNet, ResNetConfig, unwrapped
-from chansel_jax.window import Pair, pair
+from chansel_jax.networks.resnet import MAX_POOL, PooledStem, ResNet, ResNetConfig, unwrapped
+from chansel_jax.ops import window
+from chansel_jax.ops.window import Pair, pair
 
 
 @dataclasses.dataclass(frozen=True)

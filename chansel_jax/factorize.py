@@ -21,8 +21,8 @@ import numpy as np
 from flax import nnx
 
 from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
-from chansel_jax.resnet import ResNet, ResNetConfig, unwrapped
-from chansel_jax.training import network_tree
+from chansel_jax.functional import network_tree
+from chansel_jax.networks.resnet import ResNet, ResNetConfig, unwrapped
 
 
 def factorize(

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
-from chansel_jax.resnet import ResNet
+from chansel_jax.networks.resnet import ResNet
 
 # What turns a layer's path in a `ResNet` into its name in a state dict, applied in this order. The
 # number of a block has become that of its stage and its own within the stage before.

@@ -15,16 +15,18 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from chansel_jax.atomic import replaced
-from chansel_jax.records import write_json
-from experiments.benchmarking import chart, figures, machine, plan, report
+from chansel_jax.files import replaced, write_json
+from experiments.benchmarking import chart, plan, report, results
 from experiments.benchmarking.comparison import MismatchError
 from experiments.benchmarking.rounds import run_case
 from experiments.benchmarking.settings import Settings
 from experiments.benchmarking.survey import Survey, survey
 from experiments.benchmarking.work import work_of
 from experiments.benchmarking.workers import WorkerError
-from experiments.command_line import CommandError, make_output, run, typed
+from experiments.cli.command import make_output, run
+from experiments.cli.errors import CommandError
+from experiments.cli.flags import typed
+from experiments.reporting import machine
 
 
 def main(settings: Settings) -> None:
@@ -77,7 +79,7 @@ def run_cases(
     for case in plan.make_cases(settings, surveyed.machine, train_images):
         tasks = plan.make_tasks(case, contestants, surveyed.machine, train_images)
         found.append(
-            figures.case_figures(
+            results.case_figures(
                 run_case(tasks, schedule, console),
                 {conv: work_of(case, conv) for conv in settings.convs},
                 surveyed.ceilings,

@@ -14,21 +14,11 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from chansel_jax.records import write_json
-from experiments import figures, report
-from experiments.benchmarking import machine
-from experiments.command_line import make_output, run, typed
-from experiments.evaluate import Wanted
-from experiments.settings import (
-    RECIPES,
-    DataSettings,
-    InputSettings,
-    NetworkSettings,
-    TrainingSettings,
-    checked_seeds,
-)
-from experiments.settings import Settings as TrainSettings
-from experiments.sweep import (
+from chansel_jax.files import write_json
+from experiments.cli.command import make_output, run
+from experiments.cli.flags import typed
+from experiments.reporting import machine, plots, report
+from experiments.studies.sweep import (
     Outcome,
     entries,
     left_out,
@@ -36,6 +26,16 @@ from experiments.sweep import (
     refuse_diverged,
     run_all,
 )
+from experiments.training.scores import Wanted
+from experiments.training.settings import (
+    RECIPES,
+    DataSettings,
+    InputSettings,
+    NetworkSettings,
+    TrainingSettings,
+    checked_seeds,
+)
+from experiments.training.settings import Settings as TrainSettings
 
 PLAIN, MIRRORED = Wanted("validation"), Wanted("validation", flip_average=True)
 
@@ -113,8 +113,8 @@ def compare(settings: Settings, console: Console) -> dict[str, Any]:
         f"{' and '.join(settings.networks)} on {images_name(settings.data, class_names)}",
         text(outcomes, settings, class_names, results["command"]) + left_out(diverged),
         {
-            "curves": figures.curves({o.label: [r.history for r in o.runs] for o in outcomes}),
-            "confusion": figures.confusion_matrices(confusions, class_names),
+            "curves": plots.curves({o.label: [r.history for r in o.runs] for o in outcomes}),
+            "confusion": plots.confusion_matrices(confusions, class_names),
         },
     )
     console.print()

@@ -19,20 +19,21 @@ from rich.console import Console
 from chansel_jax.counting import count_network
 from chansel_jax.digest import digest
 from chansel_jax.factorize import component_energies, dense_layers, factorize, max_rank
-from chansel_jax.optimizer import OptimizerSettings
-from chansel_jax.records import write_json
-from chansel_jax.resnet import ResNet
-from chansel_jax.training import network_tree
-from experiments import report
-from experiments.benchmarking import machine
-from experiments.command_line import CommandError, make_output, run, typed
-from experiments.evaluate import scores_of
-from experiments.runs import Checkpoint, Run, load_images, load_run, read_records
-from experiments.settings import RECIPES as TRAINING_RECIPES
-from experiments.settings import InputSettings, TrainingSettings
-from experiments.settings import Settings as TrainSettings
-from experiments.sweep import folder_name, is_finished
-from experiments.train import train_and_evaluate
+from chansel_jax.files import write_json
+from chansel_jax.functional import network_tree
+from chansel_jax.networks.resnet import ResNet
+from chansel_jax.training.optimizer import OptimizerSettings
+from experiments.cli.command import make_output, run
+from experiments.cli.errors import CommandError
+from experiments.cli.flags import typed
+from experiments.reporting import machine, report
+from experiments.studies.sweep import folder_name, is_finished
+from experiments.training.load import Checkpoint, Run, load_images, load_run, read_records
+from experiments.training.run import train_and_evaluate
+from experiments.training.scores import scores_of
+from experiments.training.settings import RECIPES as TRAINING_RECIPES
+from experiments.training.settings import InputSettings, TrainingSettings
+from experiments.training.settings import Settings as TrainSettings
 
 COMPONENTS = 4  # of which the table shows the energy
 

@@ -16,12 +16,13 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from chansel_jax.atomic import replaced
 from chansel_jax.data import DataError
 from chansel_jax.data.image_files import read_image
-from chansel_jax.inference import BATCH_SIZE, make_predict
-from experiments.command_line import CommandError, run
-from experiments.runs import Checkpoint, Run, load_run
+from chansel_jax.files import replaced
+from chansel_jax.training.prediction import BATCH_SIZE, make_predict
+from experiments.cli.command import run
+from experiments.cli.errors import CommandError
+from experiments.training.load import Checkpoint, Run, load_run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,14 +23,24 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from chansel_jax import native, training
 from chansel_jax.data import Split
-from chansel_jax.optimizer import OptimizerSettings, make_optimizer, make_schedule
-from chansel_jax.records import write_json
-from chansel_jax.resnet import CONVS, IMAGE_SIZES, PRESETS
-from experiments import printing
-from experiments.benchmarking import machine
-from experiments.command_line import CommandError, make_output, run, typed
+from chansel_jax.files import write_json
+from chansel_jax.networks.resnet import CONVS, IMAGE_SIZES, PRESETS
+from chansel_jax.ops import native
+from chansel_jax.training import devices
+from chansel_jax.training.augmentation import Augmentation
+from chansel_jax.training.optimizer import OptimizerSettings, make_optimizer, make_schedule
+from chansel_jax.training.step import (
+    epoch_order,
+    init_state,
+    init_totals,
+    make_train_step,
+    put_split,
+)
+from experiments.cli.command import make_output, run
+from experiments.cli.errors import CommandError
+from experiments.cli.flags import typed
+from experiments.reporting import machine
 
 WARM_UP_STEPS = 20  # until the heap has stopped growing
 SLOWEST = 8  # operations that are listed one by one
@@ -109,7 +119,7 @@ def main(settings: Settings) -> None:
 
 def profile_step(settings: Settings, conv: str, folder: Path) -> Profile:
     """Compiles the training step, then times and traces it."""
-    mesh = training.data_mesh()
+    mesh = devices.data_mesh()
     network = PRESETS[settings.model](
         CONVS[conv], rngs=nnx.Rngs(0), dtype=getattr(jnp, settings.dtype)
     )
@@ -117,18 +127,18 @@ def profile_step(settings: Settings, conv: str, folder: Path) -> Profile:
     schedule = make_schedule(optimizer_settings, epochs=1, steps_per_epoch=1000)
     optimizer = make_optimizer(optimizer_settings, schedule)
     split = random_split(settings, network.config.num_classes)
-    step = training.make_train_step(
+    step = make_train_step(
         network,
         optimizer,
         mesh=mesh,
         batch_size=settings.batch_size,
         steps_per_epoch=1,
-        augmentation=training.Augmentation(),
+        augmentation=Augmentation(),
     )
-    state = training.init_state(network, optimizer, 0, mesh)
-    totals = training.init_totals(mesh)
-    split = training.put_split(split, split.summary.mean, split.summary.std, mesh)
-    order = training.epoch_order(state.key, 0, settings.batch_size)
+    state = init_state(network, optimizer, 0, mesh)
+    totals = init_totals(mesh)
+    split = put_split(split, split.summary.mean, split.summary.std, mesh)
+    order = epoch_order(state.key, 0, settings.batch_size)
     step = step.lower(state, totals, split, order).compile()
 
     def take_steps(count: int, one_at_a_time: bool = False) -> float:
@@ -210,7 +220,7 @@ def as_json(settings: Settings, profiles: Mapping[str, Profile]) -> dict[str, An
     """The profiles of the convolutions, with what they were measured on."""
     return {
         "command": typed("profile", settings),
-        "device": printing.device_name(),
+        "device": machine.device_name(),
         "cores": len(machine.usable_cores()),
         "versions": machine.versions(),
         "milliseconds": {

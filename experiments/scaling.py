@@ -15,14 +15,17 @@ from typing import Literal
 import jax
 from rich.console import Console
 
-from chansel_jax.records import write_json
-from experiments import cluster, report, scaling_report
-from experiments.allreduce import Link
-from experiments.benchmarking import machine
-from experiments.benchmarking.parallel import Case, measured_link, prepare, time_in_turn
-from experiments.command_line import CommandError, make_output, run, typed
-from experiments.joining import ClusterSettings, join
-from experiments.scaling_report import Measured, Point
+from chansel_jax.files import write_json
+from experiments.cli.command import make_output, run
+from experiments.cli.errors import CommandError
+from experiments.cli.flags import typed
+from experiments.cluster import coordination
+from experiments.cluster.joining import ClusterSettings, join
+from experiments.parallelism import report as scaling_report
+from experiments.parallelism.allreduce import Link
+from experiments.parallelism.report import Measured, Point
+from experiments.parallelism.timing import Case, measured_link, prepare, time_in_turn
+from experiments.reporting import machine, report
 
 CONV_NAMES = ("chansel", "subkernel")
 
@@ -76,8 +79,8 @@ def main(settings: Settings) -> None:
         cores = len(machine.usable_cores())
         wanted = min(max(settings.devices, default=cores), cores)
         jax.config.update("jax_num_cpu_devices", wanted)
-    with cluster.ended_together():
-        scale(settings, cluster.console())
+    with coordination.ended_together():
+        scale(settings, coordination.console())
 
 
 def scale(settings: Settings, console: Console) -> Measured:
@@ -87,12 +90,12 @@ def scale(settings: Settings, console: Console) -> Measured:
         CommandError: if there are fewer devices, the folder cannot be written, or the processes
             have other settings.
     """
-    cluster.check_equal("settings", equal_in_all_processes(settings))
+    coordination.check_equal("settings", equal_in_all_processes(settings))
     counts = device_counts(settings)
-    cluster.first_alone(lambda: make_output(settings.output))
+    coordination.first_alone(lambda: make_output(settings.output))
     console.print(device_names(), markup=False)
     measured = measure(settings, counts, console)
-    cluster.first_alone(lambda: write(measured, settings, console))
+    coordination.first_alone(lambda: write(measured, settings, console))
     return measured
 
 

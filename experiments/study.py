@@ -14,15 +14,16 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from chansel_jax.records import write_json
-from experiments import report
-from experiments.benchmarking import machine
-from experiments.command_line import CommandError, make_output, run, typed
-from experiments.evaluate import Wanted
-from experiments.settings import DataSettings, InputSettings, checked_seeds
+from chansel_jax.files import write_json
+from experiments.cli.command import make_output, run
+from experiments.cli.errors import CommandError
+from experiments.cli.flags import typed
+from experiments.reporting import machine, report
 from experiments.studies import STUDIES
 from experiments.studies.study import Study
-from experiments.sweep import Outcome, image_digests, left_out, refuse_diverged, run_all
+from experiments.studies.sweep import Outcome, image_digests, left_out, refuse_diverged, run_all
+from experiments.training.scores import Wanted
+from experiments.training.settings import DataSettings, InputSettings, checked_seeds
 
 
 @dataclasses.dataclass(frozen=True)

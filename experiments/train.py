@@ -6,150 +6,18 @@ trains channel selection on the embedded silhouettes. A run lives in its --workd
 command, typed again, goes on where the run stopped.
 """
 
-import contextlib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-
-from chansel_jax import checkpoint, records
-from chansel_jax.checkpoint import CheckpointError
-from chansel_jax.counting import LayerCount, count_network
-from chansel_jax.data import DataError
-from chansel_jax.digest import digest
-from chansel_jax.processes import OtherProcessError
-from chansel_jax.resnet import ResNet
-from chansel_jax.workdir import WorkdirError, claim
-from experiments import cluster, printing
-from experiments.benchmarking import machine
-from experiments.command_line import CommandError, run
-from experiments.experiment import Experiment, build
-from experiments.joining import join
-from experiments.settings import RECIPES, Settings, decisive, run_name
-from experiments.training_loop import Progress, train
-
-EXPECTED = (WorkdirError, CheckpointError, DataError, OtherProcessError)
-
-# What settings are worth in the files of runs that are older than they.
-BEFORE_THEY_WERE = {"settings": decisive(Settings())}
-
-
-class DivergedError(CommandError):
-    """A loss was not finite; one line."""
+from experiments.cli.command import run
+from experiments.cluster import coordination
+from experiments.cluster.joining import join
+from experiments.training.run import train_and_evaluate
+from experiments.training.settings import RECIPES, Settings
 
 
 def main(settings: Settings) -> None:
     """Trains as `settings` say, and prints how it goes."""
     join(settings.cluster)
-    with cluster.ended_together():
-        train_and_evaluate(settings, cluster.console())
-
-
-def train_and_evaluate(
-    settings: Settings, console: Console, network: ResNet | None = None
-) -> dict[str, Any]:
-    """Trains, or goes on with, the run that `settings` describe; returns its summary.
-
-    Args:
-        settings: of the run.
-        console: takes the progress.
-        network: with the parameters to begin with, as in `build`.
-
-    Raises:
-        CommandError: if a setting or the data is wrong, the workdir holds another run, no
-            checkpoint can be restored, or nothing can be written.
-        DivergedError: if a loss is not finite.
-        Interrupted: after SIGINT or SIGTERM, when all is saved.
-    """
-    workdir = settings.workdir or Path("runs", run_name(settings))
-    refuse_workdir_among_images(workdir, settings)
-    cluster.check_equal("settings", equal_in_all_processes(settings))
-    try:
-        experiment = build(settings, network)
-    except (ValueError, OtherProcessError) as error:
-        raise CommandError(error) from error
-    description = experiment.describe()
-    cluster.check_equal("images", description)
-    try:
-        with contextlib.ExitStack() as claimed:
-            aside = cluster.first_alone(
-                lambda: claimed.enter_context(
-                    claim(workdir, description, settings.resume, BEFORE_THEY_WERE)
-                )
-            )
-            seen = {"config": (workdir / "config.json").exists()}
-            cluster.check_equal("files in its --workdir, which all must share,", seen)
-            rows = print_beginning(experiment, workdir, aside, console)
-            progress = train(experiment, workdir, console)
-            summary = summarise(experiment, rows, progress)
-            cluster.first_alone(lambda: finish(summary, workdir))
-    except FloatingPointError as error:
-        raise DivergedError(error) from error
-    except EXPECTED as error:
-        raise CommandError(error) from error
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise CommandError(
-            f"{where}{error.strerror or error}; what is saved in {workdir} stays"
-        ) from error
-    printing.print_summary(summary, workdir, console)
-    return summary
-
-
-def equal_in_all_processes(settings: Settings) -> dict[str, Any]:
-    """What processes must agree on to take the same steps, and to do the same between them."""
-    others = {name: getattr(settings, name) for name in ("save_every_steps", "resume")}
-    return decisive(settings) | others | {"input": settings.input.input}
-
-
-def finish(summary: Mapping[str, Any], workdir: Path) -> None:
-    """Leaves the summary, and deletes what only an unfinished run needs."""
-    records.write_json(workdir / "summary.json", summary)
-    checkpoint.discard_unfinished(workdir)
-
-
-def print_beginning(
-    experiment: Experiment, workdir: Path, aside: Path | None, console: Console
-) -> list[LayerCount]:
-    """Prints what is trained, on what, and where it goes; returns the network's layers."""
-    settings = experiment.settings
-    printing.print_header(experiment.dataset, experiment.mesh.devices.ravel(), console)
-    rows = count_network(
-        experiment.network.config, experiment.dataset.splits["train"].images.shape[1:3]
-    )
-    printing.print_layers(rows, f"{settings.network.model}, multiply-adds for one image", console)
-    console.print(f"run: {workdir}" + (f" (the one before is now {aside})" if aside else ""))
-    return rows
-
-
-def summarise(
-    experiment: Experiment, rows: Sequence[LayerCount], progress: Progress
-) -> dict[str, Any]:
-    """What `summary.json` holds."""
-    settings, state = experiment.settings, progress.state
-    return {
-        "model": settings.network.model,
-        "conv": settings.conv,
-        "dataset": settings.data.dataset,
-        "seed": settings.seed,
-        "device": printing.device_name(),
-        "versions": machine.versions(),
-        "images": {name: len(split.labels) for name, split in experiment.dataset.splits.items()},
-        "parameters": sum(row.parameters for row in rows),
-        "multiply_adds": sum(row.multiply_adds for row in rows),
-        **records.summarise(progress.history),
-        "params_sha256": digest((state.params, state.batch_stats)),
-    }
-
-
-def refuse_workdir_among_images(workdir: Path, settings: Settings) -> None:
-    """Raises `CommandError` if a run's files would become part of its own folder of images."""
-    images = settings.data.data_dir
-    if settings.data.dataset != "folder" or images is None:
-        return
-    if workdir.resolve().is_relative_to(images.resolve()):
-        raise CommandError(f"--workdir={workdir} lies within the images of {images}")
+    with coordination.ended_together():
+        train_and_evaluate(settings, coordination.console())
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from chansel_jax import dense, depthwise, lowerings, native, selection
-from experiments.command_line import run
+from chansel_jax.ops import dense, depthwise, lowerings, native, selection
+from experiments.cli.command import run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import sys
 
 from chansel_jax.conv import ChannelSelectionConv
-from chansel_jax.resnet import PRESETS, ResNet, ResNetConfig
+from chansel_jax.networks.resnet import PRESETS, ResNet, ResNetConfig
 
 
 def shallow(
@@ -45,8 +45,8 @@ def command(settings, workdir):
 
 if __name__ == "__main__":
     from experiments import train
-    from experiments.command_line import run
-    from experiments.settings import RECIPES, Settings
+    from experiments.cli.command import run
+    from experiments.training.settings import RECIPES, Settings
 
     # tensorboardX imports PyTorch where that is installed, for seconds.
     sys.modules["torch"] = None

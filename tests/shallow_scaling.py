@@ -2,7 +2,7 @@
 
 from shallow import shallow
 
-from chansel_jax.resnet import PRESETS
+from chansel_jax.networks.resnet import PRESETS
 from experiments import scaling
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from jax import lax
 from layers import pads
 
 from chansel_jax import ChannelSelectionConv, SubKernelConv
-from chansel_jax.lowerings import runnable
-from chansel_jax.window import padding_pairs
-from experiments.benchmarking.torch_networks import WeightedSumConv2d
+from chansel_jax.ops.lowerings import runnable
+from chansel_jax.ops.window import padding_pairs
+from experiments.pytorch.networks import WeightedSumConv2d
 
 LAYERS = [SubKernelConv, ChannelSelectionConv]
 RUNNABLE = [name for name in runnable(ChannelSelectionConv.LOWERINGS) if name != "auto"]

@@ -17,8 +17,8 @@ from chansel_jax.counting import (
     count_network,
     subkernel_cost,
 )
-from chansel_jax.resnet import CONVS
-from experiments.benchmarking.torch_networks import torch_resnet14, torch_resnet18
+from chansel_jax.networks.resnet import CONVS
+from experiments.pytorch.networks import torch_resnet14, torch_resnet18
 
 PRESETS = {"resnet14": (resnet14, torch_resnet14), "resnet18": (resnet18, torch_resnet18)}
 

@@ -14,8 +14,8 @@ from chansel_jax import factorize as module
 from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
 from chansel_jax.counting import count_network
 from chansel_jax.factorize import component_energies, factorize, factorize_kernel
-from chansel_jax.resnet import ResNet, ResNetConfig
-from chansel_jax.training import network_tree
+from chansel_jax.functional import network_tree
+from chansel_jax.networks.resnet import ResNet, ResNetConfig
 
 
 @functools.cache

@@ -10,13 +10,9 @@ import torch
 from flax import nnx
 
 from chansel_jax import ChannelSelectionConv, SubKernelConv, resnet14, resnet18
-from chansel_jax.resnet import CONVS
+from chansel_jax.networks.resnet import CONVS
 from chansel_jax.torch_weights import from_torch, to_torch
-from experiments.benchmarking.torch_networks import (
-    WeightedSumConv2d,
-    torch_resnet14,
-    torch_resnet18,
-)
+from experiments.pytorch.networks import WeightedSumConv2d, torch_resnet14, torch_resnet18
 
 
 def small(preset=resnet14, conv=ChannelSelectionConv, **options):

@@ -16,13 +16,13 @@ from PIL import Image
 from tensorflow_datasets.core import constants
 from tqdm.auto import tqdm
 
-from chansel_jax.atomic import replaced
 from chansel_jax.data.dataset import Dataset, Split
 from chansel_jax.data.errors import DataError
 from chansel_jax.data.quiet import quiet
 from chansel_jax.data.source import Source
 from chansel_jax.data.stored import StoredImages
 from chansel_jax.data.summary import CHUNK, Summary, summarise_chunks
+from chansel_jax.files import replaced
 
 PART = 64  # images of a chunk that a thread reads
 

@@ -42,3 +42,24 @@ class Dataset:
     name: str
     class_names: tuple[str, ...]
     splits: dict[str, Split]
+
+
+def first_of_each_class(split: Split, count: int) -> Split:
+    """`count` images of `split` in its order, of each class as many, give or take one.
+
+    Raises:
+        ValueError: if there are fewer.
+    """
+    if count > len(split.labels):
+        raise ValueError(
+            f"train_images={count} must be at most the {len(split.labels)} training images"
+        )
+    # How many images of its class come before each.
+    ranks = np.zeros(len(split.labels), np.int64)
+    for label in np.unique(split.labels):
+        of_label = split.labels == label
+        ranks[of_label] = np.arange(of_label.sum())
+    chosen = np.sort(np.argsort(ranks, kind="stable")[:count])
+    images = split.images
+    stays_stored = isinstance(images, StoredImages)
+    return Split(images.select(chosen) if stays_stored else images[chosen], split.labels[chosen])

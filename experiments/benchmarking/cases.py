@@ -49,7 +49,7 @@ class Case:
 
     Attributes:
         what: a training step, a forward pass in evaluation, one layer, or an epoch.
-        model: the network, a name in `chansel_jax.resnet.PRESETS`.
+        model: the network, a name in `chansel_jax.networks.resnet.PRESETS`.
         batch_size: images a step.
         image_size: pixels of an image each way.
         num_classes: logits of the network.

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from experiments.benchmarking.cases import Case, Contestant
-from experiments.benchmarking.runner import FIRST_UPDATE
+from experiments.benchmarking.contestants.runner import FIRST_UPDATE
 
 Outputs = Mapping[str, np.ndarray]
 

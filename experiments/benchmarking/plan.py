@@ -7,8 +7,8 @@ from typing import get_args
 from flax import nnx
 
 from chansel_jax import data
-from chansel_jax.optimizer import OptimizerSettings
-from chansel_jax.resnet import CONVS, IMAGE_SIZES, PRESETS, PooledStem, ResNet
+from chansel_jax.networks.resnet import CONVS, IMAGE_SIZES, PRESETS, PooledStem, ResNet
+from chansel_jax.training.optimizer import OptimizerSettings
 from experiments.benchmarking.cases import (
     Case,
     Contestant,
@@ -21,9 +21,9 @@ from experiments.benchmarking.cases import (
     TorchVariant,
     TrainImages,
 )
+from experiments.benchmarking.contestants.weights import make_weights
 from experiments.benchmarking.rounds import Schedule
 from experiments.benchmarking.settings import Settings, parse_shape
-from experiments.benchmarking.weights import make_weights
 
 BATCH_SIZES = {"resnet14": {"cpu": 128, "gpu": 128}, "resnet18": {"cpu": 16, "gpu": 64}}
 # Lowerings of JAX and variants of PyTorch that exist on one platform only.

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from experiments.benchmarking.cases import LayerShape
-from experiments.benchmarking.machine import BUSY_LIMIT
-from experiments.printing import LAYOUT
-from experiments.report import table as markdown_table
+from experiments.reporting.machine import BUSY_LIMIT
+from experiments.reporting.report import LAYOUT
+from experiments.reporting.report import table as markdown_table
 
 Figures = Mapping[str, Any]
 

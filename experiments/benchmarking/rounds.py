@@ -11,7 +11,7 @@ from rich.progress import track
 
 from experiments.benchmarking.cases import Case, Contestant, Task
 from experiments.benchmarking.comparison import check_outputs
-from experiments.benchmarking.runner import Prepared
+from experiments.benchmarking.contestants.runner import Prepared
 from experiments.benchmarking.workers import WorkerError, WorkerHandle
 
 MOST_STEPS = 1000

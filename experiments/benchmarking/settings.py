@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from chansel_jax.resnet import CONVS
+from chansel_jax.networks.resnet import CONVS
 from experiments.benchmarking.cases import Conv, Dtype, LayerShape, TorchVariant, What
 
 SHAPE_FORMAT = "SIZExC_INxC_OUTxKERNELxSTRIDE"

@@ -5,12 +5,12 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.benchmarking import machine as machines
 from experiments.benchmarking.cases import Framework, Machine
 from experiments.benchmarking.ceilings import CPU_EFFORT, GPU_EFFORT, Ceilings, best
 from experiments.benchmarking.plan import make_dtypes, make_machine
 from experiments.benchmarking.settings import Settings
 from experiments.benchmarking.workers import WorkerError, WorkerHandle
+from experiments.reporting import machine as machines
 
 EFFORTS = {"cpu": CPU_EFFORT, "gpu": GPU_EFFORT}
 

@@ -20,7 +20,7 @@ import math
 from flax import nnx
 
 from chansel_jax.counting import chansel_cost, count_network, subkernel_cost
-from chansel_jax.resnet import CONVS, PRESETS, ResNetConfig
+from chansel_jax.networks.resnet import CONVS, PRESETS, ResNetConfig
 from experiments.benchmarking.cases import Case, Conv
 
 ELEMENT_BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2}

@@ -37,7 +37,12 @@ class WorkerHandle:
         self._connection, theirs = multiprocessing.Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "experiments.benchmarking.worker", str(theirs.fileno())],
+                [
+                    sys.executable,
+                    "-m",
+                    "experiments.benchmarking.contestants.worker",
+                    str(theirs.fileno()),
+                ],
                 pass_fds=[theirs.fileno()],
                 env=worker_environment(os.environ, framework, threads),
                 stdin=subprocess.DEVNULL,

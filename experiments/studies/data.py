@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from chansel_jax.optimizer import OptimizerSettings
-from experiments import figures
-from experiments.settings import DataSettings, Settings, TrainingSettings
+from chansel_jax.training.optimizer import OptimizerSettings
+from experiments.reporting import plots
 from experiments.studies.study import Study
-from experiments.sweep import Outcome, entries
+from experiments.studies.sweep import Outcome, entries
+from experiments.training.settings import DataSettings, Settings, TrainingSettings
 
 NETWORKS = ("subkernel", "chansel", "chansel-w32")
 
@@ -46,7 +46,7 @@ def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:
     """Losses and accuracies by epoch."""
-    return figures.curves({o.label: [run.history for run in o.runs] for o in outcomes})
+    return plots.curves({o.label: [run.history for run in o.runs] for o in outcomes})
 
 
 STUDY = Study(

@@ -6,9 +6,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.settings import RECIPES, DataSettings, Settings, with_epochs
 from experiments.studies.study import Study
-from experiments.sweep import Outcome
+from experiments.studies.sweep import Outcome
+from experiments.training.settings import RECIPES, DataSettings, Settings, with_epochs
 
 FEW = 512
 # As many passes more, since an epoch of few images has few steps.

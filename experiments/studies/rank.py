@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from experiments.settings import RECIPES, DataSettings, Settings, with_epochs
 from experiments.studies.study import Study
-from experiments.sweep import Outcome, entries
+from experiments.studies.sweep import Outcome, entries
+from experiments.training.settings import RECIPES, DataSettings, Settings, with_epochs
 
 RANKS = (1, 2, 3, 4, 6, 9)
 PREFIX = "chansel-r"

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from experiments.settings import DataSettings, Settings
-from experiments.sweep import Outcome
+from experiments.studies.sweep import Outcome
+from experiments.training.settings import DataSettings, Settings
 
 
 @dataclasses.dataclass(frozen=True)

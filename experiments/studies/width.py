@@ -7,10 +7,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from chansel_jax.counting import LayerCount, count_network
-from chansel_jax.resnet import CONVS, ResNetConfig
-from experiments.settings import RECIPES, DataSettings, Settings, with_epochs
+from chansel_jax.networks.resnet import CONVS, ResNetConfig
 from experiments.studies.study import Study
-from experiments.sweep import Outcome, entries
+from experiments.studies.sweep import Outcome, entries
+from experiments.training.settings import RECIPES, DataSettings, Settings, with_epochs
 
 WIDTHS = (16, 24, 32, 44)
 RANKS = (2, 3, 4)

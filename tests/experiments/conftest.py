@@ -9,10 +9,10 @@ from PIL import Image
 from rich.console import Console
 from shallow import shallow
 
-from chansel_jax.optimizer import OptimizerSettings
-from chansel_jax.resnet import PRESETS
-from experiments import train
-from experiments.settings import DataSettings, NetworkSettings, Settings, TrainingSettings
+from chansel_jax.networks.resnet import PRESETS
+from chansel_jax.training.optimizer import OptimizerSettings
+from experiments.training import run
+from experiments.training.settings import DataSettings, NetworkSettings, Settings, TrainingSettings
 
 COLOURS = {"blue": (60, 90, 200), "green": (60, 200, 90), "red": (200, 60, 60)}
 
@@ -78,4 +78,4 @@ def train_shallow(settings):
     console = Console(file=io.StringIO(), width=120)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "resnet14", shallow)
-        return train.train_and_evaluate(settings, console), console.file.getvalue()
+        return run.train_and_evaluate(settings, console), console.file.getvalue()

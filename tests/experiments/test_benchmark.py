@@ -16,7 +16,7 @@ from experiments import benchmark
 from experiments.benchmarking import plan, survey
 from experiments.benchmarking.ceilings import Effort
 from experiments.benchmarking.settings import ImageSettings, Settings
-from experiments.command_line import CommandError
+from experiments.cli.errors import CommandError
 
 TINY = {"batch_size": 4, "rounds": 2, "round_seconds": 1e-3}
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import profile
-from experiments.command_line import CommandError
+from experiments.cli.errors import CommandError
 from experiments.profile import Settings
 
 # Of jaxlib's own types, on Python 3.12.

@@ -19,14 +19,16 @@ from shallow import shallow
 
 from chansel_jax.conv import SubKernelConv
 from chansel_jax.counting import count_network
-from chansel_jax.training import network_tree
-from chansel_jax.workdir import differences
-from experiments import compare, compress, evaluate, predict, report, study, sweep
-from experiments.command_line import CommandError, parse, typed
-from experiments.experiment import build
-from experiments.runs import load_run
-from experiments.settings import DataSettings, NetworkSettings, Settings, decisive
-from experiments.studies import STUDIES, data, overfit, width
+from chansel_jax.functional import network_tree
+from experiments import compare, compress, evaluate, predict, study
+from experiments.cli.differences import differences
+from experiments.cli.errors import CommandError
+from experiments.cli.flags import parse, typed
+from experiments.reporting import report
+from experiments.studies import STUDIES, data, overfit, sweep, width
+from experiments.training.experiment import build
+from experiments.training.load import load_run
+from experiments.training.settings import DataSettings, NetworkSettings, Settings, decisive
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from shallow import shallow
 
-from chansel_jax import training
-from chansel_jax.resnet import CONVS, PRESETS
-from experiments import scaling, scaling_report
-from experiments.allreduce import Link, all_reduces, efficiency, messages
-from experiments.benchmarking import parallel
-from experiments.command_line import CommandError
-from experiments.scaling_report import Measured, Point
+from chansel_jax.networks.resnet import CONVS, PRESETS
+from chansel_jax.training import devices
+from experiments import scaling
+from experiments.cli.errors import CommandError
+from experiments.parallelism import report, timing
+from experiments.parallelism.allreduce import Link, all_reduces, efficiency, messages
+from experiments.parallelism.report import Measured, Point
 
 LINK = Link(bandwidth=1e9, latency=1e-6)
 
@@ -56,7 +56,7 @@ def test_efficiency_falls_with_devices_and_bytes(weak):
 
 
 def test_all_reduces_of_a_sum_over_devices():
-    mesh = training.data_mesh()
+    mesh = devices.data_mesh()
     sharded = NamedSharding(mesh, PartitionSpec("data"))
     function = jax.jit(lambda x: x.sum(axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))
     images = jax.ShapeDtypeStruct((8, 5, 3), np.float32, sharding=sharded)
@@ -159,18 +159,18 @@ def test_model_begins_with_the_devices_apart():
     slow = Point("chansel", 2, weak=80.0, strong=70.0, apart=100.0, sizes=[])
     points = [Point("chansel", 1, 100.0, 100.0, 100.0, []), slow]
     points += [Point("subkernel", 1, 10.0, 10.0, 10.0, [])]
-    _, rows = scaling_report.measured_table(measured(points))
+    _, rows = report.measured_table(measured(points))
     of_two = ["2", "100", "0.50", "80", "0.40", "0.50", "70", "0.35", "0.50"]
     assert rows[1] == ["chansel", *of_two]
     # Messages that take as long as a step on its own, 2 images at 50 a second: a half of that.
     points[1] = dataclasses.replace(slow, sizes=[[int(0.04e9) - 2000]])
-    _, rows = scaling_report.measured_table(measured(points))
+    _, rows = report.measured_table(measured(points))
     assert rows[1][6] == "0.25"
 
 
 def test_what_several_devices_send_is_measured():
     """Within what any machine could do."""
-    link = parallel.measured_link(2, rounds=3, console=Console(file=io.StringIO()))
+    link = timing.measured_link(2, rounds=3, console=Console(file=io.StringIO()))
     assert 0 < link.latency < 0.5 and 1e6 < link.bandwidth < 1e12
 
 

@@ -18,13 +18,14 @@ from clusters import environment
 from PIL import Image
 from rich.console import Console
 
-from chansel_jax import checkpoint, records
-from chansel_jax.optimizer import OptimizerSettings, make_schedule
-from experiments import train, training_loop
-from experiments.benchmarking.machine import cpu_name
-from experiments.command_line import EXIT_SAVED, CommandError, Interrupted
-from experiments.experiment import load_data
-from experiments.settings import DataSettings, InputSettings, NetworkSettings
+from chansel_jax.training import checkpoint
+from chansel_jax.training.optimizer import OptimizerSettings, make_schedule
+from experiments.cli.errors import EXIT_SAVED, CommandError, Interrupted
+from experiments.reporting.machine import cpu_name
+from experiments.training import loop, records
+from experiments.training.experiment import load_data
+from experiments.training.run import train_and_evaluate
+from experiments.training.settings import DataSettings, InputSettings, NetworkSettings
 
 pytestmark = pytest.mark.usefixtures("shallow_networks")
 
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("shallow_networks")
 def run(settings):
     """The summary, and what was printed."""
     console = Console(file=io.StringIO(), width=120)
-    summary = train.train_and_evaluate(settings, console)
+    summary = train_and_evaluate(settings, console)
     return summary, console.file.getvalue()
 
 
@@ -121,14 +122,14 @@ FIGURES = ("params_sha256", "best_val_loss", "train_loss_at_best", "best_epoch")
 
 def signal_after(monkeypatch, epoch, step, number):
     """Has the process get a signal after a step of an epoch."""
-    save_or_stop = training_loop.save_or_stop
+    save_or_stop = loop.save_or_stop
 
     def signalled(experiment, manager, signal_received, taken, progress):
         if (len(progress.history) + 1, taken) == (epoch, step):
             signal.raise_signal(number)
         save_or_stop(experiment, manager, signal_received, taken, progress)
 
-    monkeypatch.setattr(training_loop, "save_or_stop", signalled)
+    monkeypatch.setattr(loop, "save_or_stop", signalled)
 
 
 @pytest.mark.parametrize(
@@ -179,14 +180,14 @@ def test_saving_within_epochs_changes_nothing_and_is_resumed(
 ):
     part = variant(settings, tmp_path / "part", save_every_steps=4)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        save_or_stop = training_loop.save_or_stop
+        save_or_stop = loop.save_or_stop
 
         def killed(experiment, manager, signal_received, taken, progress):
             save_or_stop(experiment, manager, signal_received, taken, progress)
             if (len(progress.history), taken) == (1, 10):
                 raise KeyboardInterrupt
 
-        patch.setattr(training_loop, "save_or_stop", killed)
+        patch.setattr(loop, "save_or_stop", killed)
         run(part)
     summary, output = run(variant(part, part.workdir, save_every_steps=3))
     assert "resumed after step 8 of 11 of epoch 2" in output
@@ -380,7 +381,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(settin
     workdir = tmp_path / "explosive"
     with pytest.raises(CommandError, match=r"not finite at step 1 \(epoch 1\); nothing was saved"):
         run(variant(settings, workdir, optimization=explosive))
-    train_epoch = training_loop.train_epoch
+    train_epoch = loop.train_epoch
 
     def exploding(experiment, progress, *arguments):
         if len(progress.history) == 1:
@@ -390,7 +391,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(settin
         return train_epoch(experiment, progress, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_loop, "train_epoch", exploding)
+        patch.setattr(loop, "train_epoch", exploding)
         with pytest.raises(CommandError, match=r"step 11 \(epoch 2\); the checkpoint of epoch 1"):
             run(variant(settings, tmp_path / "later"))
     with checkpoint.open_checkpoints(tmp_path / "later", print) as checkpoints:

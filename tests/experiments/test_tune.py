@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from chansel_jax import dense, depthwise, selection
-from chansel_jax.lowerings import runnable
+from chansel_jax.ops import dense, depthwise, selection
+from chansel_jax.ops.lowerings import runnable
 from experiments import tune
 from experiments.tune import Result, Settings, Shape
 

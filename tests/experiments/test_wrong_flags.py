@@ -10,8 +10,6 @@ import jax
 import pytest
 from clusters import environment
 
-from experiments import command_line
-
 pytestmark = pytest.mark.usefixtures("shallow_networks")
 
 COMMANDS = (
@@ -209,7 +207,7 @@ def refusal(command, words, monkeypatch, capsys):
     chosen = module(command)
     with pytest.raises(SystemExit) as stopped:
         recipes = getattr(chosen, "RECIPES", None)
-        command_line.run(chosen.main, chosen.Settings, command, recipes)
+        command.run(chosen.main, chosen.Settings, command, recipes)
     return stopped.value.code, capsys.readouterr().err
 
 

@@ -1,0 +1,34 @@
+"""A network as pure functions of its parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+Tree = Any
+
+
+def network_tree(network: nnx.Module) -> dict[str, Tree]:
+    """The `params` and `batch_stats` of `network`, as nested dicts."""
+    _, params, batch_stats, _ = nnx.split(network, nnx.Param, nnx.BatchStat, ...)
+    return {"params": nnx.to_pure_dict(params), "batch_stats": nnx.to_pure_dict(batch_stats)}
+
+
+def apply_function(network: nnx.Module, *, train: bool) -> Callable:
+    """The pure function `(params, batch_stats, images, dropout_key) -> (logits, batch_stats)`.
+
+    Args:
+        network: gives the structure only; parameters and statistics are arguments.
+        train: whether BatchNorm takes the batch's statistics, and dropout draws with `dropout_key`.
+    """
+    network = nnx.clone(network)
+    network.train() if train else network.eval()
+    graph, _, _, rest = nnx.split(network, nnx.Param, nnx.BatchStat, ...)
+
+    def apply(params, batch_stats, images, dropout_key):
+        module = nnx.merge(graph, params, batch_stats, nnx.to_pure_dict(rest))
+        rngs = None if dropout_key is None else nnx.Rngs(dropout=dropout_key)
+        logits = module(images, rngs=rngs)
+        return logits, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+
+    return apply

@@ -1,0 +1,1 @@
+"""Channel selection and the dense convolution as functions of arrays, and how each is lowered."""

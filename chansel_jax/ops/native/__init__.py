@@ -1,0 +1,282 @@
+"""Channel selection and the dense convolution in C++ for CPUs.
+
+A small library of XLA custom calls, compiled when the package is installed where a C++ compiler is
+at hand. Of channel selection, each image's weighted sums stay in cache: forward reads the input and
+writes the output once, backward computes the sums anew instead of keeping them. Gradients are the
+same bit for bit for any number of threads.
+"""
+
+import ctypes
+import functools
+import importlib.machinery
+import math
+import re
+from pathlib import Path
+
+import jax
+import jaxlib
+import numpy as np
+
+from chansel_jax.ops.window import Padding, output_size, padding_pairs, pair
+
+DTYPES = ("float32", "float64", "bfloat16")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+MOST_NUMBERS = 2**48
+
+
+def available() -> bool:
+    """Whether the library was compiled when the package was installed, and fits this jaxlib."""
+    return isinstance(_library(), ctypes.CDLL)
+
+
+def why_not() -> str:
+    """What is in the way of the library; empty if it is available."""
+    return "" if available() else _library()
+
+
+def instruction_set() -> str:
+    """Which of `INSTRUCTION_SETS` it computes with: the best that the processor has.
+
+    `"baseline"` is what every processor of its kind has, vectors of 16 bytes.
+
+    Raises:
+        RuntimeError: if the library is not available.
+    """
+    return INSTRUCTION_SETS[_compiled().ChanselInstructionSet()]
+
+
+def limit_instruction_set(most: str = INSTRUCTION_SETS[-1]) -> None:
+    """Computes with no instruction set beyond `most`, to compare them.
+
+    Raises:
+        ValueError: if `most` is none of `INSTRUCTION_SETS`.
+        RuntimeError: if the library is not available.
+    """
+    if most not in INSTRUCTION_SETS:
+        raise ValueError(f"most={most!r} must be one of {INSTRUCTION_SETS}")
+    _compiled().ChanselLimitInstructionSet(INSTRUCTION_SETS.index(most))
+
+
+def channel_selection(
+    x: jax.Array,
+    pointwise: jax.Array,
+    depthwise: jax.Array,
+    *,
+    strides: int | tuple[int, int] = 1,
+    padding: Padding = "SAME",
+    dilation: int | tuple[int, int] = 1,
+) -> jax.Array:
+    """`chansel_jax.ops.selection.channel_selection` in C++, on CPUs.
+
+    Sums are taken in float32 where the dtype is bfloat16. Reverse-mode derivatives, once; neither
+    `jax.jvp` nor second derivatives. Under `jax.vmap` it runs once for each element; over an array
+    that is sharded, every device computes the whole (put it into `jax.shard_map`). A window may
+    need more memory than there is: a tile has as many columns as the padded image.
+
+    Args:
+        x: `(N, H, W, C_in)`, of a dtype among `DTYPES`.
+        pointwise: `(C_in, C_out·R)`, of the dtype of `x`.
+        depthwise: `(K_h, K_w, R, C_out)`, of the dtype of `x`.
+        strides: steps between outputs in rows and columns. Default 1.
+        padding: as `chansel_jax.ops.window.padding_spec` has it. Default `"SAME"`.
+        dilation: distance between a kernel's elements. Default 1.
+
+    Returns:
+        `(N, H_out, W_out, C_out)`, of the dtype of `x`.
+
+    Raises:
+        ValueError: if the dtypes differ or are none of `DTYPES`, the window does not fit, or it is
+            larger than any memory.
+        RuntimeError: if the library is not available, or when it runs, if the shapes do not fit
+            each other or memory is short.
+        TypeError: under `jax.jvp`, and for second derivatives.
+    """
+    _check_dtypes(x=x, pointwise=pointwise, depthwise=depthwise)
+    x, window = _canonical(x, depthwise.shape[:2], pointwise.shape, strides, padding, dilation)
+    return _channel_selection(x, pointwise, depthwise, window)
+
+
+def dense_conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    strides: int | tuple[int, int] = 1,
+    padding: Padding = "SAME",
+    dilation: int | tuple[int, int] = 1,
+) -> jax.Array:
+    """`chansel_jax.ops.dense.dense_conv` in C++, on CPUs; all else as for `channel_selection`.
+
+    Args:
+        x: `(N, H, W, C_in)`, of a dtype among `DTYPES`.
+        kernel: `(K_h, K_w, C_in, C_out)`, of the dtype of `x`.
+        strides: steps between outputs in rows and columns. Default 1.
+        padding: as `chansel_jax.ops.window.padding_spec` has it. Default `"SAME"`.
+        dilation: distance between a kernel's elements. Default 1.
+
+    Returns:
+        `(N, H_out, W_out, C_out)`, of the dtype of `x`.
+
+    Raises:
+        ValueError: if the dtypes differ or are none of `DTYPES`, the window does not fit, or it is
+            larger than any memory.
+        RuntimeError: if the library is not available, or when it runs, if the shapes do not fit
+            each other or memory is short.
+        TypeError: under `jax.jvp`, and for second derivatives.
+    """
+    _check_dtypes(x=x, kernel=kernel)
+    x, window = _canonical(x, kernel.shape[:2], kernel.shape[2:], strides, padding, dilation)
+    return _dense_conv(x, kernel, window)
+
+
+def _check_dtypes(**arrays: jax.Array) -> None:
+    _compiled()
+    dtypes = {str(array.dtype) for array in arrays.values()}
+    if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
+        raise ValueError(
+            f"dtypes {sorted(dtypes)} of {', '.join(arrays)} must be one among {DTYPES}"
+        )
+
+
+def _canonical(x, kernel_size, channels, strides, padding, dilation):
+    """`x`, and the window as strides, pairs of padding, and dilation.
+
+    Raises:
+        ValueError: if the window does not fit, or sizes in bytes might exceed 64 bits.
+    """
+    strides, dilation = pair("strides", strides), pair("dilation", dilation)
+    size = x.shape[1:3]
+    pads = padding_pairs(padding, size, kernel_size, strides, dilation)
+    output_size(size, kernel_size, strides, padding, dilation)  # raises where it does not fit
+    padded = [pixels + sum(pad) for pixels, pad in zip(size, pads, strict=True)]
+    if math.prod(padded) * max(channels) > MOST_NUMBERS:
+        raise ValueError(
+            f"padding={padding!r}: an image of {padded[0]} × {padded[1]} pixels, padded, and "
+            f"{max(channels)} channels is more than any memory holds"
+        )
+    strides = tuple(map(min, strides, padded))  # farther steps find no second output either
+    if kernel_size == (1, 1) and pads == ((0, 0), (0, 0)):
+        # Only the pixels that are looked at, instead of sums over all.
+        x, strides = x[:, :: strides[0], :: strides[1]], (1, 1)
+    return x, (strides, pads, dilation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _channel_selection(x, pointwise, depthwise, window):
+    strides, pads, dilation = window
+    size = output_size(x.shape[1:3], depthwise.shape[:2], strides, pads, dilation)
+    shape = (x.shape[0], *size, depthwise.shape[3])
+    return _call("chansel_forward", jax.ShapeDtypeStruct(shape, x.dtype), window)(
+        x, pointwise, depthwise
+    )
+
+
+def _forward(x, pointwise, depthwise, window):
+    return _channel_selection(x, pointwise, depthwise, window), (x, pointwise, depthwise)
+
+
+def _backward(window, operands, gradient):
+    return _gradients(*operands, gradient, window)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _gradients(x, pointwise, depthwise, gradient, window):
+    operands = x, pointwise, depthwise
+    return tuple(_call("chansel_backward", _like(operands), window)(*operands, gradient))
+
+
+def _refuse_second_derivatives(*_):
+    raise TypeError(
+        "lowering='native' has first derivatives only; for others take "
+        "'grouped' or 'composed', of the dense convolution 'lax'"
+    )
+
+
+_gradients.defvjp(_refuse_second_derivatives, _refuse_second_derivatives)
+_channel_selection.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dense_conv(x, kernel, window):
+    strides, pads, dilation = window
+    size = output_size(x.shape[1:3], kernel.shape[:2], strides, pads, dilation)
+    shape = (x.shape[0], *size, kernel.shape[3])
+    return _call("chansel_dense_forward", jax.ShapeDtypeStruct(shape, x.dtype), window)(x, kernel)
+
+
+def _dense_forward(x, kernel, window):
+    return _dense_conv(x, kernel, window), (x, kernel)
+
+
+def _dense_backward(window, operands, gradient):
+    return _dense_gradients(*operands, gradient, window)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dense_gradients(x, kernel, gradient, window):
+    # Two calls, so that XLA leaves out the one whose result nobody asks for: a network's first
+    # layer needs no gradient of the images.
+    x_like, kernel_like = _like((x, kernel))
+    return (
+        _call("chansel_dense_data_gradient", x_like, window)(kernel, gradient),
+        _call("chansel_dense_kernel_gradient", kernel_like, window)(x, gradient),
+    )
+
+
+_dense_gradients.defvjp(_refuse_second_derivatives, _refuse_second_derivatives)
+_dense_conv.defvjp(_dense_forward, _dense_backward)
+
+
+def _like(arrays) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
+
+
+def _call(name: str, result, window):
+    strides, ((top, _), (left, _)), dilation = window
+    return functools.partial(
+        jax.ffi.ffi_call(name, result, vmap_method="sequential"),
+        strides=np.array(strides, np.int64),
+        padding=np.array((top, left), np.int64),
+        dilation=np.array(dilation, np.int64),
+    )
+
+
+def _compiled() -> ctypes.CDLL:
+    if not available():
+        raise RuntimeError(f"lowering='native': {why_not()}")
+    return _library()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The library, its handlers registered with XLA; or why there is none."""
+    folder = Path(__file__).parent
+    paths = [folder / f"_handlers{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    path = next(filter(Path.exists, paths), None)
+    if path is None:
+        return "it was not compiled; install a C++ compiler, then install the package again"
+    try:
+        library = ctypes.CDLL(str(path))
+        compiled_for, installed = library.ChanselApiVersion(), _installed_api_version()
+    except (OSError, AttributeError) as error:
+        return f"{path.name} is not of this machine or version, install the package again ({error})"
+    if compiled_for > installed:
+        # To register it all the same would keep JAX from finding the CPU.
+        return (
+            f"it was compiled for version 0.{compiled_for} of XLA's interface, jaxlib "
+            f"{jaxlib.__version__} has 0.{installed}; install a later jaxlib, or the package again"
+        )
+    for name, handler in (
+        ("chansel_forward", library.ChanselForward),
+        ("chansel_backward", library.ChanselBackward),
+        ("chansel_dense_forward", library.ChanselDenseForward),
+        ("chansel_dense_data_gradient", library.ChanselDenseDataGradient),
+        ("chansel_dense_kernel_gradient", library.ChanselDenseKernelGradient),
+    ):
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
+    return library
+
+
+def _installed_api_version() -> int:
+    """The minor version of XLA's foreign function interface, from the headers of jaxlib."""
+    header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    return int(re.search(r"#define XLA_FFI_API_MINOR (\d+)", header)[1])

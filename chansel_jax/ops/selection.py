@@ -1,0 +1,120 @@
+"""Channel selection as a function of arrays, and its lowerings."""
+
+import jax
+import jax.numpy as jnp
+from flax.typing import PrecisionLike
+from jax import lax
+
+from chansel_jax.ops import native
+from chansel_jax.ops.dense import dense_conv
+from chansel_jax.ops.depthwise import depthwise_conv
+from chansel_jax.ops.lowerings import Case, checked_lowering, fastest_layer
+from chansel_jax.ops.window import Padding
+
+LOWERINGS = ("auto", "composed", "grouped", "shifted", "native", "composed_native")
+
+
+def channel_selection(
+    x: jax.Array,
+    pointwise: jax.Array,
+    depthwise: jax.Array,
+    *,
+    strides: int | tuple[int, int] = 1,
+    padding: Padding = "SAME",
+    dilation: int | tuple[int, int] = 1,
+    lowering: str = "auto",
+    precision: PrecisionLike = None,
+) -> jax.Array:
+    """Weighted sums over the input channels, each convolved with a kernel of its own.
+
+    All lowerings compute the same, up to rounding:
+
+    - `"composed"`: one dense convolution with `composed_kernel(pointwise, depthwise)`.
+    - `"grouped"`, `"shifted"`: a product over channels, then `depthwise_conv` in that lowering.
+    - `"native"`: both at once in C++, on CPUs (`chansel_jax.ops.native`).
+    - `"composed_native"`: as `"composed"`, its dense convolution in C++.
+    - `"auto"`: the fastest of them, by the rules of `chansel_jax.ops.lowerings`.
+
+    `"composed"` and `"grouped"` can be differentiated in any way; `"shifted"` in reverse mode
+    (`jax.grad`, `jax.vjp`) any number of times, what is in C++ once; neither by `jax.jvp`.
+
+    Args:
+        x: `(N, H, W, C_in)`.
+        pointwise: `(C_in, C_out·R)`, output channel `o` owns the columns `o·R … o·R + R - 1`.
+        depthwise: `(K_h, K_w, R, C_out)`. Both kernels are brought to the dtype of `x`.
+        strides: steps between outputs in rows and columns. Default 1.
+        padding: `"SAME"` (the default), `"VALID"`, an integer, or `((top, bottom), (left, right))`.
+        dilation: distance between a kernel's elements in rows and columns. Default 1.
+        lowering: one of `LOWERINGS`. Default `"auto"`.
+        precision: `jax.lax.Precision` of the products; what is in C++, and the depthwise part of
+            `"shifted"`, never round the factors.
+
+    Returns:
+        `(N, H_out, W_out, C_out)`, of the dtype of `x`.
+
+    Raises:
+        ValueError: if an argument is wrong, the shapes do not fit each other, or
+            the lowering is in C++, which is not available.
+        TypeError: for derivatives that the lowering does not have.
+    """
+    x, pointwise, depthwise = map(jnp.asarray, (x, pointwise, depthwise))
+    _check_shapes(x, pointwise, depthwise)
+    checked_lowering(lowering, LOWERINGS)
+    window = {"strides": strides, "padding": padding, "dilation": dilation}
+    if lowering == "auto":
+        lowering = fastest_layer(Case.of(x, depthwise))
+    if lowering in ("composed", "composed_native"):
+        kernel = composed_kernel(pointwise, depthwise).astype(x.dtype)
+        in_dense = "lax" if lowering == "composed" else "native"
+        return dense_conv(x, kernel, **window, lowering=in_dense, precision=precision)
+    pointwise, depthwise = pointwise.astype(x.dtype), depthwise.astype(x.dtype)
+    if lowering == "native":
+        return native.channel_selection(x, pointwise, depthwise, **window)
+    return depthwise_conv(
+        weighted_sums(x, pointwise, precision),
+        depthwise,
+        **window,
+        lowering=lowering,
+        precision=precision,
+    )
+
+
+def weighted_sums(x: jax.Array, pointwise: jax.Array, precision: PrecisionLike = None) -> jax.Array:
+    """The pointwise part: `(N, H, W, C_in)` and `(C_in, M)` to `(N, H, W, M)`.
+
+    One product of two matrices: XLA:CPU computes the gradient of `pointwise` some three times
+    faster than that of a four-dimensional product.
+    """
+    sums = jnp.dot(x.reshape(-1, x.shape[-1]), pointwise, precision=precision)
+    return sums.reshape(*x.shape[:-1], pointwise.shape[1])
+
+
+def composed_kernel(pointwise: jax.Array, depthwise: jax.Array) -> jax.Array:
+    """The dense kernel `(K_h, K_w, C_in, C_out)` that computes the same function.
+
+    Args:
+        pointwise: `(C_in, C_out·R)`.
+        depthwise: `(K_h, K_w, R, C_out)`.
+    """
+    _, _, rank, out_channels = depthwise.shape
+    return jnp.einsum(
+        "ior,hwro->hwio",
+        pointwise.reshape(-1, out_channels, rank),
+        depthwise,
+        precision=lax.Precision.HIGHEST,
+    )
+
+
+def _check_shapes(x: jax.Array, pointwise: jax.Array, depthwise: jax.Array) -> None:
+    fits = x.ndim == 4 and pointwise.ndim == 2 and depthwise.ndim == 4
+    sums = depthwise.shape[2] * depthwise.shape[3] if fits else None
+    if not fits or pointwise.shape != (x.shape[-1], sums):
+        raise ValueError(
+            f"x of shape {x.shape}, pointwise of shape {pointwise.shape} and depthwise of shape "
+            f"{depthwise.shape} must be (N, H, W, C_in), (C_in, C_out·R) and (K_h, K_w, R, C_out)"
+        )
+    if 0 in pointwise.shape or 0 in depthwise.shape:
+        raise ValueError(
+            f"every size of pointwise of shape {pointwise.shape} and depthwise of shape "
+            f"{depthwise.shape} must be at least 1"
+        )

@@ -1,0 +1,1 @@
+"""How networks train: step, devices, augmentation, optimiser, checkpoints, predictions."""

@@ -1,0 +1,433 @@
+"""Checkpoints of a run: all that knows orbax.
+
+A checkpoint holds the training state and a record of the run so far (plain JSON). Of those after an
+epoch the last two and the one of lowest validation loss are kept. One within an epoch holds that
+epoch's totals too; the last is kept, in a folder of its own, under the number of its step. All are
+written in the background; a checkpoint appears under its number only when it is complete.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import orbax.checkpoint as ocp
+import tensorstore
+from flax import nnx
+from jax.tree_util import DictKey
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+from chansel_jax.digest import digest
+from chansel_jax.functional import network_tree
+from chansel_jax.training.processes import is_loss, together, wait_for_all
+from chansel_jax.training.step import Totals, TrainState
+
+# The folders, within that of a run, of its checkpoints after an epoch, and within one.
+CHECKPOINTS, UNFINISHED = "checkpoints", "unfinished"
+LAST_KEPT = 2
+DAMAGED = "damaged-"
+
+
+class CheckpointError(Exception):
+    """No checkpoint could be restored, or one not be written; one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """Those of a run.
+
+    Attributes:
+        after_epochs: by epoch.
+        within_epochs: by step.
+    """
+
+    after_epochs: ocp.CheckpointManager
+    within_epochs: ocp.CheckpointManager
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held.
+
+    Attributes:
+        state: of the training.
+        totals: of the epoch under way; None after an epoch.
+        record: what was saved with them.
+    """
+
+    state: TrainState
+    totals: Totals | None
+    record: dict
+
+
+@contextlib.contextmanager
+def open_checkpoints(workdir: str | Path, report: Callable[[str], None]) -> Iterator[Checkpoints]:
+    """The checkpoints of the run in `workdir`, whose folders are made if need be, within a `with`.
+
+    Args:
+        workdir: the run's folder.
+        report: takes one line for each checkpoint that had to be set aside as damaged.
+
+    Raises:
+        CheckpointError: if there are checkpoints, and none can be read; all stay then. In the end,
+            if the last checkpoint could not be written.
+    """
+    _quieten_orbax()
+    workdir = Path(workdir).absolute()
+    directory = workdir / CHECKPOINTS
+    _set_aside_without_metrics(directory, workdir / UNFINISHED, report)
+    keep = policies.AnyPreservationPolicy(
+        [
+            policies.LatestN(LAST_KEPT),
+            policies.BestN(n=1, get_metric_fn=_val_loss, reverse=True),
+        ]
+    )
+    with (
+        _silent_leftovers(),
+        _managed(directory, preservation_policy=keep, best_fn=_val_loss, best_mode="min") as after,
+        _managed(workdir / UNFINISHED, preservation_policy=policies.LatestN(1)) as within,
+    ):
+        yield Checkpoints(after, within)
+
+
+@contextlib.contextmanager
+def _silent_leftovers() -> Iterator[None]:
+    """Within it nothing is printed of tasks that a save leaves behind when it fails.
+
+    TensorStore tells each of them that it has written, after orbax has closed their event loop. The
+    failure itself is raised.
+    """
+    usual = sys.unraisablehook
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    except CheckpointError:
+        # What held them may not be collected before the very end.
+        never_awaited = "coroutine 'async_serialize_from_host.*' was never awaited"
+        warnings.filterwarnings("ignore", never_awaited, RuntimeWarning)
+        raise
+    finally:
+        sys.unraisablehook = usual
+
+
+def _set_aside_without_metrics(
+    directory: Path, within_epochs: Path, report: Callable[[str], None]
+) -> None:
+    """The manager reads all metrics when it opens, and fails as a whole if it cannot."""
+    epochs, failures = _saved_numbers(directory), {}
+    for epoch in epochs:
+        try:
+            _saved_val_loss(directory, epoch)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            failures[epoch] = error
+    wait_for_all("the metrics of checkpoints are read")
+    if failures and len(failures) == len(epochs) and not _saved_numbers(within_epochs):
+        raise _none_left(directory, "epoch", epochs[-1], failures[epochs[-1]])
+    for epoch, error in failures.items():
+        _set_aside(directory, epoch, error, report)
+    wait_for_all("checkpoints without metrics are set aside")
+
+
+def _none_left(directory: Path, kind: str, number: int, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"no checkpoint under {directory} can be restored ({kind} {number}: {_first_line(error)}); "
+        "all are left as they are: take another --workdir, or --resume=never to start anew"
+    )
+
+
+@contextlib.contextmanager
+def _managed(directory: Path, **options: Any) -> Iterator[ocp.CheckpointManager]:
+    options = ocp.CheckpointManagerOptions(
+        **options,
+        cleanup_tmp_directories=True,  # of a process that was killed while it saved
+        # Two managers that save at once must not wait for each other's processes.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            barrier_sync_key_prefix=directory.name
+        ),
+    )
+    manager = ocp.CheckpointManager(directory, options=options)
+    try:
+        yield manager
+    finally:
+        with _refused_writes(manager):
+            manager.close()
+
+
+def save(
+    checkpoints: Checkpoints, epoch: int, state: TrainState, record: dict, val_loss: float
+) -> None:
+    """Begins to save `state` and `record` (JSON) as the checkpoint of `epoch`.
+
+    Both may change as soon as this returns.
+
+    Raises:
+        CheckpointError: if this one, or the one before, cannot be written; older ones stay.
+    """
+    manager = checkpoints.after_epochs
+    with _refused_writes(manager):
+        manager.save(epoch, args=_save_args(_tree(state), record), metrics={"val_loss": val_loss})
+
+
+def save_unfinished(
+    checkpoints: Checkpoints, state: TrainState, totals: Totals, record: dict
+) -> None:
+    """Begins to save what `save` does, and `totals`, as the checkpoint of the state's step.
+
+    Raises:
+        CheckpointError: as `save`.
+    """
+    manager, tree = checkpoints.within_epochs, _tree(state) | {"totals": _tree(totals)}
+    with _refused_writes(manager):
+        manager.save(int(state.step), args=_save_args(tree, record), force=True)
+
+
+def restore_newest(
+    checkpoints: Checkpoints, like: TrainState, totals: Totals, report: Callable[[str], None]
+) -> Restored | None:
+    """The checkpoint of the most steps that is whole; None where there is none at all.
+
+    Damaged ones that were tried are told to `report` and moved to `damaged-NUMBER` beside it.
+
+    Args:
+        checkpoints: from `open_checkpoints`.
+        like: a state of the same structure, shapes, dtypes and placement.
+        totals: likewise.
+        report: takes one line for each damaged checkpoint.
+
+    Raises:
+        CheckpointError: if there are checkpoints, and none can be restored; all stay then.
+    """
+    after, within = checkpoints.after_epochs, checkpoints.within_epochs
+    newest, failures_after = _newest_whole(after, _tree(like))
+    steps = -1 if newest is None else int(newest.state.step)
+    begun, failures_within = _newest_whole(
+        within, _tree(like) | {"totals": _tree(totals)}, above=steps
+    )
+    newest = begun or newest
+    failures = [(after, "epoch", *failure) for failure in failures_after.items()]
+    failures += [(within, "step", *failure) for failure in failures_within.items()]
+    if failures and newest is None:
+        manager, kind, number, error = failures[0]
+        raise _none_left(Path(manager.directory), kind, number, error)
+    for manager, kind, number, error in failures:
+        _set_aside(Path(manager.directory), number, error, report, kind)
+    if failures:
+        wait_for_all("damaged checkpoints are set aside")
+        after.reload()
+        within.reload()
+    return newest
+
+
+def _newest_whole(
+    manager: ocp.CheckpointManager, like: dict[str, Any], above: int = -1
+) -> tuple[Restored | None, dict[int, Exception]]:
+    """The newest that can be restored of those of higher numbers than `above`.
+
+    Also why newer ones could not, by number.
+    """
+    failures = {}
+    for number in sorted(manager.all_steps(), reverse=True):
+        if number <= above:
+            break
+        try:
+            return restore(manager, number, like), failures
+        except Exception as error:  # orbax has no exception of its own for a damaged file
+            if is_loss(error) or isinstance(error, MemoryError):
+                raise
+            failures[number] = error
+    return None, failures
+
+
+def restore(manager: ocp.CheckpointManager, number: int, like: dict[str, Any]) -> Restored:
+    """One checkpoint, of a tree like `like`.
+
+    Raises:
+        CheckpointError: if the state is not the one that was saved.
+        Exception: whatever orbax raises for a checkpoint that is missing or cannot be read.
+    """
+    # Restoring is done together: a process that gave up alone would leave the others waiting.
+    together(lambda: _read_through(Path(manager.directory) / str(number) / "state"))
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    arguments = ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
+    )
+    restored = together(lambda: manager.restore(number, args=arguments))
+    tree, record = restored["state"], restored["record"]
+    together(lambda: _check_digest(tree, record["digest"]))
+    totals = Totals(**tree.pop("totals")) if "totals" in tree else None
+    return Restored(TrainState(**tree), totals, record["run"])
+
+
+def discard_unfinished(workdir: Path) -> None:
+    """Deletes the checkpoints within epochs, damaged ones that were set aside excepted."""
+    directory = workdir / UNFINISHED
+    for path in directory.iterdir():
+        if path.is_dir() and not path.name.startswith(DAMAGED):
+            shutil.rmtree(path)
+    if not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def restore_network(
+    directory: str | Path, network: nnx.Module, epoch: int | Literal["best", "last"] = "best"
+) -> int:
+    """Gives `network` the parameters and batch statistics of a checkpoint.
+
+    Args:
+        directory: the `checkpoints` folder of a run.
+        network: of the run's structure; it is changed in place.
+        epoch: of the checkpoint; `"best"` (the default) is that of lowest validation loss, `"last"`
+            the latest.
+
+    Returns:
+        The checkpoint's epoch.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint, or it does not fit the network.
+    """
+    directory = Path(directory).absolute()
+    epochs = _saved_numbers(directory)
+    if not epochs:
+        raise CheckpointError(f"{directory} holds no checkpoint")
+    if epoch == "best":
+        epoch = min(epochs, key=lambda e: _saved_val_loss(directory, e))
+    elif epoch == "last":
+        epoch = epochs[-1]
+    if epoch not in epochs:
+        raise CheckpointError(
+            f"{directory} holds no checkpoint of epoch {epoch}, only {', '.join(map(str, epochs))}"
+        )
+    like = network_tree(network)
+    path = directory / str(epoch) / "state"
+    _quieten_orbax()
+    try:
+        _read_through(path)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            metadata = checkpointer.metadata(path).item_metadata
+            if metadata is None:
+                raise CheckpointError("its metadata cannot be read")
+            _check_shapes(metadata.tree, like)
+            restored = checkpointer.restore(
+                path,
+                args=ocp.args.PyTreeRestore(
+                    item=jax.tree.map(ocp.utils.to_shape_dtype_struct, like),
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+                    partial_restore=True,
+                ),
+            )
+    except Exception as error:  # orbax has no exception of its own for a damaged file
+        raise CheckpointError(f"cannot restore {path} ({_first_line(error)})") from error
+    nnx.update(network, restored["params"], restored["batch_stats"])
+    return epoch
+
+
+def _tree(state: TrainState | Totals) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _save_args(tree: dict[str, Any], record: dict) -> ocp.args.Composite:
+    record = json.loads(json.dumps(record))  # it is written in the background
+    return ocp.args.Composite(
+        state=ocp.args.StandardSave(tree),
+        record=ocp.args.JsonSave({"digest": digest(tree), "run": record}),
+    )
+
+
+def _check_digest(tree: dict[str, Any], saved: str) -> None:
+    if digest(tree) != saved:
+        raise CheckpointError("the digest of its state differs from the one saved with it")
+
+
+def _val_loss(metrics: dict[str, float]) -> float:
+    return metrics["val_loss"]
+
+
+def _saved_numbers(directory: Path) -> list[int]:
+    """The epochs of the finished checkpoints; one that is being written has another name."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+
+
+def _saved_val_loss(directory: Path, epoch: int) -> float:
+    return json.loads((directory / str(epoch) / "metrics" / "metrics").read_bytes())["val_loss"]
+
+
+def _check_shapes(stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises `ValueError` naming the first array of `wanted` that is not stored in its shape."""
+    found = _shapes(stored)
+    for name, shape in _shapes(wanted).items():
+        if found.get(name) != shape:
+            raise ValueError(f"{name} has shape {shape} here and {found.get(name)} there")
+
+
+def _shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {
+        ".".join(str(entry.key) for entry in path if isinstance(entry, DictKey)): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if hasattr(leaf, "shape")
+    }
+
+
+@contextlib.contextmanager
+def _refused_writes(manager: ocp.CheckpointManager) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # orbax has none of its own for a disk that is full
+        if is_loss(error):
+            raise
+        raise CheckpointError(
+            f"cannot save under {manager.directory} ({_first_line(error)}); older checkpoints stay"
+        ) from error
+
+
+def _quieten_orbax() -> None:
+    # Orbax reports every phase of every save; what went wrong reaches the caller as an exception.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _first_line(error: Exception) -> str:
+    """Of what `error` says, in the middle without what is too much: the reason comes last."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 200 else f"{line[:100]} … {line[-100:]}"
+
+
+def _read_through(directory: Path) -> None:
+    """Reads every stored value once, one after another, so that damage ends in one exception.
+
+    Orbax reads them all at once, and a damaged file then ends in a traceback for each.
+    """
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{directory}/"}).result()
+    keys = store.list().result()
+    if not keys:
+        raise CheckpointError(f"{directory} holds no arrays")
+    for key in keys:
+        store.read(key).result()
+
+
+def _set_aside(
+    directory: Path,
+    number: int,
+    error: Exception,
+    report: Callable[[str], None],
+    kind: str = "epoch",
+) -> None:
+    """Process 0 moves a checkpoint to the first free of `damaged-NUMBER`, `damaged-NUMBER-2`, …"""
+    if jax.process_index() != 0:
+        return
+    target, attempt = directory / f"{DAMAGED}{number}", 2
+    while target.exists():
+        target, attempt = directory / f"{DAMAGED}{number}-{attempt}", attempt + 1
+    (directory / str(number)).rename(target)
+    report(f"checkpoint of {kind} {number} is damaged ({_first_line(error)}); moved to {target}")

@@ -1,0 +1,1 @@
+"""The ways to compute a case, in JAX and in PyTorch, each in a process of its own."""

@@ -1,0 +1,197 @@
+"""Settings from flags, and flags from settings."""
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import io
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from experiments.cli.errors import EXIT_USAGE, print_error
+
+Settings = TypeVar("Settings")
+
+
+# These decide where results go and when, and none of them.
+WRITTEN = ("output", "workdir", "resume", "save_every_steps")
+
+
+def typed(name: str, settings: Any, recipes: Mapping[str, object] | None = None) -> str:
+    """What to type for `settings`: all that is not as by default.
+
+    Folders to write to are left out, and other paths are `PATH`.
+
+    Args:
+        name: the command's name.
+        settings: what `parse` returns.
+        recipes: as in `parse`; the one that leaves the least to be typed is taken.
+    """
+    fields = dataclasses.fields(settings)
+    required = {
+        f.name: getattr(settings, f.name) for f in fields if f.default is dataclasses.MISSING
+    }
+    candidates = [_flags(settings, type(settings)(**required))]
+    if recipes is not None:
+        candidates = [
+            [f"--recipe={recipe}"] * (i > 0)
+            + _flags(settings, type(settings)(**required, training=training))
+            for i, (recipe, training) in enumerate(recipes.items())
+        ]
+    return " ".join([f"python -m experiments.{name}", *map(shlex.quote, min(candidates, key=len))])
+
+
+def _flags(settings: Any, default: Any) -> list[str]:
+    hints = get_type_hints(type(settings), include_extras=True)
+    flags, of_groups = [], []
+    for field in dataclasses.fields(settings):
+        value, usual = getattr(settings, field.name), getattr(default, field.name)
+        flag = field.name.replace("_", "-")
+        required = field.default is dataclasses.MISSING
+        if dataclasses.is_dataclass(value):
+            of_groups += _flags(value, usual)
+        elif tyro.conf.Positional in getattr(hints[field.name], "__metadata__", ()):
+            flags.append(str(value))
+        elif not required and (value == usual or field.name in WRITTEN):
+            continue
+        elif isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            flags.append(f"--{flag}={'PATH' if isinstance(value, Path) else text}")
+    return flags + of_groups
+
+
+def parse(
+    settings_type: type[Settings],
+    name: str,
+    arguments: Sequence[str] | None = None,
+    recipes: Mapping[str, object] | None = None,
+) -> Settings:
+    """Settings from `arguments` (by default the command line's); sequences are comma-separated.
+
+    Args:
+        settings_type: a dataclass; nested ones become groups of flags.
+        name: the command's name.
+        arguments: the words behind it.
+        recipes: values of the field `training`, by the name that the flag `--recipe` takes; other
+            flags change single values of the chosen one. The first is the default.
+
+    Raises:
+        SystemExit: after `--help`, or if a flag is unknown or its value refused.
+    """
+    program = f"python -m experiments.{name}"
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    default, description = None, inspect.cleandoc(settings_type.__doc__)
+    if recipes is not None:
+        chosen, arguments = _take_recipe(program, arguments, tuple(recipes))
+        required = {
+            field.name: tyro.MISSING
+            for field in dataclasses.fields(settings_type)
+            if field.default is dataclasses.MISSING
+        }
+        default = settings_type(**required, training=recipes[chosen])
+        description += (
+            f"\n\n--recipe={{{','.join(recipes)}}} chooses all settings of training that no other "
+            f"flag gives; here {chosen}."
+        )
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_comma_separated)
+    registry.primitive_rule(_path)
+    framed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(framed):
+            return tyro.cli(
+                settings_type,
+                prog=program,
+                description=description,
+                args=arguments,
+                default=default,
+                registry=registry,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit:
+        if said := framed.getvalue():
+            print_error(f"{_without_frame(said)} ({program} --help explains)")
+        raise
+
+
+def _without_frame(framed: str) -> str:
+    """The first paragraph of one of tyro's errors, and the flags that it suggests."""
+    paragraphs = [[]]
+    for line in framed.splitlines()[1:]:  # a title comes first
+        line = line.strip(" │")
+        if set(line) <= set("─╰╯-"):
+            paragraphs.append([])
+        else:
+            paragraphs[-1].append(line)
+    first, *others = [" ".join(paragraph) for paragraph in paragraphs if paragraph]
+    first = re.sub(r"^Error parsing (?:[^-]\S*: )?", "", first)  # of a flag, its name stays
+    suggested = [
+        flag for text in others if "erhaps" in text for flag in re.findall("--[a-z-]+", text)
+    ]
+    return f"{first}; perhaps {' or '.join(suggested)}" if suggested else first
+
+
+def _take_recipe(
+    program: str, arguments: Sequence[str], choices: Sequence[str]
+) -> tuple[str, list[str]]:
+    """The value of `--recipe`, and the other arguments."""
+    parser = argparse.ArgumentParser(
+        prog=program, add_help=False, allow_abbrev=False, exit_on_error=False
+    )
+    parser.add_argument("--recipe", choices=choices, default=choices[0])
+    try:
+        namespace, others = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        print_error(error)
+        sys.exit(EXIT_USAGE)
+    return namespace.recipe, others
+
+
+def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    if info.type is not Path:
+        return None
+
+    def instance_from_str(arguments: list[str]) -> Path:
+        if not arguments[0]:  # as of a variable that is not set; it would be the current folder
+            raise ValueError("the path must not be empty")
+        return Path(arguments[0])
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=instance_from_str,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _comma_separated(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    if get_origin(info.type) is not tuple or get_args(info.type)[1:] != (Ellipsis,):
+        return None
+    element = get_args(info.type)[0]
+    choices = get_args(element) if get_origin(element) is Literal else ()
+    convert = str if choices else element
+
+    def instance_from_str(arguments: list[str]) -> tuple[Any, ...]:
+        values = tuple(convert(text.strip()) for text in arguments[0].split(",") if text.strip())
+        for value in values:
+            if choices and value not in choices:
+                raise ValueError(f"{value!r} is none of {', '.join(choices)}")
+        return values
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=",".join(choices) if choices else f"{element.__name__.upper()},…",
+        instance_from_str=instance_from_str,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    )

@@ -1,0 +1,1 @@
+"""The processes of a run that has several, on one machine or on many."""

@@ -1,0 +1,1 @@
+"""What `python -m experiments.scaling` is made of."""

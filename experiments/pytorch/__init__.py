@@ -1,0 +1,1 @@
+"""The networks and the data pipeline in plain PyTorch, to compare with."""

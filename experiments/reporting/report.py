@@ -1,0 +1,76 @@
+"""Reports: Markdown with its figures beside it, and the same as one self-contained HTML page."""
+
+import base64
+import html
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from markdown_it import MarkdownIt
+from matplotlib.figure import Figure
+from rich.box import SIMPLE
+from rich.table import Table as RichTable
+
+from chansel_jax.files import replaced
+from experiments.reporting import plots
+
+# As much as fits into 80 columns.
+LAYOUT = {"box": SIMPLE, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #ccc; text-align: left }
+img { max-width: 100% }
+pre { background: #f4f4f4; padding: .8rem; overflow-x: auto }
+"""
+
+
+def write(folder: Path, title: str, text: str, pictures: Mapping[str, Figure]) -> None:
+    """Replaces `report.md`, `report.html` and the PNG files in `folder`, each at once.
+
+    Args:
+        folder: which is there.
+        title: of the page.
+        text: Markdown; `![caption](NAME.png)` shows the figure `NAME` of `pictures`.
+        pictures: by name.
+    """
+    for name, figure in pictures.items():
+        plots.save(figure, folder / f"{name}.png")
+    for name, content in (
+        ("report.md", f"# {title}\n\n{text}"),
+        ("report.html", page(folder, title, text)),
+    ):
+        with replaced(folder / name) as partial:
+            partial.write_text(content, encoding="utf-8")
+
+
+def page(folder: Path, title: str, text: str) -> str:
+    """The Markdown `text` as HTML that holds the pictures of `folder` in itself."""
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+
+    def embedded(match: re.Match) -> str:
+        picture = base64.b64encode((folder / match[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{picture}"'
+
+    body = re.sub(r'src="([^":/]+\.png)"', embedded, body)
+    heading = html.escape(title)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{heading}</title>\n'
+        f"<style>{STYLE}</style>\n<h1>{heading}</h1>\n{body}</html>\n"
+    )
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is of names, the others of numbers."""
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def terminal_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> RichTable:
+    """The same for the terminal."""
+    rich = RichTable(**LAYOUT)
+    for i, heading in enumerate(headings):
+        rich.add_column(heading, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        rich.add_row(*row)
+    return rich

@@ -1,0 +1,166 @@
+"""All that the settings of a training run decide, built: data, network, optimiser."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from chansel_jax import data, functional
+from chansel_jax.data.dataset import first_of_each_class
+from chansel_jax.digest import digest
+from chansel_jax.networks.resnet import ResNet
+from chansel_jax.training import devices, step
+from chansel_jax.training.optimizer import accumulated, make_optimizer, make_schedule
+from experiments.cluster import coordination
+from experiments.training.settings import DataSettings, Settings, build_network, decisive
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A training run, ready to begin.
+
+    Attributes:
+        settings: what it was built from.
+        dataset: its images, on the host.
+        network: its structure, and its parameters before the first step.
+        begins_with: a digest of those parameters where the seed does not decide them.
+        schedule: the learning rate by update.
+        optimizer: at that learning rate; it is called at every step.
+        mesh: the devices.
+        updates_per_epoch: whole batches.
+    """
+
+    settings: Settings
+    dataset: data.Dataset
+    network: ResNet
+    begins_with: str | None
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    mesh: jax.sharding.Mesh
+    updates_per_epoch: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Parts of batches, if gradients are accumulated; else batches."""
+        return self.updates_per_epoch * self.settings.training.accumulate
+
+    @property
+    def images_per_step(self) -> int:
+        """Over all devices."""
+        return self.settings.training.batch_size // self.settings.training.accumulate
+
+    @property
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation `(C,)` of each channel of the training images."""
+        summary = self.dataset.splits["train"].summary
+        return summary.mean, summary.std
+
+    def step_options(self) -> dict[str, Any]:
+        """What every kind of training step is made with."""
+        recipe = self.settings.training
+        return {
+            "mesh": self.mesh,
+            "augmentation": recipe.augmentation,
+            "label_smoothing": recipe.label_smoothing,
+        }
+
+    def init_state(self) -> step.TrainState:
+        """The state before the first step."""
+        return step.init_state(self.network, self.optimizer, self.settings.seed, self.mesh)
+
+    def describe(self) -> dict[str, Any]:
+        """All that decides the result: the settings, and the data's sizes and statistics."""
+        splits = self.dataset.splits
+        mean, std = self.statistics
+        begins_with = {"begins_with": self.begins_with} if self.begins_with else {}
+        return {
+            "settings": decisive(self.settings),
+            **begins_with,
+            "data": {
+                "class_names": self.dataset.class_names,
+                "image_shape": splits["train"].images.shape[1:],
+                "images": {name: len(split.labels) for name, split in splits.items()},
+                "digests": {name: split.summary.digest for name, split in splits.items()},
+                "mean": mean.tolist(),
+                "std": std.tolist(),
+            },
+        }
+
+
+def build(settings: Settings, network: ResNet | None = None) -> Experiment:
+    """Loads the data and builds what trains on it.
+
+    Args:
+        settings: of the run.
+        network: with the parameters to begin with; by default they are initialised with
+            `settings.seed`.
+
+    Raises:
+        ValueError: if a setting or the data is wrong, or the parameters are of another structure.
+        OtherProcessError: if the data are so in another process.
+    """
+    in_memory = settings.input.input == "memory"
+    dataset = coordination.in_turn(lambda: load_data(settings.data, in_memory))
+    recipe = settings.training
+    count = len(dataset.splits["train"].labels)
+    updates_per_epoch = count // recipe.batch_size
+    if not updates_per_epoch:
+        raise ValueError(
+            f"batch_size={recipe.batch_size} must be at most the {count} training images"
+        )
+    smallest = min(dataset.splits["train"].images.shape[1:3])
+    if recipe.augmentation.cutout >= smallest:
+        raise ValueError(
+            f"cutout={recipe.augmentation.cutout} must be less than the {smallest} pixels of the "
+            "images"
+        )
+    schedule = make_schedule(
+        recipe.optimization, epochs=recipe.epochs, steps_per_epoch=updates_per_epoch
+    )
+    mesh = devices.data_mesh()
+    devices.check_batch_size(recipe.batch_size, mesh, recipe.accumulate)
+    return Experiment(
+        settings=settings,
+        dataset=dataset,
+        network=network_to_train(settings, len(dataset.class_names), network),
+        begins_with=network and digest(functional.network_tree(network)),
+        schedule=schedule,
+        optimizer=accumulated(make_optimizer(recipe.optimization, schedule), recipe.accumulate),
+        mesh=mesh,
+        updates_per_epoch=updates_per_epoch,
+    )
+
+
+def network_to_train(settings: Settings, num_classes: int, begins_with: ResNet | None) -> ResNet:
+    """The network that `settings` describe, with the parameters of `begins_with` if it is given.
+
+    Raises:
+        ValueError: if a setting is wrong, or the parameters are of another structure.
+    """
+    network = build_network(settings, num_classes)
+    if begins_with is None:
+        return network
+    own, given = functional.network_tree(network), functional.network_tree(begins_with)
+    if jax.tree.map(jnp.shape, own) != jax.tree.map(jnp.shape, given):
+        raise ValueError("the network to begin with is not of the structure of the settings")
+    nnx.update(network, given["params"], given["batch_stats"])
+    return network
+
+
+def load_data(settings: DataSettings, in_memory: bool = True) -> data.Dataset:
+    """The images that `settings` name, in memory or where they are stored.
+
+    Raises:
+        ValueError: if they cannot be had.
+    """
+    arguments = dataclasses.asdict(settings)
+    train_images = arguments.pop("train_images")
+    dataset = data.load(arguments.pop("dataset"), **arguments, in_memory=in_memory)
+    if train_images is None:
+        return dataset
+    few = first_of_each_class(dataset.splits["train"], train_images)
+    return dataclasses.replace(dataset, splits=dataset.splits | {"train": few})

@@ -1,0 +1,177 @@
+"""Runs that experiments.train has left, loaded again."""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from chansel_jax import data
+from chansel_jax.networks.resnet import ResNet
+from chansel_jax.training.checkpoint import CheckpointError, restore_network
+from experiments.cli.errors import CommandError
+from experiments.training.experiment import load_data
+from experiments.training.records import Row
+from experiments.training.settings import Settings, build_network
+
+Checkpoint = int | Literal["best", "last"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a run was trained with.
+
+    Attributes:
+        settings: all of them, but for where its images lay.
+        class_names: of the logits.
+        image_shape: `(H, W, C)`.
+        digests: of the images of each split.
+        mean: `(C,)`, the channels' means over its training images.
+        std: `(C,)`, their standard deviations.
+        begins_with: a digest of the parameters before the first step, where the seed does not
+            decide them.
+    """
+
+    settings: Settings
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    digests: Mapping[str, str]
+    mean: np.ndarray
+    std: np.ndarray
+    begins_with: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(Config):
+    """A trained network, and what belongs to it.
+
+    Attributes:
+        workdir: the run's folder.
+        network: with the parameters of one checkpoint.
+        epoch: of that checkpoint.
+    """
+
+    workdir: Path
+    network: ResNet
+    epoch: int
+
+
+def read_config(workdir: Path) -> Config:
+    """What `config.json` in `workdir` holds.
+
+    Raises:
+        CommandError: if there is none, or it cannot be read.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise CommandError(f"workdir={workdir} holds no run: there is no {path}")
+    try:
+        config = json.loads(path.read_text())
+        images = config["data"]
+        return Config(
+            settings=settings_from(Settings, config["settings"]),
+            class_names=tuple(images["class_names"]),
+            image_shape=tuple(images["image_shape"]),
+            digests=images["digests"],
+            mean=np.asarray(images["mean"], np.float32),
+            std=np.asarray(images["std"], np.float32),
+            begins_with=config.get("begins_with"),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CommandError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """What a finished run reports.
+
+    Attributes:
+        summary: as in `summary.json`.
+        history: a row an epoch.
+    """
+
+    summary: Mapping[str, Any]
+    history: Sequence[Row]
+
+
+def read_records(workdir: Path) -> Records:
+    """Those of the finished run in `workdir`.
+
+    Raises:
+        CommandError: if they are not there, cannot be read, or are not of one whole run.
+    """
+    try:
+        summary = json.loads((workdir / "summary.json").read_text())
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        history = [json.loads(line) for line in lines]
+        if len(history) != summary["epochs"]:
+            raise ValueError(f"{len(history)} epochs of {summary['epochs']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CommandError(
+            f"the records of the run in {workdir} cannot be read ({type(error).__name__}: {error})"
+        ) from error
+    return Records(summary, history)
+
+
+def load_run(workdir: Path, epoch: Checkpoint = "best") -> Run:
+    """The run in `workdir` with the parameters of the checkpoint of `epoch`.
+
+    Raises:
+        CommandError: if there is none, or it cannot be read.
+    """
+    config = read_config(workdir)
+    try:
+        network = build_network(config.settings, len(config.class_names))
+        epoch = restore_network(workdir / "checkpoints", network, epoch)
+    except (ValueError, CheckpointError) as error:
+        raise CommandError(error) from error
+    return Run(**vars(config), workdir=workdir, network=network, epoch=epoch)
+
+
+def load_images(run: Run, data_dir: Path | None) -> tuple[data.Dataset, tuple[str, ...]]:
+    """The images of `run`, and the splits whose images are not those it was trained with.
+
+    They stay on disk: most of them may never be looked at.
+
+    Raises:
+        CommandError: if they cannot be had, or are of other classes.
+    """
+    settings = dataclasses.replace(run.settings.data, data_dir=data_dir)
+    try:
+        dataset = load_data(settings, in_memory=False)
+    except ValueError as error:
+        raise CommandError(error) from error
+    if dataset.class_names != run.class_names:
+        raise CommandError(
+            f"data_dir={data_dir} has the classes {', '.join(dataset.class_names)}, the run in "
+            f"{run.workdir} has {', '.join(run.class_names)}"
+        )
+    splits = dataset.splits.items()
+    others = tuple(name for name, split in splits if split.summary.digest != run.digests.get(name))
+    return dataset, others
+
+
+def settings_from(settings_type: type, values: Mapping[str, Any]) -> Any:
+    """A dataclass of settings from its JSON form; what is missing is as by default.
+
+    Raises:
+        ValueError: if a value is refused, or there is one that the dataclass does not have.
+    """
+    hints = typing.get_type_hints(settings_type)
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise ValueError(f"{settings_type.__name__} has no {', '.join(sorted(unknown))}")
+    return settings_type(**{name: _value(hints[name], value) for name, value in values.items()})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return settings_from(hint, value)
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is not None and Path in choices:
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,289 @@
+"""The training loop: steps, evaluations and checkpoints, and how it stops and goes on."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.progress import track
+
+from chansel_jax.training import checkpoint, step
+from chansel_jax.training.processes import together
+from experiments.cli.errors import Interrupted
+from experiments.cli.interruption import noted_signals
+from experiments.cli.memory import hand_back_memory
+from experiments.cluster import coordination
+from experiments.training import feed as feeds
+from experiments.training import printing, records
+from experiments.training.experiment import Experiment
+from experiments.training.settings import run_name
+from experiments.training.workdir import WorkdirError
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        state: after the last step.
+        history: a row for each finished epoch.
+        totals: of the epoch that is under way.
+        seconds: that epoch has taken so far.
+    """
+
+    state: step.TrainState
+    history: list[records.Row]
+    totals: step.Totals
+    seconds: float = 0.0
+
+
+def train(experiment: Experiment, workdir: Path, console: Console) -> Progress:
+    """Trains all that is still to come of the run in `workdir`.
+
+    Raises:
+        CheckpointError: if there are checkpoints, and none can be restored.
+        WorkdirError: if the run is finished, but its checkpoints have been deleted.
+        FloatingPointError: if a loss is not finite; earlier checkpoints stay.
+        Interrupted: after SIGINT or SIGTERM, when all is saved.
+    """
+    epochs = experiment.settings.training.epochs
+    with (
+        noted_signals(console.print) as signal_received,
+        checkpoint.open_checkpoints(workdir, console.print) as checkpoints,
+        coordination.ended_at_once_by_others(),
+        contextlib.ExitStack() as opened,
+    ):
+        progress = restore(experiment, checkpoints, console)
+        if len(progress.history) == epochs:
+            return progress
+        coordination.first_alone(lambda: discard_results(workdir, progress))
+        feed = opened.enter_context(compiled_feed(experiment, progress, console))
+        signal_to_any = coordination.shared_maximum(signal_received)
+        between_steps = functools.partial(save_or_stop, experiment, checkpoints, signal_to_any)
+        console.print(printing.EPOCH_HEADER)
+        with recorded(workdir, progress.history, run_name(experiment.settings)) as record:
+            while len(progress.history) < epochs:
+                progress = train_epoch(experiment, progress, feed, between_steps, console)
+                together(functools.partial(record, progress.history))
+                row, saved = progress.history[-1], {"history": progress.history}
+                checkpoint.save(checkpoints, row["epoch"], progress.state, saved, row["val_loss"])
+                console.print(printing.epoch_line(progress.history))
+                hand_back_memory()
+                if received := signal_to_any():
+                    raise stopped(experiment, progress, received)
+    return progress
+
+
+def discard_results(workdir: Path, progress: Progress) -> None:
+    """Deletes what was found of a finished run, before it is trained on from `progress`.
+
+    Raises:
+        WorkdirError: if nothing but these results is left of it.
+    """
+    if int(progress.state.step) == 0 and (workdir / "summary.json").exists():
+        raise WorkdirError(
+            f"the run in {workdir} is finished and its checkpoints are gone: take another "
+            "--workdir, or --resume=never to start anew"
+        )
+    for path in (workdir / "summary.json", *workdir.glob("evaluation-*.json")):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def recorded(
+    workdir: Path, history: list[records.Row], title: str
+) -> Iterator[Callable[[list[records.Row]], None]]:
+    """Within it the metrics are written, and in the end the losses drawn; by process 0.
+
+    Yields:
+        A function that takes the history whenever a row is new.
+    """
+    if not coordination.is_first():
+        yield lambda _: None
+        return
+    with records.MetricsWriter(workdir, history) as metrics:
+
+        def write(longer):
+            nonlocal history
+            history = longer
+            metrics.write(history[-1])
+
+        def draw():
+            if history:
+                records.plot_losses(history, workdir / "losses.png", title)
+
+        try:
+            yield write
+        except BaseException:
+            with contextlib.suppress(OSError):  # the error that is under way says more
+                draw()
+            raise
+        draw()
+
+
+def restore(
+    experiment: Experiment, checkpoints: checkpoint.Checkpoints, console: Console
+) -> Progress:
+    """What the newest checkpoint holds, or the beginning.
+
+    Raises:
+        CheckpointError: if there are checkpoints, and none can be restored.
+        CommandError: if the processes do not see the same ones.
+    """
+    managers = (checkpoints.after_epochs, checkpoints.within_epochs)
+    there = {"checkpoints": [sorted(manager.all_steps()) for manager in managers]}
+    coordination.check_equal("checkpoints in its --workdir, which all must share,", there)
+    state, totals = experiment.init_state(), step.init_totals(experiment.mesh)
+    found = checkpoint.restore_newest(checkpoints, state, totals, console.print)
+    if found is None:
+        return Progress(state, [], totals)
+    record = found.record
+    progress = Progress(
+        found.state, record["history"], found.totals or totals, record.get("seconds", 0.0)
+    )
+    console.print(f"resumed after {place(experiment, progress)}")
+    return progress
+
+
+@contextlib.contextmanager
+def compiled_feed(
+    experiment: Experiment, progress: Progress, console: Console
+) -> Iterator[feeds.Feed]:
+    """The feed of what is left, with the time that its functions took to compile printed."""
+    start = time.perf_counter()
+    with feeds.open_feed(experiment, progress.state) as feed:
+        console.print(f"compiled in {time.perf_counter() - start:.1f} s")
+        yield feed
+
+
+def train_epoch(
+    experiment: Experiment,
+    progress: Progress,
+    feed: feeds.Feed,
+    between_steps: Callable[[int, Progress], None],
+    console: Console,
+) -> Progress:
+    """Takes the steps that are left of the epoch under way, then evaluates.
+
+    Args:
+        experiment: of the run.
+        progress: so far; its state is consumed.
+        feed: the images.
+        between_steps: is called with how many steps of the epoch are taken, and with the progress.
+        console: takes a bar.
+
+    Raises:
+        FloatingPointError: if a loss is not finite.
+    """
+    steps, epoch = experiment.steps_per_epoch, len(progress.history) + 1
+    start = time.perf_counter() - progress.seconds
+    left = track(
+        range(int(progress.state.step) % steps + 1, steps + 1),
+        description=f"epoch {epoch}",
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    for taken, arguments in zip(left, feed.arguments(progress.state), strict=True):
+        running = progress.totals
+        state, totals = feed.step(progress.state, progress.totals, *arguments)
+        # No more than one step waits for another, so that a signal is heeded soon.
+        jax.block_until_ready(running)
+        progress = Progress(state, progress.history, totals, time.perf_counter() - start)
+        if taken < steps:
+            between_steps(taken, progress)
+    check_finite(progress.totals, epoch)
+    seconds = time.perf_counter() - start
+    row = summarise_epoch(experiment, progress, jax.device_get(feed.evaluate(progress.state)))
+    row |= {"images_per_second": float(progress.totals.count / seconds), "seconds": seconds}
+    history = [*progress.history, row]
+    return Progress(progress.state, history, step.init_totals(experiment.mesh))
+
+
+def summarise_epoch(
+    experiment: Experiment, progress: Progress, validation: step.Totals
+) -> records.Row:
+    """Losses and accuracies of the epoch whose last step was taken.
+
+    Raises:
+        FloatingPointError: if the validation loss is not finite.
+    """
+    totals, epoch = progress.totals, len(progress.history) + 1
+    row = {
+        "epoch": epoch,
+        "train_loss": float(totals.loss / totals.count),
+        "train_accuracy": float(totals.correct / totals.count),
+        "val_loss": float(validation.loss / validation.count),
+        "val_accuracy": float(validation.correct / validation.count),
+        "learning_rate": float(experiment.schedule(epoch * experiment.updates_per_epoch - 1)),
+    }
+    if not math.isfinite(row["val_loss"]):
+        last_step = epoch * experiment.steps_per_epoch - 1
+        raise FloatingPointError(not_finite("validation loss", last_step, epoch))
+    return row
+
+
+def save_or_stop(
+    experiment: Experiment,
+    checkpoints: checkpoint.Checkpoints,
+    signal_received: Callable[[], int | None],
+    taken: int,
+    progress: Progress,
+) -> None:
+    """Saves `progress` within an epoch if it is time to, or a signal has come; then it stops.
+
+    Raises:
+        FloatingPointError: if a loss was not finite; nothing is saved then.
+        Interrupted: if a signal has come.
+    """
+    every = experiment.settings.save_every_steps
+    received = signal_received()
+    if received is None and (every is None or taken % every):
+        return
+    epoch = len(progress.history) + 1
+    check_finite(progress.totals, epoch)
+    record = {"history": progress.history, "seconds": progress.seconds}
+    checkpoint.save_unfinished(checkpoints, progress.state, progress.totals, record)
+    if received is not None:
+        raise stopped(experiment, progress, received)
+
+
+def stopped(experiment: Experiment, progress: Progress, received: int) -> Interrupted:
+    """What to raise after a signal; only process 0 has something to say."""
+    if not coordination.is_first():
+        return Interrupted()
+    return Interrupted(
+        f"stopped by {signal.Signals(received).name} after {place(experiment, progress)}; all is "
+        "saved, and the same command goes on from there"
+    )
+
+
+def place(experiment: Experiment, progress: Progress) -> str:
+    """How far a run has come, for people."""
+    steps, epochs = experiment.steps_per_epoch, len(progress.history)
+    taken = int(progress.state.step) % steps
+    if not taken:
+        return f"epoch {epochs} of {experiment.settings.training.epochs}"
+    return f"step {taken} of {steps} of epoch {epochs + 1}"
+
+
+def check_finite(totals: step.Totals, epoch: int) -> None:
+    """Raises `FloatingPointError` if a loss in `totals` was not finite; waits for the last step."""
+    bad_step = int(totals.bad_step)
+    if bad_step != step.NO_STEP:
+        raise FloatingPointError(not_finite("training loss", bad_step, epoch))
+
+
+def not_finite(what: str, step: int, epoch: int) -> str:
+    """The message for a loss that is not finite at `step`, counted from 0."""
+    kept = f"the checkpoint of epoch {epoch - 1} is kept" if epoch > 1 else "nothing was saved yet"
+    return (
+        f"the {what} is not finite at step {step} (epoch {epoch}); {kept}; "
+        "a lower --learning-rate may help"
+    )

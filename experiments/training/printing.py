@@ -1,0 +1,83 @@
+"""What a training run prints."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from chansel_jax.counting import LayerCount
+from chansel_jax.data import Dataset
+from experiments.reporting.report import LAYOUT
+from experiments.training.records import Row, best_epoch
+
+EPOCH_HEADER = (
+    "epoch  train loss     acc  val loss     acc  learning rate  images/s  seconds  best epoch"
+)
+
+
+def print_header(dataset: Dataset, devices: Sequence[jax.Device], console: Console) -> None:
+    """Prints devices, versions and the data's sizes."""
+    sizes = ", ".join(f"{len(split.labels):,} {name}" for name, split in dataset.splits.items())
+    height, width, channels = dataset.splits["train"].images.shape[1:]
+    console.print(f"{len(devices)} × {devices[0].device_kind} ({devices[0].platform})")
+    console.print(
+        f"Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}"
+    )
+    console.print(
+        f"{dataset.name}: {sizes} images of {height} × {width} × {channels}, "
+        f"{len(dataset.class_names)} classes"
+    )
+
+
+def print_layers(rows: Sequence[LayerCount], title: str, console: Console) -> None:
+    """Prints a network's layers with their parameters and multiply-adds."""
+    table = Table(title=title, **LAYOUT)
+    table.add_column("layer")
+    table.add_column("kind")
+    for heading in ("output", "parameters", "multiply-adds"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        shape = " × ".join(map(str, row.output))
+        table.add_row(row.name, row.kind, shape, f"{row.parameters:,}", f"{row.multiply_adds:,}")
+    table.add_section()
+    parameters = sum(row.parameters for row in rows)
+    multiply_adds = sum(row.multiply_adds for row in rows)
+    table.add_row("total", "", "", f"{parameters:,}", f"{multiply_adds:,}")
+    console.print(table)
+
+
+def epoch_line(history: Sequence[Row]) -> str:
+    """The last epoch of `history` in the columns of `EPOCH_HEADER`."""
+    row, best = history[-1], best_epoch(history)
+    return (
+        f"{row['epoch']:5d}  {row['train_loss']:10.4f} {row['train_accuracy']:7.2%}"
+        f"  {row['val_loss']:8.4f} {row['val_accuracy']:7.2%}  {row['learning_rate']:13.2e}"
+        f"  {row['images_per_second']:8,.0f}  {row['seconds']:7.1f}"
+        f"  {best['epoch']:4d} ({best['val_loss']:.4f})"
+    )
+
+
+def print_summary(summary: Mapping[str, Any], workdir: Path, console: Console) -> None:
+    """Prints the row of the original's table."""
+    table = Table(title=f"{summary['dataset']}, {summary['model']}, {summary['conv']}", **LAYOUT)
+    cells = {
+        "parameters": f"{summary['parameters']:,}",
+        "best validation loss": (
+            f"{summary['best_val_loss']:.4f} (train {summary['train_loss_at_best']:.4f}, "
+            f"epoch {summary['best_epoch']})"
+        ),
+        "best accuracy": (
+            f"{summary['best_val_accuracy']:.2%} (epoch {summary['best_accuracy_epoch']})"
+        ),
+        "s an epoch": f"{summary['seconds_per_epoch']:.2f}",
+    }
+    for heading in cells:
+        table.add_column(heading, justify="right")
+    table.add_row(*cells.values())
+    console.print(table)
+    console.print(f"written to {workdir}")

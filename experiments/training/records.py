@@ -1,0 +1,116 @@
+"""What a run leaves in its folder for people and programs to read, checkpoints apart.
+
+`config.json`, `metrics.jsonl`, TensorBoard events, `losses.png` and `summary.json`. The history of
+a run is a list of rows, one an epoch, each a flat dict of numbers (see `best_epoch` and
+`summarise`).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from chansel_jax.files import replaced
+
+Row = Mapping[str, float]
+
+
+class MetricsWriter:
+    """Appends the rows of a run to `metrics.jsonl` and to TensorBoard's events.
+
+    Args:
+        workdir: the run's folder.
+        history: the rows so far; `metrics.jsonl` is written anew with them.
+    """
+
+    def __init__(self, workdir: Path, history: Sequence[Row]):
+        # It imports PyTorch where that is installed, which takes seconds.
+        from tensorboardX import SummaryWriter
+
+        text = "".join(json.dumps(row) + "\n" for row in history)
+        self._lines = (workdir / "metrics.jsonl").open("w")
+        self._lines.write(text)
+        self._lines.flush()
+        self._events = SummaryWriter(str(workdir), purge_step=len(history) + 1)
+
+    def write(self, row: Row) -> None:
+        """Appends `row`; its `epoch` is TensorBoard's step."""
+        self._lines.write(json.dumps(row) + "\n")
+        self._lines.flush()
+        for name, value in row.items():
+            if name != "epoch":
+                self._events.add_scalar(name, value, row["epoch"])
+        self._events.flush()
+
+    def close(self) -> None:
+        """Closes both files."""
+        self._lines.close()
+        self._events.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def best_epoch(history: Sequence[Row]) -> Row:
+    """The row of lowest validation loss, the first of equals."""
+    return min(history, key=lambda row: row["val_loss"])
+
+
+def summarise(history: Sequence[Row]) -> dict[str, float]:
+    """The figures of the original's table: losses at the best epoch, accuracies, time.
+
+    Args:
+        history: rows with `epoch`, `train_loss`, `val_loss`, `val_accuracy` and `seconds`.
+
+    Returns:
+        `epochs`, `best_epoch` (of lowest validation loss), `best_val_loss`, `train_loss_at_best`,
+        `val_accuracy_at_best`, `best_val_accuracy` with `best_accuracy_epoch`, `final_train_loss`,
+        `final_val_loss`, `final_val_accuracy`, and `seconds_per_epoch`, the median of the epochs'
+        training times.
+    """
+    best = best_epoch(history)
+    most_accurate = max(history, key=lambda row: row["val_accuracy"])
+    seconds = sorted(row["seconds"] for row in history)
+    middle = len(seconds) // 2
+    return {
+        "epochs": len(history),
+        "best_epoch": best["epoch"],
+        "best_val_loss": best["val_loss"],
+        "train_loss_at_best": best["train_loss"],
+        "val_accuracy_at_best": best["val_accuracy"],
+        "best_val_accuracy": most_accurate["val_accuracy"],
+        "best_accuracy_epoch": most_accurate["epoch"],
+        "final_train_loss": history[-1]["train_loss"],
+        "final_val_loss": history[-1]["val_loss"],
+        "final_val_accuracy": history[-1]["val_accuracy"],
+        "seconds_per_epoch": (seconds[middle] + seconds[~middle]) / 2,
+    }
+
+
+def plot_losses(history: Sequence[Row], path: Path, title: str) -> None:
+    """Draws train (blue) and validation (orange) losses over the epochs into a PNG."""
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    epochs = [row["epoch"] for row in history]
+    for name, label, colour in (
+        ("train_loss", "train", "tab:blue"),
+        ("val_loss", "validation", "tab:orange"),
+    ):
+        axes.plot(epochs, [row[name] for row in history], ".-", label=label, color=colour)
+    best = best_epoch(history)
+    axes.plot(
+        *(best["epoch"], best["val_loss"], "o"),
+        mfc="none",
+        color="tab:orange",
+        label=f"{best['val_loss']:.4f} after epoch {best['epoch']}",
+    )
+    axes.set(title=title, xlabel="epoch", ylabel="cross-entropy")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replaced(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")

@@ -1,0 +1,122 @@
+"""The folder of a run: whose it is, and that no run is lost in it."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from chansel_jax.files import write_json
+from chansel_jax.training.checkpoint import CHECKPOINTS, UNFINISHED
+from experiments.cli.differences import differences
+
+
+class WorkdirError(Exception):
+    """The folder holds another run, or none to resume; one line."""
+
+
+@contextlib.contextmanager
+def claim(
+    workdir: Path,
+    config: Mapping[str, Any],
+    resume: Literal["auto", "never", "must"],
+    defaults: Mapping[str, Any] | None = None,
+) -> Iterator[Path | None]:
+    """Makes `workdir` with `config.json`, or checks that the run in it has the same `config`.
+
+    A context manager: within it no other process can claim the folder. (It locks the file `.lock`;
+    the operating system unlocks it however the process ends.)
+
+    Args:
+        workdir: the run's folder.
+        config: all that decides the run's result, as nested JSON.
+        resume: `"auto"` goes on with a run that is there, `"must"` fails where there is none, and
+            `"never"` renames the folder of a run that is there, to begin anew.
+        defaults: values of what the `config.json` of an older run may not have yet.
+
+    Yields:
+        What a folder that was there has been renamed to, or None.
+
+    Raises:
+        WorkdirError: if another process has claimed the folder; if it holds a run of another
+            `config` (the message names all that differs), or, with `"must"`, none; nothing is
+            touched then. Or if it cannot be written.
+    """
+    config = json.loads(json.dumps(config))
+    if resume == "must" and not holds_run(workdir):
+        raise WorkdirError(f"--resume=must: there is no run in {workdir}")
+    if resume == "never" and holds_run(workdir) and workdir.samefile(Path.cwd()):
+        # Renamed, it would still be where everything is written to.
+        raise WorkdirError("--resume=never cannot rename the current folder: name its --workdir")
+    with contextlib.ExitStack() as locks:
+        aside = None
+        _lock(workdir, locks)
+        if holds_run(workdir) and resume == "never":
+            aside = _rename_aside(workdir)
+            _lock(workdir, locks)
+        if holds_run(workdir):
+            found = differences(_filled(_read(workdir / "config.json"), defaults or {}), config)
+            if found:
+                raise WorkdirError(
+                    f"the run in {workdir} has other settings ({'; '.join(found)}): "
+                    "take another --workdir, or --resume=never to start anew"
+                )
+        else:
+            with _refused_writes(workdir):
+                write_json(workdir / "config.json", config)
+        yield aside
+
+
+def holds_run(workdir: Path) -> bool:
+    """Whether there is something to resume in `workdir`, or a finished run to lose."""
+    saved = (path for name in (CHECKPOINTS, UNFINISHED) for path in (workdir / name).glob("*"))
+    return any(path.name.isdigit() for path in saved) or (workdir / "summary.json").is_file()
+
+
+def _filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested `config` with those of `defaults` that it lacks."""
+    filled = {**defaults, **config}
+    for name, value in defaults.items():
+        if isinstance(value, Mapping) and isinstance(filled[name], Mapping):
+            filled[name] = _filled(filled[name], value)
+    return filled
+
+
+def _lock(workdir: Path, locks: contextlib.ExitStack) -> None:
+    lock = FileLock(workdir / ".lock", blocking=False)
+    with _refused_writes(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            locks.enter_context(lock)
+        except Timeout as error:
+            raise WorkdirError(
+                f"another process is at work in {workdir}: take another --workdir, or wait for it"
+            ) from error
+
+
+@contextlib.contextmanager
+def _refused_writes(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WorkdirError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise WorkdirError(f"{path} cannot be read ({error}): take another --workdir") from error
+    return config
+
+
+def _rename_aside(workdir: Path) -> Path:
+    """Renames `workdir` to the first free of `WORKDIR.1`, `WORKDIR.2`, …"""
+    number = 1
+    while (aside := workdir.with_name(f"{workdir.name}.{number}")).exists():
+        number += 1
+    return workdir.rename(aside)

@@ -1,0 +1,228 @@
+"""Settings from flags, and how a command ends."""
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+from typing import Literal
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.cli.command import make_output, run
+from experiments.cli.errors import CommandError
+from experiments.cli.flags import parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A group of flags."""
+
+    kinds: tuple[Literal["biases", "norms"], ...] = ("biases",)
+    """Kinds of parameters."""
+    rate: float = 0.5
+    """How fast."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the command does."""
+
+    group: Group = Group()
+    names: tuple[str, ...] = ()
+    """Names in order."""
+    counts: tuple[int, ...] = (1, 2)
+    """Counts in order."""
+    pair: tuple[int, int] = (3, 4)
+    flag: bool = False
+
+    def __post_init__(self):
+        if 0 in self.counts:
+            raise ValueError(f"counts={self.counts} must not be zero")
+
+
+def parsed(*arguments):
+    return parse(Settings, "example", list(arguments))
+
+
+def run_with(monkeypatch, main, *arguments):
+    monkeypatch.setattr(sys, "argv", ["example", *arguments])
+    run(main, Settings, "example")
+
+
+# Parsing
+
+
+def test_no_arguments_give_the_defaults():
+    assert parsed() == Settings()
+
+
+@pytest.mark.parametrize(
+    "argument, name, value",
+    [
+        ("--names=cat,dog", "names", ("cat", "dog")),
+        ("--names=cat", "names", ("cat",)),
+        ("--names=cat, big dog ,", "names", ("cat", "big dog")),
+        ("--names=1,2", "names", ("1", "2")),
+        ("--names=", "names", ()),
+        ("--counts=3,1,2", "counts", (3, 1, 2)),
+        ("--counts=7", "counts", (7,)),
+        ("--counts=-1, 5", "counts", (-1, 5)),
+        ("--counts=", "counts", ()),
+    ],
+)
+def test_sequences_are_comma_separated(argument, name, value):
+    assert parsed(argument) == dataclasses.replace(Settings(), **{name: value})
+
+
+@pytest.mark.parametrize(
+    "argument, kinds",
+    [
+        ("--kinds=norms,biases", ("norms", "biases")),
+        ("--kinds=norms", ("norms",)),
+        ("--kinds=", ()),
+    ],
+)
+def test_sequences_of_choices_are_comma_separated(argument, kinds):
+    assert parsed(argument) == Settings(Group(kinds=kinds))
+
+
+def test_value_may_be_an_argument_of_its_own():
+    assert parsed("--counts", "5,6", "--names", "cat") == Settings(counts=(5, 6), names=("cat",))
+
+
+def test_groups_have_no_prefix():
+    assert parsed("--rate=2", "--flag") == Settings(Group(rate=2.0), flag=True)
+
+
+def test_pair_of_fixed_length_stays_as_it_is():
+    assert parsed("--pair", "5", "6") == Settings(pair=(5, 6))
+
+
+@pytest.mark.parametrize(
+    "argument, named",
+    [
+        ("--counts=1,two", "--counts: invalid literal for int() with base 10: 'two'"),
+        ("--counts=1.5", "--counts: invalid literal for int() with base 10: '1.5'"),
+        ("--counts=0", "counts=(0,) must not be zero"),
+        ("--kinds=biases,kernels", "--kinds: 'kernels' is none of biases, norms"),
+        ("--rate=fast", "--rate"),
+        ("--nmaes=cat", "--nmaes"),
+        ("--group.rate=2", "--group.rate"),
+    ],
+)
+def test_wrong_value_ends_with_2_and_is_named(argument, named, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parsed(argument)
+    assert stopped.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_help_shows_texts_choices_and_defaults(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parsed("--help")
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "usage: python -m experiments.example " in text
+    assert "What the command does." in text
+    assert "A group of flags." in text
+    assert "--kinds biases,norms Kinds of parameters. (default: biases)" in text
+    assert "--rate FLOAT How fast. (default: 0.5)" in text
+    assert "--names STR,… Names in order. (default: '')" in text
+    assert "--counts INT,… Counts in order. (default: 1,2)" in text
+
+
+# Running
+
+
+def test_main_gets_the_settings(monkeypatch, capsys):
+    got = []
+    run_with(monkeypatch, got.append, "--names=cat", "--rate=2")
+    assert got == [Settings(Group(rate=2.0), names=("cat",))]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (CommandError("no such run"), 1, "error: no such run\n"),
+        (CommandError(ValueError("rank=0 is wrong")), 1, "error: rank=0 is wrong\n"),
+        (OSError("disk\n  full\n"), 1, "error: disk full\n"),
+        (FileNotFoundError(2, "Missing", "a/b"), 1, "error: [Errno 2] Missing: 'a/b'\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_error_ends_with_its_code_and_one_line(error, code, line, monkeypatch, capsys):
+    def main(_):
+        raise error
+
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as stopped:
+        run_with(monkeypatch, main)
+    assert stopped.value.code == code
+    assert capsys.readouterr() == ("", line)
+
+
+def test_interrupt_while_modules_are_imported_ends_silently():
+    command = [sys.executable, "-X", "importtime", "-m", "experiments.train"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not process.stderr.readline().endswith("| experiments\n"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+    assert process.returncode == -signal.SIGINT
+    assert all(line.startswith("import time:") for line in errors.splitlines())
+
+
+def use_more_than_there_is_in_numpy():
+    np.zeros(2**62, np.uint8)
+
+
+def use_more_than_there_is_in_jax():
+    jax.numpy.zeros(2**46, np.uint8).block_until_ready()
+
+
+@pytest.mark.parametrize("use", [use_more_than_there_is_in_numpy, use_more_than_there_is_in_jax])
+def test_too_little_memory_is_told(use, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_with(monkeypatch, lambda _: use())
+    assert stopped.value.code == 1
+    message = "error: there is too little memory \\(.*llocat.*\\): a smaller --batch-size .*\n"
+    assert re.fullmatch(message, capsys.readouterr().err)
+
+
+def test_wrong_flag_ends_with_2_before_main_runs(monkeypatch, capsys):
+    got = []
+    with pytest.raises(SystemExit) as stopped:
+        run_with(monkeypatch, got.append, "--counts=x")
+    assert (stopped.value.code, got) == (2, [])
+
+
+def test_bug_keeps_its_traceback(monkeypatch):
+    def main(_):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_with(monkeypatch, main)
+
+
+# Output
+
+
+def test_output_is_made_and_left_empty(tmp_path):
+    make_output(tmp_path / "a" / "b")
+    make_output(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_output_that_is_a_file_is_named(tmp_path):
+    path = tmp_path / "taken"
+    path.write_text("kept")
+    for folder in (path, path / "below"):
+        with pytest.raises(CommandError, match=f"^output={folder}: "):
+            make_output(folder)
+    assert path.read_text() == "kept"

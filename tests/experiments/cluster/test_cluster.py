@@ -1,0 +1,227 @@
+"""Runs of several processes, on the loopback interface."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import shallow
+import shallow_scaling
+from clusters import environment, processes
+
+from experiments.cli.errors import EXIT_INTERRUPTED, EXIT_SAVED
+from experiments.cluster import coordination, joining
+from experiments.training.experiment import load_data
+
+DEVICES = 8
+
+
+def test_one_process_is_the_first_and_waits_for_none():
+    assert coordination.is_first()
+    assert coordination.first_alone(lambda: 1) == coordination.in_turn(lambda: 1) == 1
+    with pytest.raises(KeyError):
+        coordination.first_alone({}.popitem)
+    coordination.check_equal("settings", {"epochs": 1})
+    numbers = iter([None, 15])
+    assert [coordination.shared_maximum(lambda: next(numbers))() for _ in range(2)] == [None, 15]
+
+
+UNREAD = """
+import sys
+from experiments import cluster
+console = coordination.console()
+for i in range(2 * 10**4):  # more than a pipe holds
+    console.print(i)
+print("done", file=sys.stderr)
+"""
+
+
+def test_that_nobody_reads_what_is_printed_ends_nothing():
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", UNREAD], **pipes, text=True) as process:
+        assert process.stdout.readline() == "0\n"
+        process.stdout.close()
+        assert process.stderr.read() == "done\n"
+    assert process.returncode == 0
+
+
+def two_processes(settings, workdir, *words, devices=DEVICES, **of_the_last):
+    """Of a run over so many devices in all."""
+    return processes([*shallow.command(settings, workdir), *words], 2, devices, **of_the_last)
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_processes_stop_together_and_one_goes_on_with_the_same_losses(settings, whole, tmp_path):
+    workdir = tmp_path / "run"
+    with two_processes(settings, workdir, "--input=streaming", "--workers=1") as both:
+        deadline = time.monotonic() + 300
+        while not (workdir / "checkpoints" / "1").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        both[1].send_signal(signal.SIGTERM)  # which tells the other
+        outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [EXIT_SAVED] * 2
+    assert "stopped by SIGTERM after " in outputs[0][1]
+    assert "4 × cpu" not in outputs[0][0] and f"{DEVICES} × cpu" in outputs[0][0]
+    assert "stopped" not in outputs[1][1] and "epoch" not in outputs[1][0]  # one speaks
+    again = train(settings, workdir, devices=1)
+    assert "resumed after" in again.stdout
+    assert_same_losses(workdir, settings.workdir)
+
+
+def train(settings, workdir, devices):
+    done = subprocess.run(
+        shallow.command(settings, workdir), env=environment(devices), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def assert_same_losses(workdir, other):
+    for row, expected in zip(rows(workdir), rows(other), strict=True):
+        assert row["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-5)
+        # With running statistics, which add up rounding errors from the first step on.
+        assert row["val_loss"] == pytest.approx(expected["val_loss"], abs=3e-4)
+
+
+def test_devices_give_the_same_losses_and_may_change_in_between(settings, whole, tmp_path):
+    """Two devices (this process's), eight, and one that goes on where eight were."""
+    eight = tmp_path / "eight"
+    train(settings, eight, devices=DEVICES)
+    assert_same_losses(eight, settings.workdir)
+    take_back_an_epoch(eight)
+    assert "resumed after epoch 2 of 3" in train(settings, eight, devices=1).stdout
+    assert_same_losses(eight, settings.workdir)
+
+
+def take_back_an_epoch(workdir):
+    shutil.rmtree(workdir / "checkpoints" / "3")
+    (workdir / "summary.json").unlink()
+
+
+def test_two_processes_of_four_devices_go_on_where_one_device_was(settings, whole, tmp_path):
+    workdir = tmp_path / "run"
+    train(settings, workdir, devices=1)
+    assert_same_losses(workdir, settings.workdir)
+    take_back_an_epoch(workdir)
+    with two_processes(settings, workdir) as both:
+        outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert "resumed after epoch 2 of 3" in outputs[0][0]
+    assert_same_losses(workdir, settings.workdir)
+
+
+def test_processes_that_differ_are_told(settings, tmp_path):
+    last = ["--seed=1", "--input=streaming"]
+    with two_processes(settings, tmp_path / "run", devices=2, last=last) as both:
+        outputs = [process.communicate(timeout=300) for process in both]
+    for process, (_, errors) in zip(both, outputs, strict=True):
+        assert process.returncode == 1
+        differing = "input: memory → streaming; seed: 0 → 1"
+        assert f"error: process 1 has other settings than process 0 ({differing})" in errors
+    assert not (tmp_path / "run").exists()
+
+
+def two_folders(settings, tmp_path):
+    """What two processes say that have folders of their own, as on machines that share none."""
+    mine, other = tmp_path / "run", tmp_path / "elsewhere"
+    with two_processes(settings, mine, devices=2, last=[f"--workdir={other}"]) as both:
+        outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [1, 1]
+    return [errors for _, errors in outputs]
+
+
+def test_processes_with_other_folders_are_told(settings, tmp_path):
+    for errors in two_folders(settings, tmp_path):
+        assert "error: process 1 has other files in its --workdir" in errors
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_processes_with_other_checkpoints_are_told(settings, whole, tmp_path):
+    for name in ("run", "elsewhere"):
+        shutil.copytree(settings.workdir, tmp_path / name)
+    take_back_an_epoch(tmp_path / "run")
+    for errors in two_folders(settings, tmp_path):
+        assert "error: process 1 has other checkpoints in its --workdir" in errors
+
+
+def test_failure_of_another_process_ends_the_first(settings, tmp_path):
+    with two_processes(
+        settings, tmp_path / "run", last=[f"--data-dir={tmp_path / 'none'}"]
+    ) as both:
+        outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [1, 1]
+    assert "error: process 1 could not go on; its own message says why" in outputs[0][1]
+    assert f"there is no folder {tmp_path / 'none'}" in outputs[1][1]
+
+
+def test_process_that_fails_while_it_trains_ends_the_others(settings, tmp_path, monkeypatch):
+    """It cannot read its images: the other waits for it in a sum over devices."""
+    caches = [tmp_path / "good", tmp_path / "bad"]
+    for cache in caches:
+        monkeypatch.setenv("TFDS_DATA_DIR", str(cache))
+        load_data(settings.data, in_memory=False)
+    (path,) = caches[1].rglob("*train.array_record*")
+    os.truncate(path, path.stat().st_size // 2)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(caches[0]))
+    bad = {"TFDS_DATA_DIR": str(caches[1])}
+    words = ("--input=streaming", "--workers=0")
+    run = two_processes(settings, tmp_path / "run", *words, devices=2, last_environment=bad)
+    with run as both:
+        outputs = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [1, 1]
+    assert "cannot be read" in outputs[1][1]
+    assert "error: another process may have ended" in outputs[0][1]
+
+
+def end_of_the_other(settings, workdir, killed):
+    """The exit code and errors of one process of a training whose other one is killed."""
+    with two_processes(settings, workdir, "--epochs=100", devices=2) as both:
+        while not both[0].stdout.readline().startswith("epoch"):
+            assert both[0].poll() is None
+        both[killed].kill()
+        other = both[1 - killed]
+        _, errors = other.communicate(timeout=joining.HEARTBEAT_TIMEOUT / 2)
+    return other.returncode, errors
+
+
+def test_process_that_is_killed_ends_the_first(settings, tmp_path):
+    code, errors = end_of_the_other(settings, tmp_path / "run", killed=1)
+    assert code == 1
+    assert "error: another process may have ended" in errors and "cannot save" not in errors
+
+
+def test_first_process_that_is_killed_ends_the_others(settings, tmp_path):
+    """By JAX, whose service is in that process."""
+    code, _ = end_of_the_other(settings, tmp_path / "run", killed=0)
+    assert code != 0
+
+
+def test_failure_of_the_first_process_ends_the_others(settings, tmp_path):
+    (tmp_path / "file").touch()
+    with two_processes(settings, tmp_path / "file" / "run") as both:
+        outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [1, 1]
+    assert "cannot write to --workdir" in outputs[0][1]
+    assert "process 0 could not go on" in outputs[1][1]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, EXIT_INTERRUPTED)]
+)
+def test_signal_where_nothing_is_to_be_saved_ends_all_processes(tmp_path, number, code):
+    command = [sys.executable, shallow_scaling.__file__, "--batch-size=2", "--rounds=100000"]
+    command.append(f"--output={tmp_path / 'report'}")
+    with processes(command, count=2, devices=2) as both:
+        while "virtual devices" not in both[0].stdout.readline():
+            assert both[0].poll() is None
+        both[1].send_signal(number)
+        outputs = [process.communicate(timeout=100) for process in both]
+    assert both[1].returncode == code and both[0].returncode != 0
+    assert outputs[1][1].endswith("interrupted\n" if number == signal.SIGINT else "")

@@ -1,0 +1,301 @@
+"""A run loaded again, evaluated, and predicting."""
+
+import csv
+import dataclasses
+import io
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from chansel_jax.training.prediction import scores
+from experiments import evaluate, predict
+from experiments.cli.errors import CommandError
+from experiments.training.load import load_images, load_run, settings_from
+from experiments.training.scores import Wanted, as_json, recorded_scores
+from experiments.training.settings import Settings
+
+pytestmark = pytest.mark.usefixtures("shallow_networks")
+
+
+@pytest.fixture
+def console():
+    return Console(file=io.StringIO(), width=120)
+
+
+def printed(console):
+    return console.file.getvalue()
+
+
+@pytest.fixture
+def trained(settings, whole):
+    """The folder of a run."""
+    return settings.workdir
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    subprocess.run(["cp", "-r", str(trained), str(tmp_path / "copy")], check=True)
+    return tmp_path / "copy"
+
+
+# Loading
+
+
+def test_settings_survive_json(settings):
+    there = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    assert settings_from(Settings, there) == settings
+    there["network"]["colour"] = "red"
+    with pytest.raises(ValueError, match="NetworkSettings has no colour"):
+        settings_from(Settings, there)
+
+
+def test_run_is_loaded_as_it_was(trained, settings, whole):
+    summary, _ = whole
+    run = load_run(trained)
+    assert (run.epoch, run.class_names) == (summary["best_epoch"], ("blue", "green", "red"))
+    assert load_run(trained, "last").epoch == 3 and run.image_shape == (8, 8, 3)
+    assert run.network.config.width == 4
+    dataset, others = load_images(run, settings.data.data_dir)
+    assert set(dataset.splits) == {"train", "validation"} and others == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: config["settings"].update(colour=1), "ValueError: Settings has no colour"),
+        (lambda config: config.pop("data"), "KeyError: 'data'"),
+        (lambda config: config["settings"]["training"].update(epochs=0), "epochs=0 must be"),
+        (lambda config: config["settings"]["network"].update(width=8), "cannot restore"),
+    ],
+)
+def test_run_that_cannot_be_read(copy, change, message):
+    config = json.loads((copy / "config.json").read_text())
+    change(config)
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CommandError, match=message) as error:
+        load_run(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(CommandError, match=f"workdir={tmp_path} holds no run"):
+        load_run(tmp_path)
+
+
+def test_no_such_checkpoint(trained):
+    with pytest.raises(CommandError, match="no checkpoint of epoch 9, only "):
+        load_run(trained, 9)
+
+
+# Evaluation
+
+
+def test_evaluation_is_that_of_the_training(trained, settings, whole, tmp_path, console):
+    found = evaluate.evaluate(
+        evaluate.Settings(trained, data_dir=settings.data.data_dir, output=tmp_path), console
+    )
+    summary, _ = whole
+    assert found.loss == pytest.approx(summary["best_val_loss"], rel=1e-4)
+    assert found.accuracy == pytest.approx(summary["val_accuracy_at_best"])
+    written = json.loads((tmp_path / "evaluation-validation.json").read_text())
+    assert written["confusion"] == found.confusion.tolist()
+    assert written["accuracy"] == found.accuracy and np.sum(written["confusion"]) == 27
+    with Image.open(tmp_path / "confusion-validation.png") as picture:
+        assert picture.format == "PNG"
+    assert "27 images" in printed(console) and "not those of the run" not in printed(console)
+
+
+def test_flip_averaged_scores_lie_beside_the_plain_ones(copy, images, console):
+    plain = recorded_scores(copy, Wanted("validation"), images, console)
+    settings = evaluate.Settings(copy, data_dir=images, flip_average=True)
+    found = evaluate.evaluate(settings, console)
+    written = json.loads((copy / "evaluation-validation-flip-averaged.json").read_text())
+    assert written["flip_average"] and written["loss"] == found.loss != plain["loss"]
+    assert (copy / "confusion-validation-flip-averaged.png").is_file()
+    assert json.loads((copy / "evaluation-validation.json").read_text()) == plain
+    assert not (copy / "confusion-validation.png").exists()
+
+
+def test_recorded_scores_are_those_of_the_runs_own_images(copy, settings, images, console):
+    def recorded(checkpoint):
+        return recorded_scores(copy, Wanted("validation", checkpoint), images, console)
+
+    path = copy / "evaluation-validation.json"
+    first = recorded("last")
+    assert first["epoch"] == 3 and json.loads(path.read_text()) == first
+    path.write_text(json.dumps({**first, "loss": 7.0}))
+    assert recorded("last")["loss"] == 7.0  # as recorded
+    for wrong in ({"images_sha256": "0"}, {"flip_average": True}, {"epoch": 1}):
+        path.write_text(json.dumps({**first, **wrong}))
+        assert recorded("last") == first  # measured anew
+    path.write_text("half")
+    assert recorded("last") == first
+    subprocess.run(["rm", "-r", str(copy / "checkpoints")], check=True)
+    assert recorded("last") == first
+    path.unlink()
+    with pytest.raises(CommandError, match="holds no checkpoint"):
+        recorded("last")
+
+
+def test_class_without_predictions_has_no_precision(trained, console):
+    run = load_run(trained)
+    found = scores(np.eye(3, dtype=np.float32)[[0, 0]], np.array([0, 1]))
+    assert as_json(found)["precision"] == [0.5, None, None]
+    evaluate.print_scores(found, run, console)
+    assert "–" in printed(console) and "nan" not in printed(console)
+
+
+def test_evaluation_on_other_images_says_so(trained, images, tmp_path, console):
+    subprocess.run(["cp", "-r", str(images), str(tmp_path / "images")], check=True)
+    next((tmp_path / "images" / "validation" / "red").iterdir()).unlink()
+    settings = evaluate.Settings(trained, data_dir=tmp_path / "images", output=tmp_path / "out")
+    evaluate.evaluate(settings, console)
+    assert "note: the validation images are not those of the run" in printed(console)
+
+
+def test_evaluation_refuses_what_is_not_there(trained, images, tmp_path, console):
+    with pytest.raises(CommandError, match="split=test: .* train, validation only"):
+        evaluate.evaluate(evaluate.Settings(trained, split="test", data_dir=images), console)
+    with pytest.raises(CommandError, match="--data-dir=PATH"):
+        evaluate.evaluate(evaluate.Settings(trained), console)
+    for name in ("blue", "green", "violet"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / "train" / name / f"{i}.png")
+    with pytest.raises(CommandError, match="classes blue, green, violet, the run in .* red"):
+        evaluate.evaluate(evaluate.Settings(trained, data_dir=tmp_path), console)
+
+
+# Prediction
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+@pytest.fixture
+def unlabelled(images, tmp_path):
+    """Images of the validation set, numbered, one in a folder of its own and one larger."""
+    folder = tmp_path / "unlabelled"
+    (folder / "more").mkdir(parents=True)
+    for i, name in enumerate(("red", "blue", "green", "blue")):
+        with Image.open(images / "validation" / name / f"{i}.png") as image:
+            if i == 2:
+                image = image.resize((24, 16))
+            image.save(folder / ("more" if i == 3 else "") / f"{i:03}.png")
+    return folder
+
+
+def test_a_row_a_file(trained, unlabelled, tmp_path, console):
+    output = tmp_path / "new" / "submission.csv"
+    predict.predict(predict.Settings(trained, unlabelled, output), console)
+    assert rows_of(output) == [
+        ["id", "label"],
+        ["000", "red"],
+        ["001", "blue"],
+        ["002", "green"],
+        ["more/003", "blue"],
+    ]
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_other_formats(trained, unlabelled, tmp_path, console):
+    output = tmp_path / "submission.csv"
+    settings = predict.Settings(trained, unlabelled, output)
+    changed = dataclasses.replace(settings, columns=("file", "class"), labels="index")
+    predict.predict(changed, console)
+    assert rows_of(output)[:2] == [["file", "class"], ["000", "2"]]
+    predict.predict(
+        dataclasses.replace(settings, probabilities=True, flip_average=True, epoch="last"), console
+    )
+    heading, *rows = rows_of(output)
+    assert heading == ["id", "blue", "green", "red"]
+    values = np.array([row[1:] for row in rows], float)
+    np.testing.assert_allclose(values.sum(axis=1), 1, atol=2e-6)
+    assert values.argmax(axis=1).tolist() == [2, 0, 1, 0]
+    predict.predict(dataclasses.replace(settings, probabilities=True, labels="index"), console)
+    assert rows_of(output)[0] == ["id", "0", "1", "2"]
+
+
+def test_no_two_files_are_called_alike(tmp_path):
+    def named(*names):
+        return list(predict.row_names([tmp_path / name for name in names], tmp_path).values())
+
+    assert named("a.png", "b.JPG", "c/a.png", "d") == ["a", "b", "c/a", "d"]
+    assert named("a.png", "a.jpg", "b.png") == ["a.png", "a.jpg", "b"]
+    assert named("a.png", "a.jpg", "a.png.jpg") == ["a.png", "a.jpg", "a.png.jpg"]
+    assert named("a", "a.png") == ["a", "a.png"]
+
+
+def test_names_keep_their_extensions_where_they_are_needed(trained, unlabelled, tmp_path, console):
+    with Image.open(unlabelled / "000.png") as image:
+        image.save(unlabelled / "000.jpg")
+    predict.predict(predict.Settings(trained, unlabelled, tmp_path / "s.csv"), console)
+    assert [row[0] for row in rows_of(tmp_path / "s.csv")][1:3] == ["000.jpg", "000.png"]
+
+
+def test_files_that_are_no_images_are_named_and_the_rest_predicted(
+    trained, unlabelled, tmp_path, console
+):
+    (unlabelled / "001.png").write_bytes((unlabelled / "001.png").read_bytes()[:60])
+    (unlabelled / "notes.txt").write_text("no image")
+    (unlabelled / ".hidden").write_text("no image")
+    output = tmp_path / "submission.csv"
+    with pytest.raises(CommandError, match=r"2 of 5 files are not predicted: 001.png, notes.txt$"):
+        predict.predict(predict.Settings(trained, unlabelled, output), console)
+    assert [row[0] for row in rows_of(output)] == ["id", "000", "002", "more/003"]
+    assert printed(console).count("no image: ") == 2
+
+
+def test_nothing_is_written_where_nothing_can_be_predicted(trained, tmp_path, console):
+    output = tmp_path / "submission.csv"
+    output.write_text("kept")
+    folder = tmp_path / "images"
+    with pytest.raises(CommandError, match="is not a folder"):
+        predict.predict(predict.Settings(trained, folder, output), console)
+    folder.mkdir()
+    with pytest.raises(CommandError, match="holds no files"):
+        predict.predict(predict.Settings(trained, folder, output), console)
+    (folder / "notes.txt").write_text("no image")
+    with pytest.raises(CommandError, match="holds no image that can be read"):
+        predict.predict(predict.Settings(trained, folder, output), console)
+    assert output.read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "submission.csv"]
+
+
+def test_a_file_beside_the_images_changes_no_names(trained, unlabelled, tmp_path, console):
+    (unlabelled / "000.json").write_text("{}")
+    with pytest.raises(CommandError, match="1 of 5 files are not predicted: 000.json"):
+        predict.predict(predict.Settings(trained, unlabelled, tmp_path / "s.csv"), console)
+    assert [row[0] for row in rows_of(tmp_path / "s.csv")] == [
+        "id",
+        "000",
+        "001",
+        "002",
+        "more/003",
+    ]
+
+
+@pytest.mark.parametrize("output", [Path(), Path("/")])
+def test_output_that_is_a_folder_is_refused_first(output, console):
+    with pytest.raises(CommandError, match=f"output={output} is a folder"):
+        predict.predict(predict.Settings(None, None, output), console)
+
+
+def test_output_that_cannot_be_written_is_named(trained, unlabelled, tmp_path, console):
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file" / "submission.csv"
+    with pytest.raises(CommandError, match=f"output={output}: "):
+        predict.predict(predict.Settings(trained, unlabelled, output), console)
+
+
+@pytest.mark.parametrize("columns", [("id", "id"), ("a", "b", "c")])
+def test_columns_are_two(columns):
+    with pytest.raises(ValueError, match="columns=.* must be two different headings"):
+        predict.Settings(None, None, columns=columns)

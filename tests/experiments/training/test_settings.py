@@ -1,0 +1,306 @@
+"""What the settings of a training name, refuse and build; and what is printed of a run."""
+
+import dataclasses
+import functools
+import io
+import re
+import shlex
+from pathlib import Path
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+from chansel_jax.counting import LayerCount
+from chansel_jax.data import DATASETS, Dataset, Split
+from chansel_jax.networks.resnet import CONVS, PRESETS
+from chansel_jax.training.augmentation import Augmentation
+from chansel_jax.training.optimizer import OptimizerSettings
+from experiments.cli.flags import parse, typed
+from experiments.training import printing
+from experiments.training.settings import (
+    RECIPES,
+    DataSettings,
+    NetworkSettings,
+    Settings,
+    TrainingSettings,
+    build_network,
+    checked_seeds,
+    run_name,
+)
+
+
+def built(num_classes=3, conv="chansel", dropout_rate=None, **network):
+    """The network of these settings, without arrays."""
+    settings = Settings(
+        conv=conv,
+        network=NetworkSettings(**network),
+        training=TrainingSettings(dropout_rate=dropout_rate),
+    )
+    return nnx.eval_shape(lambda: build_network(settings, num_classes))
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    "settings_type, name, choices",
+    [
+        (DataSettings, "dataset", DATASETS),
+        (Settings, "conv", tuple(CONVS)),
+        (NetworkSettings, "model", tuple(PRESETS)),
+    ],
+)
+def test_choices_are_those_of_the_library(settings_type, name, choices):
+    assert get_args(settings_type.__annotations__[name]) == choices
+
+
+def test_run_is_named_by_dataset_model_conv_and_seed():
+    settings = Settings(
+        conv="subkernel",
+        network=NetworkSettings(model="resnet18"),
+        data=DataSettings(dataset="cifar10"),
+        seed=7,
+    )
+    assert run_name(settings) == "cifar10-resnet18-subkernel-seed7"
+    assert run_name(Settings()) == "silhouettes-resnet14-chansel-seed0"
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    "settings_type, name, value",
+    [
+        (TrainingSettings, "label_smoothing", -0.1),
+        (TrainingSettings, "label_smoothing", float("nan")),
+        (Settings, "seed", 2**32),
+    ],
+)
+def test_bad_setting_is_named_with_its_value(settings_type, name, value):
+    with pytest.raises(ValueError, match=f"{name}={value} must be "):
+        settings_type(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "settings_type, name, value",
+    [
+        (TrainingSettings, "epochs", 1),
+        (TrainingSettings, "batch_size", 1),
+        (Settings, "seed", 2**32 - 1),
+    ],
+)
+def test_outermost_good_value_is_taken(settings_type, name, value):
+    assert getattr(settings_type(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("seeds", [(), (1, 1), (-1,)])
+def test_seeds_are_different_and_in_range(seeds):
+    assert checked_seeds((0, 3)) == (0, 3)
+    with pytest.raises(ValueError, match="seeds?=.* must be"):
+        checked_seeds(seeds)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_gives_what_no_flag_does(recipe):
+    settings = parse(Settings, "train", [f"--recipe={recipe}", "--batch-size=8"], RECIPES)
+    assert settings.training == dataclasses.replace(RECIPES[recipe], batch_size=8)
+
+
+def test_recipe_is_the_first_by_default_and_in_the_help(capsys):
+    assert parse(Settings, "train", [], RECIPES) == Settings(training=RECIPES["short"])
+    with pytest.raises(SystemExit) as stopped:
+        parse(Settings, "train", ["--recipe=wurst"], RECIPES)
+    assert stopped.value.code == 2 and "wurst" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(Settings, "train", ["--help"], RECIPES)
+    assert "--recipe={short,original,best}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(),
+        Settings(training=RECIPES["best"]),
+        Settings(
+            conv="subkernel",
+            data=DataSettings(dataset="folder", classes=("a b", "c")),
+            training=dataclasses.replace(RECIPES["best"], epochs=7),
+        ),
+        Settings(
+            training=dataclasses.replace(RECIPES["short"], augmentation=Augmentation(0, False))
+        ),
+    ],
+)
+def test_typed_command_gives_the_settings_again(settings):
+    words = shlex.split(typed("train", settings, RECIPES))
+    assert words[:3] == ["python", "-m", "experiments.train"]
+    assert parse(Settings, "train", words[3:], RECIPES) == settings
+
+
+def test_flags_of_all_groups_reach_the_settings():
+    settings = parse(
+        Settings,
+        "train",
+        ["--conv=subkernel", "--dataset=folder", "--data-dir=images", "--classes=cat,dog"]
+        + ["--undecayed=", "--step-epochs=3,5", "--no-flip", "--width=8", "--epochs=4"],
+    )
+    default = Settings()
+    assert settings == dataclasses.replace(
+        default,
+        conv="subkernel",
+        network=NetworkSettings(width=8),
+        data=DataSettings(dataset="folder", data_dir=Path("images"), classes=("cat", "dog")),
+        training=TrainingSettings(
+            optimization=OptimizerSettings(undecayed=(), step_epochs=(3, 5)),
+            augmentation=Augmentation(flip=False),
+            epochs=4,
+        ),
+    )
+
+
+# Networks
+
+
+@pytest.mark.parametrize("model", PRESETS)
+@pytest.mark.parametrize("conv", CONVS)
+def test_network_by_default_is_the_preset(model, conv):
+    preset = nnx.eval_shape(lambda: PRESETS[model](CONVS[conv], 5, rngs=nnx.Rngs(0)))
+    network = built(5, model=model, conv=conv)
+    assert network.config == preset.config
+    assert network.config.dropout_rate == {"resnet14": 0.2, "resnet18": 0}[model]
+    assert network.dense.out_features == 5
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("width", 8, 8),
+        ("rank", 3, 3),
+        ("use_bias", True, True),
+        ("dropout_rate", 0.5, 0.5),
+        ("dropout_rate", 0.0, 0.0),
+        ("dtype", "bfloat16", jnp.bfloat16),
+    ],
+)
+def test_network_honours_each_setting_and_changes_nothing_else(name, value, expected):
+    assert built(**{name: value}).config == dataclasses.replace(built().config, **{name: expected})
+
+
+@pytest.mark.parametrize(
+    "name, value", [("width", -1), ("width", 0), ("rank", 0), ("rank", 10), ("dropout_rate", 1.0)]
+)
+def test_network_refuses_a_bad_setting_by_its_name(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        built(**{name: value})
+
+
+def test_initialisation_and_norm_reach_the_convolutions():
+    network = built(init="torch", norm=True, ranks=(1, 2) * 6)
+    assert network.config.conv.func is CONVS["chansel"]
+    assert network.blocks[0].conv2.norm is not None and network.blocks[0].conv2.rank == 2
+    settings = Settings(network=NetworkSettings(init="torch"))
+    kernel = jax.jit(lambda: build_network(settings, 3).blocks[5].conv2.pointwise[...])()
+    # PyTorch: uniform within ± 1 / sqrt(fan_in).
+    assert float(jnp.abs(kernel).max()) == pytest.approx(1 / 8, rel=1e-2)
+    assert float(kernel.std()) == pytest.approx(1 / 8 / 3**0.5, rel=0.03)
+
+
+def test_seed_decides_the_initial_parameters():
+    @functools.partial(jax.jit, static_argnums=0)
+    def kernel(seed):
+        return build_network(Settings(seed=seed), 3).dense.kernel[...]
+
+    zero, one = kernel(0), kernel(1)
+    expected = jax.jit(lambda: PRESETS["resnet14"](rngs=nnx.Rngs(0)).dense.kernel[...])()
+    np.testing.assert_array_equal(zero, expected)
+    assert not np.array_equal(zero, one)
+
+
+# Printing
+
+
+@pytest.fixture
+def console():
+    return Console(file=io.StringIO(), width=100)
+
+
+def printed(console):
+    return console.file.getvalue()
+
+
+def row(epoch, val_loss, accuracy):
+    return {
+        "epoch": epoch,
+        "train_loss": 1.25,
+        "train_accuracy": accuracy,
+        "val_loss": val_loss,
+        "val_accuracy": accuracy / 2,
+        "learning_rate": 0.005,
+        "images_per_second": 12345.6,
+        "seconds": 2.34,
+    }
+
+
+def test_line_of_an_epoch_has_its_figures_and_the_best_epoch():
+    line = printing.epoch_line([row(1, 0.5, 0.4), row(2, 0.75, 0.5)])
+    figures = "2 1.2500 50.00% 0.7500 25.00% 5.00e-03 12,346 2.3 1 (0.5000)"
+    assert " ".join(line.split()) == figures
+
+
+@pytest.mark.parametrize("accuracy", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("epoch", [1, 200])
+def test_line_of_an_epoch_stands_under_its_header(accuracy, epoch):
+    line = printing.epoch_line([row(epoch, 0.5, accuracy)])
+    headings = [m.end() for m in re.finditer(r"\S+(?: \S+)*", printing.EPOCH_HEADER)]
+    figures = [m.end() for m in re.finditer(r"\S+", line)]
+    assert figures[:8] == headings[:8]
+
+
+def test_header_names_devices_versions_and_sizes(console):
+    splits = {
+        name: Split(np.zeros((count, 28, 30, 3), np.uint8), np.zeros(count, np.int32))
+        for name, count in (("train", 1200), ("validation", 300))
+    }
+    dataset = Dataset(name="pets", class_names=("cat", "dog"), splits=splits)
+    printing.print_header(dataset, jax.devices(), console)
+    devices, versions, data = printed(console).splitlines()
+    assert devices == "2 × cpu (cpu)"
+    assert f"jax {jax.__version__}" in versions
+    assert data == "pets: 1,200 train, 300 validation images of 28 × 30 × 3, 2 classes"
+
+
+def test_layers_are_listed_with_their_total(console):
+    rows = [
+        LayerCount("stem.conv", "subkernel", (32, 32, 16), 448, 442368),
+        LayerCount("dense", "dense", (3,), 1195, 1192),
+    ]
+    printing.print_layers(rows, "resnet14", console)
+    lines = [line.split() for line in printed(console).splitlines()]
+    assert ["stem.conv", "subkernel", "32", "×", "32", "×", "16", "448", "442,368"] in lines
+    assert ["dense", "dense", "3", "1,195", "1,192"] in lines
+    assert ["total", "1,643", "443,560"] in lines
+
+
+def test_summary_shows_the_row_of_the_table_and_the_folder(console):
+    summary = {
+        "dataset": "silhouettes",
+        "model": "resnet14",
+        "conv": "chansel",
+        "parameters": 27363,
+        "best_val_loss": 0.12345,
+        "train_loss_at_best": 0.25,
+        "best_epoch": 7,
+        "best_val_accuracy": 0.987,
+        "best_accuracy_epoch": 9,
+        "seconds_per_epoch": 1.5,
+    }
+    printing.print_summary(summary, Path("runs/mine"), console)
+    text = " ".join(printed(console).split())
+    assert "silhouettes, resnet14, chansel" in text
+    assert "27,363 0.1235 (train 0.2500, epoch 7) 98.70% (epoch 9) 1.50" in text
+    assert text.endswith("written to runs/mine")

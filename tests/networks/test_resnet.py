@@ -1,0 +1,370 @@
+"""The residual block and the networks: against PyTorch, in both modes, and by their arguments."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from chansel_jax import (
+    ChannelSelectionConv,
+    ResNet,
+    ResNetConfig,
+    SubKernelConv,
+    resnet14,
+    resnet18,
+)
+from chansel_jax.networks.resnet import CONVS, PRESETS
+from chansel_jax.torch_weights import from_torch, to_torch
+from experiments.pytorch.networks import TorchResNet, torch_resnet14, torch_resnet18
+
+BATCH = 4
+
+TWINS = {"resnet14": torch_resnet14, "resnet18": torch_resnet18}
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def unset(kind):
+    """The convolution, without the time that initialising it takes."""
+    return functools.partial(CONVS[kind], kernel_init=nnx.initializers.zeros)
+
+
+def randomised(twin):
+    """`twin` in float64, its BatchNorms with other values than the initial zeros and ones."""
+    twin.double()
+    for module in twin.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, std=0.3)
+            module.running_mean.normal_(std=0.3)
+            module.running_var.uniform_(0.5, 2)
+    return twin
+
+
+def carried(network, twin):
+    """`network` in float64 with the weights and running statistics of `twin`."""
+    state = nnx.state(network, (nnx.Param, nnx.BatchStat))
+    nnx.update(network, jax.tree.map(lambda leaf: leaf.astype(jnp.float64), state))
+    from_torch(network, twin.state_dict())
+    return network
+
+
+def step(network, part, loss, x):
+    """Loss, gradient of `x`, and `to_torch` after a step: gradients in the parameters' places."""
+    graphdef, params, rest = nnx.split(part, nnx.Param, ...)
+
+    @jax.jit
+    def loss_and_gradients(params, rest, x):
+        def loss_of(params, x):
+            module = nnx.merge(graphdef, params, rest, copy=True)
+            return loss(module(x)), nnx.state(module, nnx.BatchStat)
+
+        return jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)(params, x)
+
+    (value, stats), (gradients, x_gradient) = loss_and_gradients(params, rest, x)
+    nnx.update(part, gradients, stats)
+    return value, x_gradient, to_torch(network)
+
+
+def torch_step(twin, part, loss, x):
+    """What `step` returns, by PyTorch, with running variances as Flax defines them."""
+    before = {name: buffer.clone() for name, buffer in twin.named_buffers()}
+    samples = {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda module, inputs, name=name: samples.update(
+                {f"{name}.running_var": inputs[0].numel() // inputs[0].shape[1]}
+            )
+        )
+        for name, module in twin.named_modules()
+        if isinstance(module, torch.nn.BatchNorm2d) and module.training
+    ]
+    value = loss(part(x))
+    value.backward()
+    for hook in hooks:
+        hook.remove()
+    after = {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
+    for name, buffer in twin.named_buffers():
+        if name in samples:
+            # PyTorch takes the variance of a sample, divided by n - 1; Flax divides by n.
+            n, old = samples[name], 0.9 * before[name]
+            after[name] = old + (buffer - old) * (n - 1) / n
+        elif not name.endswith("num_batches_tracked"):
+            after[name] = buffer
+    return value.detach().numpy(), x.grad, {name: a.numpy() for name, a in after.items()}
+
+
+def assert_close(actual, expected, tolerance):
+    """Every array of the trees to within `tolerance` of its own largest element."""
+    # A bias before BatchNorm has no gradient but rounding, which must not be held against it.
+    scale = jax.tree.map(lambda leaf: max(np.abs(leaf).max(), 1e-5), expected)
+    trees = (jax.tree.map(np.divide, tree, scale) for tree in (actual, expected))
+    chex.assert_trees_all_close(*trees, rtol=0, atol=tolerance)
+
+
+def nchw(x):
+    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("kind", CONVS)
+def test_block_is_that_of_torch(x64, kind, strides, train):
+    torch.manual_seed(0)
+    shape = {"num_classes": 2, "width": 8, "blocks": (1, 1), "stem": "plain"}
+    twin = randomised(TorchResNet(kind, **shape)).train(train)
+    config = ResNetConfig(conv=unset(kind), dtype=jnp.float64, **shape)
+    network = carried(ResNet(config, rngs=nnx.Rngs(0)), twin)
+    network.train() if train else network.eval()
+    name = f"layer{strides}.0."  # the second stage's block has stride 2 and the shortcut
+
+    rng = np.random.default_rng(0)
+    x, cotangent = rng.standard_normal((BATCH, 8, 6, 8)), rng.standard_normal((BATCH, 8, 6, 8))
+    if strides == 2:
+        cotangent = rng.standard_normal((BATCH, 4, 3, 16))
+    torch_x = nchw(x).requires_grad_()
+    torch_block = twin.get_submodule(name.rstrip("."))
+    expected = torch_step(twin, torch_block, lambda y: (y * nchw(cotangent)).sum(), torch_x)
+    actual = step(
+        network, network.blocks[strides - 1], lambda y: (y * cotangent).sum(), jnp.asarray(x)
+    )
+    in_block = {n: a for n, a in actual[2].items() if n.startswith(name)}
+    assert in_block.keys() == {name + n for n in torch_block.state_dict() if "batches" not in n}
+    actual = (np.asarray(actual[0]), nchw(np.asarray(actual[1])).numpy(), in_block)
+    in_block = {n: a for n, a in expected[2].items() if n.startswith(name)}
+    assert_close(actual, (expected[0], expected[1].numpy(), in_block), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("preset", "kind", "options", "size"),
+    [
+        ("resnet14", "subkernel", {}, 16),
+        ("resnet14", "chansel", {}, 16),
+        ("resnet14", "chansel", {"rank": 2, "use_bias": True}, 16),
+        ("resnet18", "subkernel", {}, 48),
+        ("resnet18", "chansel", {"use_bias": True}, 48),
+    ],
+)
+def test_networks_are_those_of_torch(x64, preset, kind, options, size):
+    torch.manual_seed(0)
+    twin = randomised(TWINS[preset](kind, 10, width=8, **options))
+    network = PRESETS[preset](
+        unset(kind), 10, width=8, dropout_rate=0.0, dtype=jnp.float64, rngs=nnx.Rngs(0), **options
+    )
+    carried(network, twin)
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((BATCH, size, size, 3))
+    labels = rng.integers(10, size=BATCH)
+
+    network.eval()
+    logits = jax.jit(lambda state, x: nnx.merge(nnx.graphdef(network), state)(x))(
+        nnx.state(network), images
+    )
+    with torch.no_grad():
+        expected = twin.eval()(nchw(images))
+    assert logits.dtype == jnp.float32
+    # The logits are float32 whatever the computation is, and so are the errors of what depends on
+    # them; the rest is float64 on both sides.
+    assert_close(np.asarray(logits), expected.numpy(), 1e-6)
+
+    def cross_entropy(logits):
+        return -jax.nn.log_softmax(logits)[jnp.arange(BATCH), labels].mean()
+
+    def torch_cross_entropy(logits):
+        return torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
+
+    network.train()
+    twin.train()
+    expected = torch_step(twin, twin, torch_cross_entropy, nchw(images).requires_grad_())
+    actual = step(network, network, cross_entropy, jnp.asarray(images))
+    actual = (np.asarray(actual[0]), nchw(np.asarray(actual[1])).numpy(), actual[2])
+    assert_close(actual, (expected[0], expected[1].numpy(), expected[2]), 1e-6)
+
+
+def drawn(key, shape, dtype):
+    """An initialiser in NumPy, which compiles nothing."""
+    values = np.random.default_rng(0).standard_normal(shape) * np.prod(shape[:-1]) ** -0.5
+    return jnp.asarray(values, dtype)
+
+
+def small(preset=resnet14, conv=ChannelSelectionConv, **options):
+    """A network of width 4 for the tests of behaviour."""
+    conv = functools.partial(conv, kernel_init=drawn)
+    return preset(conv, **{"width": 4, "rngs": nnx.Rngs(0), **options})
+
+
+def image_batch(*shape):
+    return jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
+
+
+@nnx.jit
+def forward(network, x):
+    return network(x)
+
+
+def batch_stats(network):
+    return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(network, nnx.BatchStat)))
+
+
+def test_evaluation_mode_is_a_function_of_each_image_alone():
+    network, x = small(dropout_rate=0.5), image_batch(4, 8, 8, 3)
+    forward(network, x)  # statistics that are not the initial ones
+    network.eval()
+    before = batch_stats(network)
+    logits = forward(network, x)
+    chex.assert_shape(logits, (4, 3))
+    np.testing.assert_array_equal(forward(network, x), logits)
+    np.testing.assert_allclose(forward(network, x[1:2]), logits[1:2], rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_equal(batch_stats(network), before)
+
+
+def test_training_mode_drops_features_and_moves_the_statistics():
+    network, x = small(dropout_rate=0.5), image_batch(4, 8, 8, 3)
+    network.eval()
+    network.train()
+    before = batch_stats(network)
+    assert (forward(network, x) != forward(network, x)).any()
+    moved = jax.tree.map(lambda a, b: (a != b).any(), batch_stats(network), before)
+    assert all(jax.tree.leaves(moved))
+
+
+def test_training_mode_without_dropout_is_deterministic():
+    network, x = small(dropout_rate=0.0), image_batch(4, 8, 8, 3)
+    np.testing.assert_array_equal(forward(network, x), forward(network, x))
+
+
+def test_the_dropout_stream_can_be_given():
+    network, x = small(dropout_rate=0.5), image_batch(4, 8, 8, 3)
+
+    @nnx.jit
+    def logits(network, key):
+        return network(x, rngs=nnx.Rngs(dropout=key))
+
+    first, second = jax.random.key(1), jax.random.key(2)
+    np.testing.assert_array_equal(logits(network, first), logits(network, first))
+    assert (logits(network, first) != logits(network, second)).any()
+
+
+@pytest.mark.parametrize("preset", [resnet14, resnet18])
+@pytest.mark.parametrize("conv", [SubKernelConv, ChannelSelectionConv])
+def test_bfloat16_keeps_parameters_and_logits_in_float32(preset, conv):
+    x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.bfloat16)
+    network = nnx.eval_shape(lambda: small(preset, conv, dtype=jnp.bfloat16))
+    assert nnx.eval_shape(lambda network, x: network(x), network, x).dtype == jnp.float32
+    state = nnx.state(network, (nnx.Param, nnx.BatchStat))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32)}
+    block = nnx.eval_shape(
+        lambda block, x: block(x), network.blocks[0], jax.ShapeDtypeStruct((2, 8, 8, 4), x.dtype)
+    )
+    assert block.dtype == jnp.bfloat16
+
+
+def test_bfloat16_is_near_float32():
+    x = image_batch(4, 8, 8, 3)
+    expected = forward(small(dropout_rate=0.0), x)
+    actual = forward(small(dropout_rate=0.0, dtype=jnp.bfloat16), x)
+    assert 0 < np.linalg.norm(actual - expected) < 0.1 * np.linalg.norm(expected)
+
+
+def test_width_rank_and_bias_reach_every_convolution():
+    network = nnx.eval_shape(lambda: small(resnet18, width=6, rank=4, use_bias=True))
+    convs = {
+        ".".join(map(str, path)): layer
+        for path, layer in nnx.iter_modules(network)
+        if isinstance(layer, ChannelSelectionConv)
+    }
+    assert len(convs) == 1 + 8 * 2 + 3
+    assert all(layer.bias is not None for layer in convs.values())
+    # The stem has three channels to select from, a 1 × 1 kernel one element: their ranks follow.
+    ranks = {name: 3 if "stem" in name else 1 if "shortcut" in name else 4 for name in convs}
+    assert {name: layer.rank for name, layer in convs.items()} == ranks
+    assert [block.conv1.out_channels for block in network.blocks] == [6, 6, 12, 12, 24, 24, 48, 48]
+    assert [block.conv1.strides[0] for block in network.blocks] == [1, 1, 2, 1, 2, 1, 2, 1]
+    assert [block.shortcut is not None for block in network.blocks] == [0, 0, 1, 0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("conv", [SubKernelConv, ChannelSelectionConv])
+def test_the_plain_stem_is_an_ordinary_convolution_with_bias(conv):
+    network = nnx.eval_shape(lambda: small(conv=conv))
+    assert type(network.stem.conv) is SubKernelConv
+    assert network.stem.conv.bias is not None
+    assert type(network.blocks[0].conv1) is conv
+    assert network.blocks[0].conv1.bias is None
+
+
+def test_a_partial_of_a_convolution_is_a_convolution():
+    x = image_batch(2, 8, 8, 3)
+    composed = small(dropout_rate=0.0)
+    grouped = small(
+        conv=functools.partial(ChannelSelectionConv, lowering="grouped"), dropout_rate=0.0
+    )
+    assert grouped.blocks[0].conv1.lowering == "grouped"
+    chex.assert_trees_all_close(forward(grouped, x), forward(composed, x), rtol=1e-4, atol=1e-5)
+
+
+def test_presets():
+    network = nnx.eval_shape(lambda: resnet14(rngs=nnx.Rngs(0)))
+    assert network.config == ResNetConfig(
+        conv=ChannelSelectionConv,
+        num_classes=3,
+        blocks=(2, 2, 2),
+        width=16,
+        stem="plain",
+        dropout_rate=0.2,
+    )
+    network = nnx.eval_shape(lambda: resnet18(SubKernelConv, 10, rngs=nnx.Rngs(0)))
+    assert network.config == ResNetConfig(
+        conv=SubKernelConv, num_classes=10, blocks=(2, 2, 2, 2), width=64, stem="pooled"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "others"),
+    [
+        ("num_classes", 0, {}),
+        ("width", 0, {}),
+        ("width", 16.0, {}),
+        ("in_channels", -3, {}),
+        ("blocks", (), {}),
+        ("stem", "deep", {}),
+        ("rank", 0, {}),
+        ("rank", 10, {}),
+        ("rank", 2, {"conv": SubKernelConv}),
+        ("dropout_rate", 1.0, {}),
+        ("dropout_rate", -0.1, {}),
+        ("dropout_rate", float("nan"), {}),
+    ],
+)
+def test_wrong_argument(name, value, others):
+    config = nnx.eval_shape(lambda: small()).config
+    with pytest.raises(ValueError) as error:
+        dataclasses.replace(config, **{**others, name: value})
+    assert f"{name}={value!r}" in str(error.value)
+
+
+def test_wrong_number_of_blocks():
+    config = nnx.eval_shape(lambda: small()).config
+    with pytest.raises(ValueError, match="blocks=0"):
+        dataclasses.replace(config, blocks=(2, 0))
+
+
+def test_other_derivatives_on_one_cpu(monkeypatch):
+    """As the README says: no convolution of the network in a lowering of C++."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    conv = functools.partial(ChannelSelectionConv, lowering="composed")
+    network = resnet14(conv, num_classes=3, width=4, rngs=nnx.Rngs(0))
+    network.stem.conv.lowering = "lax"
+    network.eval()
+    images = jnp.ones((2, 8, 8, 3))
+    logits, tangent = jax.jvp(network, (images,), (images,))
+    assert tangent.shape == logits.shape and jnp.abs(tangent).max() > 0

@@ -1,0 +1,220 @@
+"""The dense convolution's lowerings against lax in float64, finite differences, and by hand."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.test_util import check_grads
+from layers import ANY_LAYER, LAYERS, NAMES, assert_close
+
+from chansel_jax.ops import native
+from chansel_jax.ops.dense import LOWERINGS, dense_conv
+from chansel_jax.ops.lowerings import runnable
+from chansel_jax.ops.window import output_size
+
+RUNNABLE = [name for name in runnable(LOWERINGS) if name != "auto"]
+NATIVE = [name for name in RUNNABLE if name == "native"]
+TOLERANCES = {np.float64: 1e-13, jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
+WINDOW = {"strides": (2, 1), "padding": ((1, 1), (0, 2)), "dilation": (1, 1)}
+
+
+@functools.partial(jax.jit, static_argnames=("strides", "padding", "dilation", "lowering"))
+def output_and_gradients(x, kernel, dy, **options):
+    y, pull_back = jax.vjp(functools.partial(dense_conv, **options), x, kernel)
+    return y, *pull_back(dy)
+
+
+def arrays(size, kernel_size, channels, *, batch=2, **window):
+    """Random `x`, `kernel` and a gradient of the output, in float64."""
+    rng = np.random.default_rng(0)
+    shapes = (
+        (batch, *size, channels[0]),
+        (*kernel_size, *channels),
+        (batch, *output_size(size, kernel_size, **window), channels[1]),
+    )
+    return [rng.standard_normal(shape) for shape in shapes]
+
+
+def assert_like_lax(lowerings, operands, dtype, **window):
+    with jax.enable_x64(True):
+        operands = [jnp.asarray(operand, dtype) for operand in operands]
+        wide = [operand.astype(np.float64) for operand in operands]
+        expected = output_and_gradients(*wide, **window, lowering="lax")
+        for lowering in lowerings:
+            actual = output_and_gradients(*operands, **window, lowering=lowering)
+            assert all(a.dtype == operands[0].dtype for a in actual)
+            assert_close(actual, expected, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(NAMES, LAYERS)
+def test_like_lax(kernel_size, strides, padding, dilation, channels, dtype):
+    window = {"strides": strides, "padding": padding, "dilation": dilation}
+    operands = arrays((11, 13), kernel_size, channels, **window)
+    assert_like_lax(RUNNABLE, operands, dtype, **window)
+
+
+@hypothesis.settings(max_examples=20, derandomize=True, deadline=None, database=None)
+@hypothesis.given(
+    **ANY_LAYER,
+    dtype=st.sampled_from(tuple(TOLERANCES)),
+)
+def test_any_shape_like_lax(size, kernel_size, channels, dtype, **window):
+    try:
+        output_size(size, kernel_size, **window)
+    except ValueError:
+        hypothesis.reject()
+    assert_like_lax(RUNNABLE, arrays(size, kernel_size, channels, **window), dtype, **window)
+
+
+@pytest.mark.parametrize("lowering", NATIVE)
+def test_large_images_are_taken_in_parts(lowering):
+    """Images that do not fit into the cache."""
+    for strides, dilation in (((1, 1), (1, 1)), ((2, 3), (1, 2))):
+        window = {"strides": strides, "padding": ((2, 2), (2, 2)), "dilation": dilation}
+        operands = arrays((140, 90), (5, 3), (20, 24), batch=1, **window)
+        assert_like_lax([lowering], operands, np.float64, **window)
+
+
+@pytest.mark.parametrize("lowering", RUNNABLE)
+def test_by_hand(lowering):
+    # One row of three pixels of two channels, taps (1, 10) and (100, 1000) of one output.
+    x = jnp.array([[1.0, 0.0], [2.0, 0.0], [3.0, 1.0]]).reshape(1, 1, 3, 2)
+    kernel = jnp.array([1.0, 10.0, 100.0, 1000.0]).reshape(1, 2, 2, 1)
+    y, pull_back = jax.vjp(
+        functools.partial(dense_conv, padding="VALID", lowering=lowering), x, kernel
+    )
+    np.testing.assert_array_equal(y.reshape(2), [1 + 200, 2 + 300 + 1000])
+    dx, dkernel = pull_back(jnp.array([1.0, 5.0]).reshape(1, 1, 2, 1))
+    np.testing.assert_array_equal(dx.reshape(3, 2), [[1, 10], [105, 1050], [500, 5000]])
+    np.testing.assert_array_equal(dkernel.reshape(4), [1 + 10, 0, 2 + 15, 5])
+
+
+@pytest.mark.parametrize("lowering", NATIVE)
+def test_gradients_by_finite_differences(lowering):
+    window = {"strides": (2, 3), "padding": ((1, 2), (0, 4)), "dilation": (2, 1)}
+    with jax.enable_x64(True):
+        operands = arrays((5, 4), (3, 2), (3, 2), **window)[:2]
+        function = jax.jit(functools.partial(dense_conv, **window, lowering=lowering))
+        check_grads(function, operands, order=1, modes=("rev",), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("lowering", NATIVE)
+def test_other_derivatives_are_refused(lowering):
+    operands = [jnp.ones(shape) for shape in ((1, 4, 4, 2), (3, 3, 2, 3))]
+    call = functools.partial(dense_conv, lowering=lowering)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(call, operands, operands)
+    with pytest.raises(TypeError, match="first derivatives only.*'lax'"):
+        slope = jax.grad(lambda x: jnp.sum(call(x, operands[1])))
+        jax.grad(lambda x: jnp.sum(slope(x)))(operands[0])
+
+
+@pytest.mark.parametrize("lowering", NATIVE)
+def test_vmap_checkpoint_scan_and_a_sharded_batch(lowering):
+    operands = arrays((6, 5), (3, 3), (4, 3), batch=8, **WINDOW)
+    x, kernel, dy = map(jnp.float32, operands)
+
+    def loss(kernel, lowering, mapped):
+        call = functools.partial(dense_conv, **WINDOW, lowering=lowering)
+
+        def one(x):
+            return jnp.mean(jnp.square(jax.checkpoint(call)(x, kernel)))
+
+        xs = x.reshape(4, 2, *x.shape[1:])
+        if mapped == "vmap":
+            return jnp.sum(jax.vmap(one)(xs))
+        return lax.scan(lambda total, x: (total + one(x), None), 0.0, xs)[0]
+
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))
+    expected = gradient(kernel, "lax", "vmap")
+    for mapped in ("vmap", "scan"):
+        assert_close(gradient(kernel, lowering, mapped), expected, 1e-5)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    batch = NamedSharding(mesh, PartitionSpec("data"))
+    sharded = jax.device_put(x, batch), kernel, jax.device_put(dy, batch)
+    assert_close(
+        output_and_gradients(*sharded, **WINDOW, lowering=lowering),
+        output_and_gradients(x, kernel, dy, **WINDOW, lowering="lax"),
+        1e-5,
+    )
+
+
+@pytest.mark.parametrize("lowering", RUNNABLE)
+@pytest.mark.parametrize(("batch", "size"), [(0, (6, 5)), (2, (0, 5)), (2, (6, 0)), (0, (0, 0))])
+def test_empty_arrays(batch, size, lowering):
+    window = {**WINDOW, "padding": ((2, 2), (2, 2))}
+    operands = arrays(size, (3, 3), (4, 3), batch=batch, **window)
+    y, dx, dkernel = output_and_gradients(*map(jnp.float32, operands), **window, lowering=lowering)
+    assert y.shape == operands[2].shape and dx.shape == operands[0].shape
+    for a in (y, dkernel):
+        np.testing.assert_array_equal(a, np.zeros(a.shape))
+
+
+@pytest.mark.parametrize("devices", [8, 1])
+def test_auto_is_one_of_the_others(devices, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    output_and_gradients.clear_cache()  # where "auto" was something else
+    operands = arrays((6, 5), (3, 3), (4, 3), **WINDOW)
+    assert_like_lax(["auto"], operands, jnp.float32, **WINDOW)
+    long_vectors = bool(NATIVE) and native.instruction_set() != "baseline"
+    wanted = "chansel_dense" if devices == 1 and long_vectors else "convolution"
+    text = output_and_gradients.lower(*map(jnp.float32, operands), **WINDOW, lowering="auto")
+    assert wanted in text.as_text()
+
+
+@pytest.mark.parametrize("lowering", NATIVE)
+def test_a_gradient_that_nobody_asks_for_is_left_out(lowering):
+    operands = map(jnp.float32, arrays((6, 5), (3, 3), (4, 3), **WINDOW))
+
+    def kernel_gradient(x, kernel, dy):
+        call = functools.partial(dense_conv, **WINDOW, lowering=lowering)
+        return jax.vjp(call, x, kernel)[1](dy)[1]
+
+    compiled = jax.jit(kernel_gradient).lower(*operands).compile().as_text()
+    assert "chansel_dense_kernel_gradient" in compiled
+    assert "chansel_dense_data_gradient" not in compiled
+
+
+def test_without_the_compiled_library(monkeypatch):
+    output_and_gradients.clear_cache()  # where "auto" was something else
+    monkeypatch.setattr(native, "_library", lambda: "no compiler")
+    operands = arrays((6, 5), (3, 3), (4, 3), **WINDOW)
+    assert_like_lax(["auto"], operands, jnp.float32, **WINDOW)
+    with pytest.raises(ValueError, match="lowering='native'.*compiler"):
+        dense_conv(*map(jnp.float32, operands[:2]), **WINDOW, lowering="native")
+
+
+@pytest.mark.parametrize("lowering", RUNNABLE)
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((6, 5, 4), (3, 3, 4, 2)), "(6, 5, 4)"),
+        (((2, 6, 5, 4), (3, 3, 5, 2)), "(3, 3, 5, 2)"),
+        (((2, 6, 5, 4), (3, 4, 2)), "(3, 4, 2)"),
+        (((2, 6, 5, 4), (3, 3, 4, 0)), "at least 1"),
+        (((2, 6, 5, 4), (0, 3, 4, 2)), "at least 1"),
+        (((2, 2, 5, 4), (3, 3, 4, 2)), "(H, W)=(2, 5)"),
+    ],
+)
+def test_shapes_that_do_not_fit(shapes, message, lowering):
+    with pytest.raises(ValueError) as error:
+        dense_conv(*map(jnp.zeros, shapes), padding="VALID", lowering=lowering)
+    assert message in str(error.value)
+
+
+def test_wrong_lowerings_and_dtypes():
+    x, kernel = jnp.zeros((2, 6, 5, 4)), jnp.zeros((3, 3, 4, 2))
+    with pytest.raises(ValueError, match="lowering='shifted' must be one of 'auto', 'lax'"):
+        dense_conv(x, kernel, lowering="shifted")
+    with pytest.raises(TypeError, match="float32 and kernel of dtype bfloat16"):
+        dense_conv(x, kernel.astype(jnp.bfloat16))
+    for lowering in NATIVE:
+        with pytest.raises(ValueError, match="float16"):
+            dense_conv(x.astype(jnp.float16), kernel.astype(jnp.float16), lowering=lowering)

@@ -1,0 +1,105 @@
+"""The window's geometry against XLA's, and the spellings of its arguments."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+from chansel_jax.ops.window import output_size, padding_pairs, padding_spec, pair, positive
+
+
+def pairs(low: int, high: int):
+    return st.tuples(st.integers(low, high), st.integers(low, high))
+
+
+paddings = st.one_of(
+    st.sampled_from(["SAME", "VALID"]), st.tuples(pairs(0, 4), pairs(0, 4)), st.integers(0, 4)
+)
+
+
+def xla_output_size(size, kernel_size, strides, padding, dilation):
+    """The shape XLA gives an image of `size` convolved with a kernel of `kernel_size`."""
+    convolve = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=strides,
+        padding=padding,
+        rhs_dilation=dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    image = jax.ShapeDtypeStruct((1, *size, 1), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((*kernel_size, 1, 1), jnp.float32)
+    return jax.eval_shape(convolve, image, kernel).shape[1:3]
+
+
+@settings(deadline=None, max_examples=200)
+@given(pairs(1, 20), pairs(1, 7), pairs(1, 4), paddings, pairs(1, 3))
+def test_output_size_is_that_of_xla(size, kernel_size, strides, padding, dilation):
+    expected = xla_output_size(size, kernel_size, strides, padding_spec(padding), dilation)
+    if min(expected) < 1:
+        with pytest.raises(ValueError, match="is smaller than"):
+            output_size(size, kernel_size, strides, padding, dilation)
+    else:
+        assert output_size(size, kernel_size, strides, padding, dilation) == expected
+
+
+@settings(deadline=None, max_examples=100)
+@given(pairs(1, 20), pairs(1, 7), pairs(1, 4), st.sampled_from(["SAME", "VALID"]), pairs(1, 3))
+def test_named_paddings_are_the_pairs_they_stand_for(size, kernel_size, strides, name, dilation):
+    window = (size, kernel_size, strides)
+    pads = padding_pairs(name, *window, dilation)
+    assert padding_pairs(pads, *window, dilation) == pads
+    expected = xla_output_size(*window, name, dilation)
+    assume(min(expected) >= 1)
+    assert output_size(*window, pads, dilation) == expected
+
+
+@given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 50), st.integers(0, 50))
+def test_spellings_of_a_padding(top, bottom, left, right):
+    assert padding_spec(top) == ((top, top), (top, top))
+    assert padding_spec((top, left)) == ((top, top), (left, left))
+    assert padding_spec([top, (left, right)]) == ((top, top), (left, right))
+    assert padding_spec([[top, bottom], [left, right]]) == ((top, bottom), (left, right))
+
+
+def test_same_with_stride_2_is_not_padding_1():
+    window = {"size": (32, 32), "kernel_size": (3, 3), "strides": (2, 2), "dilation": (1, 1)}
+    assert padding_pairs("SAME", **window) == ((0, 1), (0, 1))
+    assert padding_pairs(1, **window) == ((1, 1), (1, 1))
+    assert output_size(padding="SAME", **window) == output_size(padding=1, **window) == (16, 16)
+
+
+def test_an_integer_stands_for_rows_and_columns():
+    assert pair("strides", 2) == (2, 2)
+    assert pair("strides", [1, 2]) == (1, 2)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, "3", None, True, (1,), (1, 2, 3), (1, 0), (1, 2.0)])
+def test_wrong_pair(value):
+    with pytest.raises(ValueError) as error:
+        pair("strides", value)
+    assert f"strides={value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [0, -3, 1.0, "3", None, True, (1,)])
+def test_wrong_positive(value):
+    with pytest.raises(ValueError) as error:
+        positive("in_channels", value)
+    assert f"in_channels={value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "value", ["same", "CIRCULAR", -1, 1.0, None, True, (1,), (1, 2, 3), (-1, 0), ((1, 2), (3, -4))]
+)
+def test_wrong_padding(value):
+    with pytest.raises(ValueError) as error:
+        padding_spec(value)
+    assert f"padding={value!r}" in str(error.value)
+
+
+def test_image_smaller_than_the_kernel():
+    with pytest.raises(ValueError, match=r"\(H, W\)=\(4, 9\).*kernel_size=\(3, 3\)"):
+        output_size((4, 9), (3, 3), (1, 1), "VALID", (2, 2))

@@ -1,0 +1,147 @@
+"""Normalisation against NumPy; crops and mirrors found again among all that there can be."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from chansel_jax.training.augmentation import cutout, normalise, random_crop_flip
+
+COUNT, PADDING = 1024, 2
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(1, 256, (COUNT, 6, 5, 2), np.uint8)
+
+
+def variants(images, padding):
+    """Every crop of every image, plain and mirrored: `(2p + 1, 2p + 1, 2, N, H, W, C)`."""
+    _, height, width, _ = images.shape
+    padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    offsets = range(2 * padding + 1)
+    crops = [
+        padded[:, top : top + height, left : left + width]
+        for top, left in itertools.product(offsets, offsets)
+    ]
+    both = np.stack([(crop, crop[:, :, ::-1]) for crop in crops])
+    return both.reshape(len(offsets), len(offsets), *both.shape[1:])
+
+
+def found(results, images, padding):
+    """`(top, left, mirrored, image)` of every variant that equals the result for its image."""
+    return np.argwhere((variants(images, padding) == results).all(axis=(-3, -2, -1)))
+
+
+# Normalisation
+
+
+def test_normalise_equals_numpy_in_float64(images):
+    mean, std = np.float32([100.5, 31.25]), np.float32([60.1, 0.5])
+    result = normalise(jnp.asarray(images), mean, std)
+    expected = (images.astype(np.float64) - mean) / std
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, expected, rtol=1e-6, atol=1e-6)
+
+
+# Crops and mirrors
+
+
+@pytest.mark.parametrize("padding, flip", [(PADDING, True), (PADDING, False), (0, True), (1, True)])
+def test_every_result_is_one_crop_of_the_padded_image_mirrored_or_not(images, padding, flip):
+    results = random_crop_flip(jax.random.key(1), images, padding=padding, flip=flip)
+    matches = found(np.asarray(results), images, padding)
+    np.testing.assert_array_equal(np.sort(matches[:, 3]), np.arange(COUNT))
+    # All there can be are there, mirrors of every offset among them.
+    seen = {tuple(match) for match in matches[:, :3].tolist()}
+    offsets = range(2 * padding + 1)
+    assert seen == set(itertools.product(offsets, offsets, range(1 + flip)))
+
+
+def test_half_of_the_images_are_mirrored(images):
+    results = random_crop_flip(jax.random.key(2), images, padding=PADDING, flip=True)
+    mirrored = found(np.asarray(results), images, PADDING)[:, 2].sum()
+    assert abs(mirrored - COUNT / 2) < 5 * np.sqrt(COUNT) / 2  # five standard deviations
+
+
+def test_offsets_are_uniform(images):
+    results = random_crop_flip(jax.random.key(3), images, padding=PADDING, flip=False)
+    matches = found(np.asarray(results), images, PADDING)
+    share = 1 / (2 * PADDING + 1)
+    for axis in (0, 1):
+        counts = np.bincount(matches[:, axis])
+        assert np.abs(counts - COUNT * share).max() < 5 * np.sqrt(COUNT * share * (1 - share))
+
+
+def test_without_padding_and_flip_nothing_changes(images):
+    result = random_crop_flip(jax.random.key(0), images, padding=0, flip=False)
+    np.testing.assert_array_equal(result, images)
+
+
+@pytest.mark.parametrize("padding, flip", [(PADDING, True), (0, True), (PADDING, False)])
+def test_key_decides_the_result(images, padding, flip):
+    first, again, other = (
+        np.asarray(random_crop_flip(jax.random.key(seed), images, padding=padding, flip=flip))
+        for seed in (5, 5, 6)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any(axis=(1, 2, 3)).mean() > 0.25
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32, jnp.bfloat16])
+def test_dtype_and_shape_stay(dtype):
+    images = jnp.ones((3, 7, 4, 5), dtype)
+    result = random_crop_flip(jax.random.key(0), images, padding=2, flip=True)
+    assert (result.dtype, result.shape) == (images.dtype, images.shape)
+
+
+def test_batch_sharded_over_devices_gives_the_same(images):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+
+    @jax.jit
+    def augment(key, images):
+        images = random_crop_flip(key, images, padding=PADDING, flip=True)
+        images = normalise(images, jnp.float32([100, 50]), jnp.float32([60, 30]))
+        return cutout(jax.random.fold_in(key, 2), images, size=2)
+
+    key = jax.random.key(4)
+    alone = augment(key, jax.device_put(images, jax.devices()[0]))
+    sharded = augment(key, jax.device_put(images, sharding))
+    assert len(alone.sharding.device_set) == 1
+    assert sharded.sharding.is_equivalent_to(sharding, images.ndim)
+    np.testing.assert_array_equal(alone, sharded)
+
+
+# Cutout
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 20])
+def test_cutout_sets_one_square_to_zero(images, size):
+    results = np.asarray(cutout(jax.random.key(4), images, size=size))
+    assert results.dtype == images.dtype
+    kept = (results == images).all(axis=-1)
+    np.testing.assert_array_equal(results[~kept], 0)  # the images have no zeros of their own
+    _, height, width, _ = images.shape
+    centres = set()
+    for cut in ~kept:
+        rows, columns = np.flatnonzero(cut.any(axis=1)), np.flatnonzero(cut.any(axis=0))
+        np.testing.assert_array_equal(cut, np.outer(cut.any(axis=1), cut.any(axis=0)))
+        for seen, pixels in ((rows, height), (columns, width)):
+            first, last = seen[0], seen[-1]
+            assert len(seen) == last - first + 1 <= size
+            # Less than the whole square is seen at the border only.
+            assert len(seen) == size or first == 0 or last == pixels - 1
+        centres.add((rows[0], rows[-1], columns[0], columns[-1]))
+    if size <= 3:
+        assert len(centres) == height * width  # every pixel was a centre
+
+
+def test_no_cutout_and_equal_keys(images):
+    np.testing.assert_array_equal(cutout(jax.random.key(0), images, size=0), images)
+    first, again, other = (cutout(jax.random.key(k), images, size=3) for k in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()

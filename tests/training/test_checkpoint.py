@@ -1,0 +1,274 @@
+import dataclasses
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from chansel_jax import resnet14
+from chansel_jax.digest import digest
+from chansel_jax.training import checkpoint, devices, step
+
+VAL_LOSSES = (5.0, 1.0, 3.0, 4.0, 5.0)
+
+
+def make_state(seed):
+    """A small state that has the structure of a real one: nested dicts with integer keys."""
+    values = iter(np.random.default_rng(seed).normal(size=(6, 64)).astype(np.float32))
+    params = {"blocks": {0: {"kernel": next(values)}, 1: {"kernel": next(values)}}}
+    state = step.TrainState(
+        params=params,
+        batch_stats={"mean": next(values)},
+        opt_state=({"mu": next(values)}, (), {"count": np.int32(seed)}),
+        step=np.int32(seed),
+        key=jax.random.key_data(jax.random.key(seed)),
+    )
+    return jax.device_put(state, NamedSharding(devices.data_mesh(), PartitionSpec()))
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """Checkpoints of epochs 1 to 5, of which 2 was the best."""
+    with checkpoint.open_checkpoints(tmp_path, print) as checkpoints:
+        for epoch, val_loss in enumerate(VAL_LOSSES, 1):
+            checkpoint.save(checkpoints, epoch, make_state(epoch), {"history": [epoch]}, val_loss)
+    return tmp_path / "checkpoints"
+
+
+def restore(directory):
+    """What is restored, and the lines reported."""
+    lines = []
+    with checkpoint.open_checkpoints(directory.parent, lines.append) as checkpoints:
+        return newest(checkpoints, lines.append), lines
+
+
+def newest(checkpoints, report=print, like=None):
+    """State and record of the newest checkpoint, if there is one."""
+    like, totals = like or make_state(0), step.init_totals(devices.data_mesh())
+    found = checkpoint.restore_newest(checkpoints, like, totals, report)
+    return found and (found.state, found.record)
+
+
+def data_file(directory, epoch):
+    """The largest file of those that hold the arrays of a checkpoint."""
+    return max((directory / str(epoch) / "state" / "d").iterdir(), key=lambda p: p.stat().st_size)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_state_record_and_placement_come_back(directory):
+    (state, record), lines = restore(directory)
+    chex.assert_trees_all_equal(state, make_state(5))
+    chex.assert_trees_all_equal_dtypes(state, make_state(5))
+    assert state.step.sharding.is_fully_replicated and len(state.step.devices()) == 2
+    assert record == {"history": [5]}
+    assert lines == []
+
+
+def test_last_two_and_best_are_kept(directory):
+    assert sorted(path.name for path in directory.iterdir()) == ["2", "4", "5"]
+    with checkpoint.open_checkpoints(directory.parent, print) as checkpoints:
+        assert checkpoints.after_epochs.best_step() == 2
+    for epoch in (4, 5):
+        shutil.rmtree(directory / str(epoch))
+    chex.assert_trees_all_equal(restore(directory)[0][0], make_state(2))
+
+
+def test_nothing_to_restore(tmp_path):
+    assert restore(tmp_path / "new" / "checkpoints") == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("data", truncate),
+        ("data", flip_a_bit),
+        ("data", Path.unlink),
+        ("state/manifest.ocdbt", flip_a_bit),
+        ("state/manifest.ocdbt", Path.unlink),
+        ("record/metadata", truncate),
+        ("record/metadata", Path.unlink),
+        ("metrics/metrics", truncate),
+        ("metrics/metrics", Path.unlink),
+    ],
+)
+def test_damaged_newest_is_reported_and_the_one_before_used(directory, file, damage):
+    damage(data_file(directory, 5) if file == "data" else directory / "5" / file)
+    (state, record), lines = restore(directory)
+    chex.assert_trees_all_equal(state, make_state(4))
+    assert record == {"history": [4]}
+    assert len(lines) == 1 and "checkpoint of epoch 5 is damaged" in lines[0]
+    assert (directory / "damaged-5").is_dir() and not (directory / "5").exists()
+
+
+def test_state_that_is_not_the_one_saved_is_damage(directory, monkeypatch):
+    # Arrays that read well but differ from those saved: only the digest can tell.
+    seen = []
+
+    def digest_that_differs_once(tree):
+        seen.append(tree)
+        return digest(tree) if len(seen) > 1 else "another"
+
+    monkeypatch.setattr(checkpoint, "digest", digest_that_differs_once)
+    (state, _), lines = restore(directory)
+    chex.assert_trees_all_equal(state, make_state(4))
+    assert "digest" in lines[0]
+
+
+def test_training_goes_on_after_damage(directory):
+    truncate(data_file(directory, 5))
+    lines = []
+    for _ in range(2):  # the second time a damaged-5 is already there
+        with checkpoint.open_checkpoints(directory.parent, lines.append) as checkpoints:
+            newest(checkpoints, lines.append)
+            checkpoint.save(checkpoints, 5, make_state(55), {"history": []}, 0.5)
+        (state, _), _ = restore(directory)
+        chex.assert_trees_all_equal(state, make_state(55))
+        truncate(data_file(directory, 5))
+    restore(directory)
+    assert {"damaged-5", "damaged-5-2"} <= {path.name for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 90 GiB"),
+        jax.errors.JaxRuntimeError("UNAVAILABLE: a task has stopped sending heartbeats"),
+        ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"),
+    ],
+    ids=repr,
+)
+def test_what_no_checkpoint_is_to_blame_for_is_no_damage(directory, monkeypatch, error):
+    before = sorted(directory.rglob("*"))
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "_read_through", fail)
+    with pytest.raises(type(error), match=str(error)):
+        restore(directory)
+    assert sorted(directory.rglob("*")) == before
+
+
+def test_all_damaged_is_an_error(directory):
+    for epoch in (2, 4, 5):
+        truncate(data_file(directory, epoch))
+    with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint under .*epoch 5: "):
+        restore(directory)
+    assert sorted(path.name for path in directory.iterdir()) == ["2", "4", "5"]
+
+
+def test_whole_checkpoint_within_an_epoch_stands_in_for_damaged_ones_after(directory):
+    totals = step.init_totals(devices.data_mesh())
+    with checkpoint.open_checkpoints(directory.parent, print) as checkpoints:
+        checkpoint.save_unfinished(checkpoints, make_state(3), totals, {"history": [3]})
+    assert restore(directory)[0][1] == {"history": [5]}  # of more steps
+    for epoch in (2, 4, 5):
+        truncate(data_file(directory, epoch))
+    (state, record), lines = restore(directory)
+    chex.assert_trees_all_equal(state, make_state(3))
+    assert record == {"history": [3]}
+    assert ["is damaged" in line for line in lines] == [True] * 3
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_pickles_in_place_of_its_files_are_not_executed(directory, tmp_path):
+    pickled = pickle.dumps(Malicious(tmp_path / "executed"))
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        path.write_bytes(pickled)
+    with pytest.raises(checkpoint.CheckpointError, match="can be restored"):
+        restore(directory)
+    assert sorted(path.name for path in directory.iterdir()) == ["2", "4", "5"]
+    with pytest.raises(checkpoint.CheckpointError, match="cannot restore"):
+        checkpoint.restore_network(directory, resnet14(width=4, rngs=nnx.Rngs(0)), epoch=5)
+    assert not (tmp_path / "executed").exists()
+    pickle.loads(pickled)
+    assert (tmp_path / "executed").exists()
+
+
+def test_state_of_another_structure_sets_nothing_aside(directory):
+    state = make_state(0)
+    other = dataclasses.replace(state, params={"kernel": jnp.zeros(3)})
+    with (
+        checkpoint.open_checkpoints(directory.parent, print) as checkpoints,
+        pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint .*epoch 5.* do not match"),
+    ):
+        newest(checkpoints, like=other)
+    assert sorted(path.name for path in directory.iterdir()) == ["2", "4", "5"]
+
+
+def test_checkpoint_that_was_never_finished_is_ignored(directory):
+    partial = directory / "6.orbax-checkpoint-tmp" / "metrics"
+    partial.mkdir(parents=True)
+    (partial / "metrics").touch()
+    assert restore(directory)[0][1] == {"history": [5]}
+    assert not partial.exists()  # nor does it stay
+
+
+def test_save_does_not_see_later_changes(tmp_path):
+    # The next step consumes the state, and the history grows, while a checkpoint is written.
+    with checkpoint.open_checkpoints(tmp_path, print) as checkpoints:
+        for epoch in (1, 2, 3):
+            state, history = make_state(epoch), [epoch]
+            checkpoint.save(checkpoints, epoch, state, {"history": history}, 1.0)
+            history.append("later")
+            jax.jit(lambda s: jax.tree.map(jnp.zeros_like, s), donate_argnums=0)(state)
+    (restored, record), _ = restore(tmp_path / "checkpoints")
+    chex.assert_trees_all_equal(restored, make_state(3))
+    assert record == {"history": [3]}
+
+
+@pytest.fixture
+def network_run(tmp_path):
+    """A network's state, saved as epoch 1 (best) and, with parameters of zero, as epoch 2."""
+    network = resnet14(width=4, rngs=nnx.Rngs(0))
+    state = step.init_state(network, optax.adam(1.0), 0, devices.data_mesh())
+    zero = dataclasses.replace(state, params=jax.tree.map(jnp.zeros_like, state.params))
+    with checkpoint.open_checkpoints(tmp_path / "run", print) as checkpoints:
+        checkpoint.save(checkpoints, 1, state, {}, 1.0)
+        checkpoint.save(checkpoints, 2, zero, {}, 2.0)
+    return tmp_path / "run" / "checkpoints", state, zero
+
+
+def test_network_gets_the_best_parameters_without_the_optimiser(network_run):
+    directory, state, zero = network_run
+    network = resnet14(width=4, rngs=nnx.Rngs(1))
+    assert checkpoint.restore_network(directory, network) == 1
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(network, nnx.Param)), state.params)
+    assert checkpoint.restore_network(directory, network, 2) == 2
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(network, nnx.Param)), zero.params)
+
+
+def test_network_that_does_not_fit_is_refused(network_run):
+    directory, _, _ = network_run
+    with pytest.raises(checkpoint.CheckpointError, match=r"cannot restore .*shape"):
+        checkpoint.restore_network(directory, resnet14(width=8, rngs=nnx.Rngs(0)))
+    network = resnet14(width=4, rngs=nnx.Rngs(0))
+    for wrong, epoch in ((directory, 3), (directory / "none", None)):
+        with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoint"):
+            checkpoint.restore_network(wrong, network, epoch)

@@ -1,0 +1,259 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+from shallow import shallow
+
+from chansel_jax import ChannelSelectionConv, SubKernelConv, resnet14
+from chansel_jax.data import Split
+from chansel_jax.data.summary import summarise
+from chansel_jax.digest import digest
+from chansel_jax.torch_weights import from_torch, to_torch
+from chansel_jax.training import devices
+from chansel_jax.training.augmentation import Augmentation, normalise
+from chansel_jax.training.optimizer import OptimizerSettings, make_optimizer
+from chansel_jax.training.step import (
+    NO_STEP,
+    TrainState,
+    epoch_order,
+    init_state,
+    init_totals,
+    load_state,
+    make_evaluate,
+    make_train_step,
+    put_split,
+)
+from experiments.pytorch.networks import torch_resnet14
+
+STILL = Augmentation(crop_padding=0, flip=False)
+
+
+@pytest.fixture(scope="module")
+def split():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (37, 8, 8, 3), np.uint8)
+    return Split(images, rng.integers(0, 3, 37).astype(np.int32))
+
+
+def small_network(conv=ChannelSelectionConv, network=shallow, dropout_rate=0.0):
+    return network(conv, width=4, dropout_rate=dropout_rate, rngs=nnx.Rngs(0))
+
+
+def one_device():
+    return devices.data_mesh(jax.local_devices()[:1])
+
+
+class Run:
+    """A network's step and evaluation over one mesh."""
+
+    def __init__(self, split, network=None, *, optimizer=None, mesh=None, seed=0, **options):
+        self.mesh = mesh or devices.data_mesh()
+        self.network = network or small_network()
+        optimizer = optimizer or optax.sgd(0.1)
+        self.step = make_train_step(
+            self.network,
+            optimizer,
+            mesh=self.mesh,
+            batch_size=16,
+            steps_per_epoch=2,
+            **{"augmentation": Augmentation(), **options},
+        )
+        self.count = len(split.labels)
+        self.split = put_split(split, split.summary.mean, split.summary.std, self.mesh)
+        self.first_state = functools.partial(init_state, self.network, optimizer, seed, self.mesh)
+
+    def take(self, steps, state=None):
+        """State after `steps` steps and each step's mean loss."""
+        state = state or self.first_state()
+        losses, totals = [], init_totals(self.mesh)
+        for _ in range(steps):
+            order = epoch_order(state.key, state.step // 2, self.count)
+            state, totals = self.step(state, totals, self.split, order)
+            losses.append(float(totals.loss))
+        return state, np.diff(losses, prepend=0) / 16, jax.device_get(totals)
+
+
+@pytest.fixture(scope="module")
+def run(split):
+    return Run(split)
+
+
+def test_channel_statistics_are_those_of_float64():
+    images = np.random.default_rng(1).integers(0, 256, (5, 6, 7, 3), np.uint8)
+    images[..., 2] = 9
+    summary = summarise(images, np.zeros(5, np.int32))
+    mean, std = summary.mean, summary.std
+    np.testing.assert_allclose(mean, images.mean((0, 1, 2), np.float64), rtol=1e-6)
+    np.testing.assert_allclose(std[:2], images.std((0, 1, 2), np.float64)[:2], rtol=1e-6)
+    assert std[2] == 1  # no variation, and no division by zero
+
+
+def test_mesh_holds_all_local_devices():
+    assert devices.data_mesh().size == jax.local_device_count() == 2
+
+
+def test_step_is_traced_once(run):
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(run.step.__wrapped__, n=1), donate_argnums=0)
+    run.take(3)
+    assert run.step._cache_size() == 1  # nor does another placement of the same arrays count
+    state, totals = run.first_state(), init_totals(run.mesh)
+    for _ in range(5):
+        order = epoch_order(state.key, state.step // 2, run.count)
+        state, totals = step(state, totals, run.split, order)
+    assert int(state.step) == 5 and int(totals.count) == 80
+    with pytest.raises(AssertionError, match="traced > 1 times"):  # were it traced again
+        step(state, totals, run.split, jnp.arange(run.count + 1))
+
+
+def test_step_consumes_its_state(run):
+    state, totals = run.first_state(), init_totals(run.mesh)
+    order = epoch_order(state.key, state.step // 2, run.count)
+    new, _ = run.step(state, totals, run.split, order)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    assert int(totals.count) == 0  # these can still be asked for
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(new))
+    nnx.state(run.network, nnx.Param)["dense"]["bias"][...].block_until_ready()  # still there
+
+
+@pytest.mark.parametrize("conv", [ChannelSelectionConv, SubKernelConv])
+def test_three_steps_of_sgd_equal_pytorch(split, conv):
+    network = small_network(conv, resnet14)
+    twin = torch_resnet14("chansel" if conv is ChannelSelectionConv else "subkernel", width=4)
+    twin.load_state_dict({k: torch.tensor(v) for k, v in to_torch(network).items()}, strict=False)
+    twin.double()  # in float32 its convolutions are less exact on some processors than the bounds
+    settings = OptimizerSettings(optimizer="sgd", weight_decay=0.1, undecayed=())
+    run = Run(
+        split,
+        network,
+        optimizer=make_optimizer(settings, optax.constant_schedule(0.01)),
+        augmentation=STILL,
+        label_smoothing=0.1,
+    )
+    state = run.first_state()
+    orders = [np.asarray(epoch_order(state.key, number // 2, 37)) for number in range(3)]
+    state, losses, _ = run.take(3, state)
+    images = np.asarray(normalise(split.images, run.split.mean, run.split.std))
+    torch_optimizer = torch.optim.SGD(twin.parameters(), 0.01, momentum=0.9, weight_decay=0.1)
+    for number, order in enumerate(orders):
+        index = order[number % 2 * 16 :][:16]
+        logits = twin(torch.tensor(images[index].transpose(0, 3, 1, 2)).double())
+        labels = torch.tensor(split.labels[index], dtype=torch.long)
+        plain = torch.nn.functional.cross_entropy(logits, labels)
+        np.testing.assert_allclose(losses[number], plain.item(), rtol=1e-4)
+        torch_optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1).backward()
+        torch_optimizer.step()
+    expected = small_network(conv, resnet14)
+    from_torch(expected, twin.state_dict())
+    params = nnx.to_pure_dict(nnx.state(expected, nnx.Param))
+    chex.assert_trees_all_close(state.params, params, atol=1e-5)
+
+
+def at_step(state, step):
+    return TrainState(state.params, state.batch_stats, state.opt_state, jnp.int32(step), state.key)
+
+
+def test_two_devices_equal_one(split, run):
+    alone = Run(split, run.network, mesh=one_device())
+    state, losses, _ = run.take(4)
+    other, other_losses, _ = alone.take(4)
+    np.testing.assert_allclose(losses, other_losses, rtol=1e-5)
+    chex.assert_trees_all_close(
+        jax.device_get(state.params), jax.device_get(other.params), atol=1e-5
+    )
+
+
+def test_randomness_depends_on_seed_and_step_alone(split):
+    network = small_network(dropout_rate=0.5)
+    run = Run(split, network)
+    whole, losses, _ = run.take(4)
+    half, first_losses, _ = run.take(2)
+    resumed, last_losses, _ = run.take(2, jax.tree.map(jnp.copy, half))
+    assert [*first_losses, *last_losses] == pytest.approx(losses, rel=1e-5)
+    chex.assert_trees_all_equal(whole.params, resumed.params)
+    other, _, _ = run.take(4, init_state(network, optax.sgd(0.1), 1, run.mesh))
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(whole.params, other.params)
+
+
+def test_dropout_and_augmentation_change_the_loss(split):
+    still = Run(split, augmentation=STILL).take(1)[1]
+    assert Run(split, small_network(dropout_rate=0.5), augmentation=STILL).take(1)[1] != still
+    assert Run(split).take(1)[1] != still
+    cut = Augmentation(crop_padding=0, flip=False, cutout=3)
+    assert Run(split, augmentation=cut).take(1)[1] != still
+
+
+def test_every_epoch_visits_every_image_in_another_order(run):
+    state = run.first_state()
+    epochs = [np.asarray(epoch_order(state.key, epoch, 37)) for epoch in (0, 1, 2, 0)]
+    for order in epochs:
+        np.testing.assert_array_equal(np.sort(order), np.arange(37))
+    np.testing.assert_array_equal(epochs[0], epochs[3])
+    assert (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any()
+
+
+@pytest.mark.parametrize("batch_size", [8, 16, 40])
+def test_evaluation_covers_every_image_once(split, run, batch_size):
+    evaluate = make_evaluate(run.network, mesh=run.mesh, batch_size=batch_size)
+    totals = jax.device_get(evaluate(run.first_state(), run.split))
+    network = nnx.clone(run.network)
+    network.eval()
+    images = normalise(split.images, split.summary.mean, split.summary.std)
+    logits = np.asarray(network(images), np.float64)
+    log_sums = np.log(np.exp(logits).sum(axis=1))
+    losses = log_sums - logits[np.arange(37), split.labels]
+    assert totals.count == 37
+    assert totals.correct == (logits.argmax(axis=1) == split.labels).sum()
+    np.testing.assert_allclose(totals.loss, losses.sum(), rtol=1e-5)
+
+
+def test_first_step_whose_loss_is_not_finite_is_kept(split):
+    run = Run(split, optimizer=optax.sgd(optax.piecewise_constant_schedule(0.1, {2: 1e38})))
+    assert run.take(3)[2].bad_step == NO_STEP
+    # The rate explodes with the update of step 2, so the loss of step 3 is the first to show it.
+    assert run.take(5)[2].bad_step == 3
+
+
+def test_load_state_gives_a_network_the_trained_arrays(run):
+    state, _, _ = run.take(2)
+    network = small_network()
+    load_state(network, state)
+    _, params, batch_stats, _ = nnx.split(network, nnx.Param, nnx.BatchStat, ...)
+    chex.assert_trees_all_equal(nnx.to_pure_dict(params), state.params)
+    chex.assert_trees_all_equal(nnx.to_pure_dict(batch_stats), state.batch_stats)
+
+
+def test_digest_sees_every_name_dtype_shape_and_bit():
+    tree = {"a": np.zeros(4, np.float32), "b": np.ones(2, np.float32)}
+    variants = [
+        tree,
+        {"a": tree["b"], "b": tree["a"]},
+        {"a": tree["a"].view(np.int32), "b": tree["b"]},
+        {"a": tree["a"].reshape(2, 2), "b": tree["b"]},
+        {"a": tree["a"], "b": np.nextafter(tree["b"], np.float32(2))},
+        {"a": tree["a"], "c": tree["b"]},
+    ]
+    assert len({digest(variant) for variant in variants}) == len(variants)
+    assert digest(tree) == digest(jax.tree.map(jnp.asarray, tree))
+
+
+@pytest.mark.parametrize(("batch_size", "nearest"), [(13, "12 or 14"), (1, "2"), (0, "2")])
+def test_batch_that_does_not_divide_is_refused(batch_size, nearest):
+    with pytest.raises(
+        ValueError, match=rf"batch_size={batch_size} must .* 2 devices: take {nearest}$"
+    ):
+        make_evaluate(small_network(), mesh=devices.data_mesh(), batch_size=batch_size)
+
+
+@pytest.mark.parametrize("name", ["crop_padding", "cutout"])
+def test_negative_pixels_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=-1"):
+        Augmentation(**{name: -1})
