@@ -4,8 +4,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from experiments.benchmarking.cases import TrainImages
-
 CROP_PADDING = 4
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -18,11 +16,11 @@ class AugmentedImages(Dataset):
     one image at a time would cost a Python call for each.
     """
 
-    def __init__(self, data: TrainImages):
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
         margins = ((0, 0), (CROP_PADDING,) * 2, (CROP_PADDING,) * 2, (0, 0))
-        self.padded = torch.from_numpy(np.pad(data.images, margins))
-        self.size = data.images.shape[1:3]
-        self.labels = torch.from_numpy(data.labels).long()
+        self.padded = torch.from_numpy(np.pad(images, margins))
+        self.size = images.shape[1:3]
+        self.labels = torch.from_numpy(labels).long()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,11 +43,11 @@ class AugmentedImages(Dataset):
 
 
 def make_loader(
-    data: TrainImages, batch_size: int, *, workers: int, pin_memory: bool
+    images: np.ndarray, labels: np.ndarray, batch_size: int, *, workers: int, pin_memory: bool
 ) -> DataLoader:
     """Whole batches in a new random order each epoch; the processes stay between epochs."""
     return DataLoader(
-        AugmentedImages(data),
+        AugmentedImages(images, labels),
         batch_size,
         shuffle=True,
         drop_last=True,

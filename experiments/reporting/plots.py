@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from chansel_jax.files import replaced
-from experiments.training.records import Row
 
 DPI = 120
+Row = Mapping[str, float]
+
 FEW_EPOCHS = 5  # which lines alone would hardly show
 
 

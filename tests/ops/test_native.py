@@ -288,7 +288,7 @@ def test_without_a_compiler_the_package_is_built_without_the_library(tmp_path):
         REPOSITORY, tree, ignore=shutil.ignore_patterns("*.so", ".git", "build", "results", "runs")
     )
     build = (
-        "import sys; sys.path.insert(0, 'chansel_jax/native'); import build_backend; "
+        "import sys; sys.path.insert(0, 'chansel_jax/ops/native'); import build_backend; "
         f"print(build_backend.build_wheel({str(tmp_path)!r}))"
     )
     done = subprocess.run(

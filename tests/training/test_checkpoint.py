@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from chansel_jax import resnet14
 from chansel_jax.digest import digest
-from chansel_jax.training import checkpoint, devices, step
+from chansel_jax.training import checkpoint, devices
+from chansel_jax.training.step import TrainState, init_state, init_totals
 
 VAL_LOSSES = (5.0, 1.0, 3.0, 4.0, 5.0)
 
@@ -24,7 +25,7 @@ def make_state(seed):
     """A small state that has the structure of a real one: nested dicts with integer keys."""
     values = iter(np.random.default_rng(seed).normal(size=(6, 64)).astype(np.float32))
     params = {"blocks": {0: {"kernel": next(values)}, 1: {"kernel": next(values)}}}
-    state = step.TrainState(
+    state = TrainState(
         params=params,
         batch_stats={"mean": next(values)},
         opt_state=({"mu": next(values)}, (), {"count": np.int32(seed)}),
@@ -52,7 +53,7 @@ def restore(directory):
 
 def newest(checkpoints, report=print, like=None):
     """State and record of the newest checkpoint, if there is one."""
-    like, totals = like or make_state(0), step.init_totals(devices.data_mesh())
+    like, totals = like or make_state(0), init_totals(devices.data_mesh())
     found = checkpoint.restore_newest(checkpoints, like, totals, report)
     return found and (found.state, found.record)
 
@@ -175,7 +176,7 @@ def test_all_damaged_is_an_error(directory):
 
 
 def test_whole_checkpoint_within_an_epoch_stands_in_for_damaged_ones_after(directory):
-    totals = step.init_totals(devices.data_mesh())
+    totals = init_totals(devices.data_mesh())
     with checkpoint.open_checkpoints(directory.parent, print) as checkpoints:
         checkpoint.save_unfinished(checkpoints, make_state(3), totals, {"history": [3]})
     assert restore(directory)[0][1] == {"history": [5]}  # of more steps
@@ -247,7 +248,7 @@ def test_save_does_not_see_later_changes(tmp_path):
 def network_run(tmp_path):
     """A network's state, saved as epoch 1 (best) and, with parameters of zero, as epoch 2."""
     network = resnet14(width=4, rngs=nnx.Rngs(0))
-    state = step.init_state(network, optax.adam(1.0), 0, devices.data_mesh())
+    state = init_state(network, optax.adam(1.0), 0, devices.data_mesh())
     zero = dataclasses.replace(state, params=jax.tree.map(jnp.zeros_like, state.params))
     with checkpoint.open_checkpoints(tmp_path / "run", print) as checkpoints:
         checkpoint.save(checkpoints, 1, state, {}, 1.0)

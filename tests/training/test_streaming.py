@@ -12,6 +12,7 @@ import pytest
 
 from chansel_jax.data import DataError, Split
 from chansel_jax.training import devices, streaming
+from chansel_jax.training.step import epoch_order
 
 COUNT, BATCH_SIZE, STEPS = 37, 8, 4  # an epoch leaves five images out
 
@@ -41,7 +42,7 @@ def test_batches_are_those_of_the_order_from_any_step_on(split, order, first_ste
     assert len(found) == 3 * STEPS - first_step
     for step, batch in enumerate(found, start=first_step):
         epoch, place = divmod(step, STEPS)
-        in_order = np.asarray(step.epoch_order(order.key, epoch, COUNT))
+        in_order = np.asarray(epoch_order(order.key, epoch, COUNT))
         index = in_order[place * BATCH_SIZE :][:BATCH_SIZE]
         np.testing.assert_array_equal(batch.images, split.images[index])
         np.testing.assert_array_equal(batch.labels, split.labels[index])
@@ -77,7 +78,7 @@ def test_processes_hold_the_rows_of_their_devices(monkeypatch, parts, expected):
 KILLED = """
 import multiprocessing, time
 import jax, numpy as np
-from chansel_jax import streaming, training
+from chansel_jax.training import devices, streaming
 from chansel_jax.data import Split
 
 if __name__ == "__main__":

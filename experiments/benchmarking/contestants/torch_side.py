@@ -293,7 +293,8 @@ class _Epoch(_Training):
         self.initial = {name: value.clone() for name, value in self.module.state_dict().items()}
         data = task.train_images
         self.loader = make_loader(
-            data,
+            data.images,
+            data.labels,
             task.case.batch_size,
             workers=task.machine.loader_workers,
             pin_memory=self.device.type == "cuda",

@@ -344,9 +344,8 @@ def test_optimisers_update_alike():
 
 def test_loader_crops_and_mirrors_as_the_library_does():
     image = np.arange(1, 3 * 3 * 3 + 1, dtype=np.uint8).reshape(1, 3, 3, 3)
-    data = TrainImages(image, np.array([5], np.int32), *[None] * 2)
     torch.manual_seed(0)
-    images, labels = AugmentedImages(data).__getitems__([0] * 400)
+    images, labels = AugmentedImages(image, np.array([5], np.int32)).__getitems__([0] * 400)
     assert (images.shape, images.dtype) == ((400, 3, 3, 3), torch.uint8)
     assert labels.tolist() == [5] * 400
     padded = np.pad(image[0], ((4, 4), (4, 4), (0, 0)))
