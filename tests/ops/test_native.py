@@ -19,7 +19,7 @@ from chansel_jax.ops import native
 from chansel_jax.ops.lowerings import Case, fastest_dense, fastest_depthwise, fastest_layer
 from chansel_jax.ops.selection import channel_selection
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 COMPILED = [native] if native.available() else []  # nothing of it to test where it was not compiled
 CASE = Case("float32", in_channels=16, out_channels=16, rank=1)
 
