@@ -12,7 +12,8 @@ import torch
 # What a script starts in the background ignores Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # `experiments` is not installed: the processes that tests start find it here, wherever they run.
-os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+paths = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 # Two devices stand in for a machine with several; more are in processes of their own. On few cores
 # their threads, waiting for each other in a sum over devices, could leave none to compute what they
 # wait for: let there be more.
