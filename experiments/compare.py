@@ -16,6 +16,7 @@ from rich.console import Console
 
 from chansel_jax.files import write_json
 from experiments.cli.command import make_output, run
+from experiments.cli.console import make_console
 from experiments.cli.flags import typed
 from experiments.reporting import machine, plots, report
 from experiments.studies.sweep import (
@@ -30,8 +31,8 @@ from experiments.training.scores import Wanted
 from experiments.training.settings import (
     RECIPES,
     DataSettings,
-    InputSettings,
     NetworkSettings,
+    ReadingSettings,
     TrainingSettings,
     checked_seeds,
 )
@@ -61,7 +62,7 @@ class Settings:
     """Each CONV[-wWIDTH][-rRANK], as in chansel-w32 or chansel-r4."""
     network: NetworkSettings = NetworkSettings()
     data: DataSettings = DataSettings(dataset="dog_cat_bird")
-    input: InputSettings = InputSettings()
+    reading: ReadingSettings = ReadingSettings()
     training: TrainingSettings = RECIPES["short"]
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each decides initial parameters, order, augmentation and dropout of a run."""
@@ -80,21 +81,21 @@ class Settings:
 
 def main(settings: Settings) -> None:
     """Compares, and prints how it goes."""
-    compare(settings, Console(highlight=False, soft_wrap=True))
+    compare(settings, make_console())
 
 
 def compare(settings: Settings, console: Console) -> dict[str, Any]:
     """Trains what is not trained yet and writes the report; returns what `results.json` holds.
 
     Raises:
-        CommandError: if a setting or the data is wrong, or a training fails.
+        OneLineError: if a setting or the data is wrong, or a training fails.
     """
     output = settings.output or Path("runs", f"compare-{settings.data.dataset}")
     make_output(output)
     base = TrainSettings(
         network=settings.network,
         data=settings.data,
-        input=settings.input,
+        reading=settings.reading,
         training=settings.training,
     )
     chosen = entries(settings.networks, base)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from chansel_jax.training.prediction import Scores
 from experiments.cli.command import make_output, run
+from experiments.cli.console import make_console
 from experiments.reporting import plots
 from experiments.reporting.report import LAYOUT
 from experiments.training.load import Checkpoint, Run, load_run
@@ -40,7 +41,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     """Evaluates the run and prints what comes out."""
-    evaluate(settings, Console(highlight=False, soft_wrap=True))
+    evaluate(settings, make_console())
 
 
 def evaluate(settings: Settings, console: Console) -> Scores:

@@ -21,6 +21,7 @@ from chansel_jax.data.image_files import read_image
 from chansel_jax.files import replaced
 from chansel_jax.training.prediction import BATCH_SIZE, make_predict
 from experiments.cli.command import run
+from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
 from experiments.training.load import Checkpoint, Run, load_run
 
@@ -58,7 +59,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     """Predicts and prints how it goes."""
-    predict(settings, Console(highlight=False, soft_wrap=True))
+    predict(settings, make_console())
 
 
 def predict(settings: Settings, console: Console) -> None:

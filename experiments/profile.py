@@ -38,7 +38,7 @@ from chansel_jax.training.step import (
     put_split,
 )
 from experiments.cli.command import make_output, run
-from experiments.cli.errors import CommandError
+from experiments.cli.console import make_console
 from experiments.cli.flags import typed
 from experiments.reporting import machine
 
@@ -90,7 +90,7 @@ class Profile:
 
 def main(settings: Settings) -> None:
     """Profiles every convolution's network and prints a table of each."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     if settings.output is not None:
         make_output(settings.output)
     device = jax.devices()[0]
@@ -107,10 +107,7 @@ def main(settings: Settings) -> None:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             else:
                 folder = settings.output / conv
-            try:
-                profiles[conv] = profile_step(settings, conv, folder)
-            except ValueError as error:  # the batch is not divisible by the devices
-                raise CommandError(error) from error
+            profiles[conv] = profile_step(settings, conv, folder)
         print_profile(conv, profiles[conv], console)
     if settings.output is not None:
         write_json(settings.output / "profile.json", as_json(settings, profiles))

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from chansel_jax.files import write_json
 from experiments.cli.command import make_output, run
+from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import typed
 from experiments.cluster import coordination
@@ -79,8 +80,7 @@ def main(settings: Settings) -> None:
         cores = len(machine.usable_cores())
         wanted = min(max(settings.devices, default=cores), cores)
         jax.config.update("jax_num_cpu_devices", wanted)
-    with coordination.ended_together():
-        scale(settings, coordination.console())
+    scale(settings, make_console())
 
 
 def scale(settings: Settings, console: Console) -> Measured:

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from chansel_jax.ops import dense, depthwise, lowerings, native, selection
 from experiments.cli.command import run
+from experiments.cli.console import make_console
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Result:
 
 def main(settings: Settings) -> None:
     """Measures as `settings` say, and prints tables: layer, depthwise part, dense convolution."""
-    console = Console(highlight=False)
+    console = make_console()
     device = jax.devices()[0]
     console.print(f"{len(jax.devices())} × {device.device_kind}, jax {jax.__version__}")
     if not native.available():

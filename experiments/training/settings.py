@@ -73,7 +73,7 @@ class DataSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class InputSettings:
+class ReadingSettings:
     """How the images reach the network; it does not change the result."""
 
     input: Literal["memory", "streaming"] = "memory"
@@ -140,7 +140,7 @@ class Settings:
     """Channel selection, or the ordinary dense convolution."""
     network: NetworkSettings = NetworkSettings()
     data: DataSettings = DataSettings()
-    input: InputSettings = InputSettings()
+    reading: ReadingSettings = ReadingSettings()
     training: TrainingSettings = RECIPES["short"]
     seed: int = 0
     """Decides initial parameters, order, augmentation and dropout."""
@@ -176,10 +176,11 @@ def checked_seeds(seeds: Sequence[int]) -> Sequence[int]:
     Raises:
         ValueError: if not, or if one is none.
     """
+    given = ",".join(map(str, seeds))
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={','.join(map(str, seeds))} must be different, one at least")
-    for seed in seeds:
-        checked_seed(seed)
+        raise ValueError(f"seeds={given} must be different, one at least")
+    if not all(0 <= seed < 2**32 for seed in seeds):
+        raise ValueError(f"seeds={given} must be in [0, 2**32)")
     return seeds
 
 
@@ -190,7 +191,7 @@ def decisive(settings: Settings) -> dict[str, Any]:
     processes trained.
     """
     found = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
-    for name in ("workdir", "resume", "save_every_steps", "input", "cluster"):
+    for name in ("workdir", "resume", "save_every_steps", "reading", "cluster"):
         del found[name]
     del found["data"]["data_dir"]
     return found

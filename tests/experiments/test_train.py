@@ -20,12 +20,13 @@ from rich.console import Console
 
 from chansel_jax.training import checkpoint
 from chansel_jax.training.optimizer import OptimizerSettings, make_schedule
-from experiments.cli.errors import EXIT_SAVED, CommandError, Interrupted
+from experiments.cli.ending import EXIT_SAVED
+from experiments.cli.errors import CommandError, Interrupted
 from experiments.reporting.machine import cpu_name
 from experiments.training import loop, records
 from experiments.training.experiment import load_data
 from experiments.training.run import train_and_evaluate
-from experiments.training.settings import DataSettings, InputSettings, NetworkSettings
+from experiments.training.settings import DataSettings, NetworkSettings, ReadingSettings
 
 pytestmark = pytest.mark.usefixtures("shallow_networks")
 
@@ -226,7 +227,7 @@ def test_terminated_process_resumes_bit_for_bit(settings, whole, tmp_path):
 def test_streamed_images_train_bit_for_bit_like_those_in_memory(
     settings, whole, tmp_path, monkeypatch
 ):
-    part = variant(settings, tmp_path / "part", input=InputSettings("streaming", workers=2))
+    part = variant(settings, tmp_path / "part", reading=ReadingSettings("streaming", workers=2))
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         signal_after(patch, 2, 5, signal.SIGTERM)
         run(part)
@@ -238,13 +239,13 @@ def test_streamed_images_train_bit_for_bit_like_those_in_memory(
 
 @pytest.mark.parametrize("first", ["memory", "streaming"])
 def test_a_run_may_go_on_with_another_input(settings, whole, tmp_path, monkeypatch, first):
-    inputs = [InputSettings("memory"), InputSettings("streaming", workers=0)]
+    inputs = [ReadingSettings("memory"), ReadingSettings("streaming", workers=0)]
     begun, ended = inputs if first == "memory" else inputs[::-1]
-    part = variant(settings, tmp_path / "part", input=begun)
+    part = variant(settings, tmp_path / "part", reading=begun)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         signal_after(patch, 2, 5, signal.SIGTERM)
         run(part)
-    summary, output = run(variant(part, part.workdir, input=ended))
+    summary, output = run(variant(part, part.workdir, reading=ended))
     assert "resumed after step 5 of 11 of epoch 2" in output
     assert summary["params_sha256"] == whole[0]["params_sha256"]
 
@@ -256,7 +257,7 @@ def test_stream_of_damaged_files_is_one_line(settings, tmp_path, monkeypatch, wo
     (path,) = (tmp_path / "cache").rglob("*train.array_record*")
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(CommandError, match="cannot be read") as error:
-        run(variant(settings, tmp_path / "run", input=InputSettings("streaming", workers)))
+        run(variant(settings, tmp_path / "run", reading=ReadingSettings("streaming", workers)))
     assert "\n" not in str(error.value)
 
 
@@ -289,7 +290,7 @@ def test_larger_images_train_resnet18_through_a_stream(settings, tmp_path):
         tmp_path / "run",
         data=data,
         network=NetworkSettings(model="resnet18", width=4),
-        input=InputSettings("streaming", workers=1),
+        reading=ReadingSettings("streaming", workers=1),
         epochs=1,
         batch_size=8,
     )
@@ -433,7 +434,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(
 FULL_DISK = """
 import resource, runpy, sys, time
 from pathlib import Path
-from chansel_jax import records
+from experiments.training import records
 
 command, checkpoint = sys.argv.pop(), Path(sys.argv.pop(), "checkpoints", "1")
 write = records.MetricsWriter.write

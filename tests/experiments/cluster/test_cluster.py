@@ -13,7 +13,7 @@ import shallow
 import shallow_scaling
 from clusters import environment, processes
 
-from experiments.cli.errors import EXIT_INTERRUPTED, EXIT_SAVED
+from experiments.cli.ending import EXIT_INTERRUPTED, EXIT_SAVED
 from experiments.cluster import coordination, joining
 from experiments.training.experiment import load_data
 
@@ -32,8 +32,8 @@ def test_one_process_is_the_first_and_waits_for_none():
 
 UNREAD = """
 import sys
-from experiments import cluster
-console = coordination.console()
+from experiments.cli.console import make_console
+console = make_console()
 for i in range(2 * 10**4):  # more than a pipe holds
     console.print(i)
 print("done", file=sys.stderr)

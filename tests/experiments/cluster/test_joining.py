@@ -25,7 +25,7 @@ def test_processes_that_do_not_come_together_are_an_error(monkeypatch):
 def join_in_vain(process_id, address, patience=100, count=2):
     """A process that joins others, of which one does not come."""
     script = f"""
-from experiments import joining
+from experiments.cluster import joining
 joining.SECONDS_UNTIL_TOLD, joining.SECONDS_UNTIL_GIVEN_UP = 0.2, {patience}
 joining.join(joining.ClusterSettings({address!r}, {count}, {process_id}))
 """

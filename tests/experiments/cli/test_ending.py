@@ -7,11 +7,11 @@ import threading
 
 import pytest
 
-from experiments.cli.interruption import noted_signals
+from experiments.cli.ending import noted_signals
 
 SCRIPT = """
 import hashlib, signal, sys, time
-from experiments.interruption import noted_signals
+from experiments.cli.ending import noted_signals
 with noted_signals(lambda line: SAY) as received:
     print(received(), flush=True)
     while received() is None:
