@@ -55,7 +55,8 @@ class DataSettings:
     downloaded once."""
     data_dir: Path | None = None
     """Where prepared data sets are kept (default: TFDS's own); with --dataset=folder the tree
-    itself, PATH/{train,validation,test}/CLASS/*.png (or train alone, or PATH/CLASS)."""
+    itself, PATH/{train,val,test}/CLASS/*.png (or train alone, or PATH/CLASS). The folder val may
+    also be called validation, valid or eval."""
     image_size: int | None = None
     """folder: resize and crop every image to this many pixels each way."""
     classes: tuple[str, ...] = ()
