@@ -59,20 +59,24 @@ class Settings:
     """Trains both convolutions alike, from several seeds, and writes a report."""
 
     networks: tuple[str, ...] = ("subkernel", "chansel")
-    """Each CONV[-wWIDTH][-rRANK], as in chansel-w32 or chansel-r4."""
+    """These networks are trained, each named CONV[-wWIDTH][-rRANK] as in chansel-w32 or
+    chansel-r4."""
     network: NetworkSettings = NetworkSettings()
     data: DataSettings = DataSettings(dataset="dog_cat_bird")
     reading: ReadingSettings = ReadingSettings()
     training: TrainingSettings = RECIPES["short"]
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each decides initial parameters, order, augmentation and dropout of a run."""
+    """Each network is trained from each seed, which decides the initial parameters, the order of
+    the images, augmentation and dropout."""
     output: Path | None = None
-    """Folder of the runs and of the report; by default runs/compare-DATASET."""
+    """The runs and the report are written to this folder, by default runs/compare-DATASET."""
 
     def __post_init__(self):
         checked_seeds(self.seeds)
         if not self.networks or len(set(self.networks)) < len(self.networks):
-            raise ValueError(f"networks={','.join(self.networks)} must be different, one at least")
+            raise ValueError(
+                f"networks={','.join(self.networks)} must be different networks, at least one"
+            )
         try:
             entries(self.networks, TrainSettings())
         except ValueError as error:
@@ -121,7 +125,7 @@ def compare(settings: Settings, console: Console) -> dict[str, Any]:
     console.print()
     headings, *rows = table(outcomes, class_names)
     console.print(report.terminal_table(headings, rows))
-    console.print(f"written to {output}", markup=False)
+    console.print(f"the results are written to {output}", markup=False)
     refuse_diverged(diverged)
     return results
 

@@ -55,24 +55,25 @@ class Settings:
     """Factorises a run's dense network, fine-tunes it, and reports accuracy against parameters."""
 
     workdir: Path
-    """The run of the dense network, from experiments.train --conv=subkernel."""
+    """The dense network of this run, from experiments.train --conv=subkernel, is compressed."""
     data_dir: Path | None = None
-    """As in experiments.train; the folder of images, where the run's were one."""
+    """The images are found here, as by experiments.train; a run on a folder of images needs it."""
     epoch: Checkpoint = "best"
-    """The checkpoint: that of lowest validation loss, the last one, or that of an epoch that was
-    kept."""
+    """The network has the parameters of this checkpoint: best (the lowest validation loss), last,
+    or the number of an epoch that was kept."""
     ranks: tuple[int, ...] = (1, 2, 3, 4, 6, 9)
-    """A network of each rank."""
+    """A network is made of each rank."""
     energies: tuple[float, ...] = ()
-    """A network for each: every convolution with the least rank that keeps this share of its
-    energy (squared singular values), above 0 and at most 1."""
+    """A network is made for each share, above 0 and at most 1: every convolution has the least rank
+    that keeps this share of its energy (its squared singular values)."""
     parameter_budgets: tuple[int, ...] = ()
-    """A network for each, with at most so many parameters: ranks grow one at a time, where the
-    share of a convolution's energy gained for a parameter is the largest."""
+    """A network is made for each, with at most so many parameters: ranks grow one at a time, where
+    the share of a convolution's energy gained for a parameter is the largest."""
     reading: ReadingSettings = ReadingSettings()
     training: TrainingSettings = RECIPES["fine-tuning"]
     output: Path | None = None
-    """Folder of the fine-tuned runs and of the report; by default WORKDIR/compressed."""
+    """The fine-tuned runs and the report are written to this folder, by default
+    WORKDIR/compressed."""
 
     def __post_init__(self):
         if not (self.ranks or self.energies or self.parameter_budgets):
@@ -242,7 +243,7 @@ def write_report(
     console.print()
     for table in ((headings, rows), energy_table):
         console.print(report.terminal_table(*table))
-    console.print(f"written to {output}", markup=False)
+    console.print(f"the results are written to {output}", markup=False)
 
 
 def energy_rows(energies: Mapping[str, np.ndarray]) -> tuple[list[str], list[list[str]]]:

@@ -32,19 +32,19 @@ class Settings:
     """Runs a study: a small table of trainings, with a figure."""
 
     name: tyro.conf.Positional[Literal["overfit", "rank", "width", "data"]]
-    """overfit: what keeps channel selection from fitting; rank: 1 to 9, beside the dense network;
-    width: 16 to 44, beside dense networks of equal cost; data: both convolutions on CIFAR-10 with
-    BSConv's recipe (which takes cifar10 for dog_cat_bird)."""
+    """overfit shows what keeps channel selection from fitting; rank compares ranks 1 to 9 with the
+    dense network; width compares widths 16 to 44 with dense networks of equal cost; data compares
+    both convolutions on CIFAR-10 with BSConv's recipe (it takes cifar10 for dog_cat_bird)."""
     data: DataSettings = DataSettings(dataset="dog_cat_bird")
     reading: ReadingSettings = ReadingSettings()
     epochs: int | None = None
-    """Of each training; by default the study's full length."""
+    """Each training has this many epochs; by default the study has its full length."""
     seeds: tuple[int, ...] = (0,)
-    """Each row is trained from every one."""
+    """Each row is trained from each of these seeds."""
     only: str = ""
-    """Only the rows whose label contains this."""
+    """Only the rows whose label contains this are trained."""
     output: Path | None = None
-    """Folder of the runs and of the report; by default runs/study-NAME-DATASET."""
+    """The runs and the report are written to this folder, by default runs/study-NAME-DATASET."""
 
     def __post_init__(self):
         if self.epochs is not None and self.epochs < 1:
@@ -99,7 +99,7 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
     )
     console.print()
     console.print(report.terminal_table(*rows))
-    console.print(f"written to {output}", markup=False)
+    console.print(f"the results are written to {output}", markup=False)
     refuse_diverged(diverged)
     return outcomes
 

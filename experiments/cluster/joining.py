@@ -103,9 +103,10 @@ def _tell_and_give_up(settings: ClusterSettings, joined: threading.Event) -> Non
     """Says what the process waits for if that takes long, and ends the process at last."""
     if joined.wait(SECONDS_UNTIL_TOLD):
         return
-    say(f"waiting for {_awaited(settings)}")
+    say(f"this process waits for {_awaited(settings)}")
     if not joined.wait(SECONDS_UNTIL_GIVEN_UP):
-        print_error(f"gave up after {SECONDS_UNTIL_GIVEN_UP} s of waiting for {_awaited(settings)}")
+        awaited = _awaited(settings)
+        print_error(f"it gave up after waiting {SECONDS_UNTIL_GIVEN_UP} s for {awaited}")
         end_at_once(EXIT_ERROR)
 
 

@@ -151,7 +151,7 @@ def restore(
     progress = Progress(
         found.state, record["history"], found.totals or totals, record.get("seconds", 0.0)
     )
-    console.print(f"resumed after {place(experiment, progress)}")
+    console.print(f"the run is resumed after {place(experiment, progress)}")
     return progress
 
 
@@ -162,7 +162,7 @@ def compiled_feed(
     """The feed of what is left, with the time that its functions took to compile printed."""
     start = time.perf_counter()
     with feeds.open_feed(experiment, progress.state) as feed:
-        console.print(f"compiled in {time.perf_counter() - start:.1f} s")
+        console.print(f"the steps were compiled in {time.perf_counter() - start:.1f} s")
         yield feed
 
 
@@ -263,8 +263,8 @@ def stopped(experiment: Experiment, progress: Progress, received: int) -> Interr
     if not coordination.is_first():
         return Interrupted()
     return Interrupted(
-        f"stopped by {signal.Signals(received).name} after {place(experiment, progress)}; all is "
-        "saved, and the same command goes on from there"
+        f"the run was stopped by {signal.Signals(received).name} after "
+        f"{place(experiment, progress)}; all is saved, and the same command goes on from there"
     )
 
 

@@ -217,7 +217,7 @@ def test_terminated_process_resumes_bit_for_bit(settings, whole, tmp_path):
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == EXIT_SAVED
-    assert errors.startswith(b"stopped by SIGTERM") and errors.count(b"\n") == 1
+    assert errors.startswith(b"the run was stopped by SIGTERM") and errors.count(b"\n") == 1
     assert (workdir / "checkpoints" / "1").exists() and not (workdir / "summary.json").exists()
     summary, output = run(variant(settings, workdir, resume="must"))
     assert "resumed after " in output
@@ -272,7 +272,7 @@ def test_interrupt_from_a_terminal_lets_a_streaming_run_save(settings, whole, tm
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == EXIT_SAVED
-    assert errors.startswith(b"stopped by SIGINT") and errors.count(b"\n") == 1
+    assert errors.startswith(b"the run was stopped by SIGINT") and errors.count(b"\n") == 1
     summary, _ = run(variant(settings, workdir, resume="must"))
     assert summary["params_sha256"] == whole[0]["params_sha256"]
 

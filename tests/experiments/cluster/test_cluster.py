@@ -30,25 +30,6 @@ def test_one_process_is_the_first_and_waits_for_none():
     assert [coordination.shared_maximum(lambda: next(numbers))() for _ in range(2)] == [None, 15]
 
 
-UNREAD = """
-import sys
-from experiments.cli.console import make_console
-console = make_console()
-for i in range(2 * 10**4):  # more than a pipe holds
-    console.print(i)
-print("done", file=sys.stderr)
-"""
-
-
-def test_that_nobody_reads_what_is_printed_ends_nothing():
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", UNREAD], **pipes, text=True) as process:
-        assert process.stdout.readline() == "0\n"
-        process.stdout.close()
-        assert process.stderr.read() == "done\n"
-    assert process.returncode == 0
-
-
 def two_processes(settings, workdir, *words, devices=DEVICES, **of_the_last):
     """Of a run over so many devices in all."""
     return processes([*shallow.command(settings, workdir), *words], 2, devices, **of_the_last)

@@ -46,8 +46,8 @@ def test_it_is_told_what_is_waited_for_and_given_up(process_id, host, waited_for
         _, errors = process.communicate(timeout=100)
     assert process.returncode == 1
     waited_for = waited_for.format(address=address)
-    assert f"waiting for {waited_for}" in errors
-    assert f"error: gave up after 1 s of waiting for {waited_for}" in errors
+    assert f"this process waits for {waited_for}" in errors
+    assert f"error: it gave up after waiting 1 s for {waited_for}" in errors
 
 
 def test_those_who_came_wait_for_the_others():
@@ -57,16 +57,16 @@ def test_those_who_came_wait_for_the_others():
         for process in (first, second):
             process.kill()
     # The second may have come before the first was there.
-    assert lines[0] == "waiting for the other processes\n"
+    assert lines[0] == "this process waits for the other processes\n"
     assert lines[1] in (
         lines[0],
-        f"waiting for process 0 at --coordinator={address} ([Errno 111] Connection refused)\n",
+        f"this process waits for process 0 at --coordinator={address} ([Errno 111] Connection refused)\n",
     )
 
 
 def test_waiting_can_be_interrupted():
     with join_in_vain(1, f"127.0.0.1:{free_port()}") as process:
-        assert process.stderr.readline().startswith("waiting for process 0 at ")
+        assert process.stderr.readline().startswith("this process waits for process 0 at ")
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=10) == -signal.SIGINT
 
