@@ -73,14 +73,13 @@ class Settings:
 
     def __post_init__(self):
         checked_seeds(self.seeds)
+        given = ",".join(self.networks)
         if not self.networks or len(set(self.networks)) < len(self.networks):
-            raise ValueError(
-                f"networks={','.join(self.networks)} must be different networks, at least one"
-            )
+            raise ValueError(f"networks={given} must be different networks, at least one")
         try:
             entries(self.networks, TrainSettings())
         except ValueError as error:
-            raise ValueError(f"networks={','.join(self.networks)}: {error}") from error
+            raise ValueError(f"networks={given}: {error}") from error
 
 
 def main(settings: Settings) -> None:
