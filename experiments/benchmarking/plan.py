@@ -216,7 +216,7 @@ def _block_shapes(block: nnx.Module, size: int) -> Iterator[LayerShape]:
 
 
 def _shape(layer: nnx.Module, size: int) -> LayerShape:
-    kernel_size, stride = layer.kernel_size[0], layer.strides[0]
+    kernel_size, stride = layer.kernel_size[0], layer.window.strides[0]
     return LayerShape(size, layer.in_channels, layer.out_channels, kernel_size, stride)
 
 
