@@ -1,6 +1,6 @@
 """Prepared data sets: one tensorflow-datasets builder that keeps any source as array_record.
 
-Nothing here imports TensorFlow, and nothing is printed but progress bars.
+Nothing here imports TensorFlow, and nothing is printed but progress bars on a terminal.
 """
 
 import contextlib

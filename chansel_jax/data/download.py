@@ -11,7 +11,9 @@ from chansel_jax.data.errors import DataError
 from chansel_jax.data.terminal import progress_bar
 
 # tensorflow-datasets' own download manager is not used: without a network it repeats itself for
-# more than three minutes, it cannot be interrupted, and a refused file stays behind.
+# more than three minutes, it cannot be interrupted, and a refused file stays behind. Nor is pooch
+# (1.9): it prints what it does, its files can be read by their owner alone, it leaves connections
+# open after an HTTP error, and it does not resume a partial download either.
 
 TIMEOUT = 30  # seconds without a byte
 BLOCK = 1 << 20

@@ -15,12 +15,9 @@ from rich.progress import Progress, ProgressColumn
 def progress_bar(
     description: str, total: int | None, *columns: ProgressColumn
 ) -> Iterator[Callable[[float], None]]:
-    """A bar that is gone in the end; gives the function that advances it.
+    """A bar that vanishes in the end; gives the function that advances it towards `total`.
 
-    Args:
-        description: stands before the bar.
-        total: of what the bar counts; None where that is not known.
-        columns: what is to be shown behind the share done and the time left.
+    The `columns` follow the share done and the time left; None is a total that is not known.
     """
     with Progress(
         *Progress.get_default_columns(),
