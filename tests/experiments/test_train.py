@@ -227,7 +227,7 @@ def test_terminated_process_resumes_bit_for_bit(settings, whole, tmp_path):
 def test_streamed_images_train_bit_for_bit_like_those_in_memory(
     settings, whole, tmp_path, monkeypatch
 ):
-    part = variant(settings, tmp_path / "part", reading=ReadingSettings("streaming", workers=2))
+    part = variant(settings, tmp_path / "part", reading=ReadingSettings("streaming", workers=1))
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         signal_after(patch, 2, 5, signal.SIGTERM)
         run(part)
@@ -265,7 +265,7 @@ def test_interrupt_from_a_terminal_lets_a_streaming_run_save(settings, whole, tm
     """It reaches the processes that decode, too."""
     workdir = tmp_path / "run"
     command = shallow.command(settings, workdir)
-    command += ["--input=streaming", "--workers=2", "--save-every-steps=1"]
+    command += ["--input=streaming", "--workers=1", "--save-every-steps=1"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=TWO_DEVICES, start_new_session=True, **pipes) as process:
         await_path(workdir / "unfinished" / "1")

@@ -109,27 +109,32 @@ def test_processes_that_differ_are_told(settings, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def two_folders(settings, tmp_path):
-    """What two processes say that have folders of their own, as on machines that share none."""
-    mine, other = tmp_path / "run", tmp_path / "elsewhere"
-    with two_processes(settings, mine, devices=2, last=[f"--workdir={other}"]) as both:
-        outputs = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [1, 1]
-    return [errors for _, errors in outputs]
+@pytest.mark.usefixtures("shallow_networks")
+def test_processes_must_agree_on_the_folder_and_its_checkpoints(
+    settings, whole, tmp_path, monkeypatch
+):
+    """On machines that share none, process 0 alone has made its folder; or they hold other runs."""
 
+    def compared(workdir, first):
+        """What a process with that folder tells the others."""
+        told = {}
+        with monkeypatch.context() as patch:
+            patch.setattr(coordination, "is_first", lambda: first)
+            patch.setattr(coordination, "check_equal", told.__setitem__)
+            given = dataclasses.replace(settings, workdir=workdir)
+            train_and_evaluate(given, Console(quiet=True))
+        return told
 
-def test_processes_with_other_folders_are_told(settings, tmp_path):
-    for errors in two_folders(settings, tmp_path):
-        assert "error: process 1 has other files in its --workdir" in errors
-    assert not (tmp_path / "elsewhere").exists()
-
-
-def test_processes_with_other_checkpoints_are_told(settings, whole, tmp_path):
-    for name in ("run", "elsewhere"):
-        shutil.copytree(settings.workdir, tmp_path / name)
-    take_back_an_epoch(tmp_path / "run")
-    for errors in two_folders(settings, tmp_path):
-        assert "error: process 1 has other checkpoints in its --workdir" in errors
+    shutil.copytree(settings.workdir, tmp_path / "whole")
+    shutil.copytree(settings.workdir, tmp_path / "part")
+    take_back_an_epoch(tmp_path / "part")
+    files, checkpoints = (
+        f"{what} in its --workdir, which all must share," for what in ("files", "checkpoints")
+    )
+    told = compared(tmp_path / "whole", True)
+    assert told[files] == {"config": True} and told[checkpoints] == {"checkpoints": [[2, 3], []]}
+    assert compared(tmp_path / "part", True)[checkpoints] == {"checkpoints": [[2], []]}
+    assert compared(tmp_path / "none", False)[files] == {"config": False}
 
 
 def test_failure_of_another_process_ends_the_first(settings, tmp_path):
