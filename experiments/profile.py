@@ -38,7 +38,7 @@ from chansel_jax.training.step import (
     put_split,
 )
 from experiments.cli.command import make_output, run
-from experiments.cli.errors import CommandError
+from experiments.cli.console import make_console
 from experiments.cli.flags import typed
 from experiments.reporting import machine
 
@@ -48,21 +48,21 @@ SLOWEST = 8  # operations that are listed one by one
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Where the time of a training step goes, by kind of operation."""
+    """Shows where the time of a training step goes, by kind of operation."""
 
     model: Literal["resnet14", "resnet18"] = "resnet14"
-    """The network; images of 32 × 32 for the first, of 224 × 224 for the second."""
+    """This is the network; resnet14 takes images of 32 × 32, resnet18 of 224 × 224."""
     convs: tuple[Literal["chansel", "subkernel"], ...] = ("chansel", "subkernel")
-    """Channel selection, the ordinary dense convolution, or both."""
+    """Channel selection, the ordinary dense convolution, or both are profiled."""
     batch_size: int = 128
-    """Images a step."""
+    """A step takes this many images."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation."""
+    """The step computes in this dtype; its parameters are float32."""
     steps: int = 5
-    """Steps that are timed, and as many that are traced."""
+    """This many steps are timed, and as many are traced."""
     output: Path | None = None
-    """Folder for the traces, which TensorBoard and Perfetto show, and for profile.json, which holds
-    the tables; by default nothing is kept."""
+    """The traces, which TensorBoard and Perfetto show, and profile.json, which holds the tables,
+    are written to this folder; by default nothing is kept."""
 
     def __post_init__(self):
         for name in ("batch_size", "steps"):
@@ -90,7 +90,7 @@ class Profile:
 
 def main(settings: Settings) -> None:
     """Profiles every convolution's network and prints a table of each."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     if settings.output is not None:
         make_output(settings.output)
     device = jax.devices()[0]
@@ -107,10 +107,7 @@ def main(settings: Settings) -> None:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             else:
                 folder = settings.output / conv
-            try:
-                profiles[conv] = profile_step(settings, conv, folder)
-            except ValueError as error:  # the batch is not divisible by the devices
-                raise CommandError(error) from error
+            profiles[conv] = profile_step(settings, conv, folder)
         print_profile(conv, profiles[conv], console)
     if settings.output is not None:
         write_json(settings.output / "profile.json", as_json(settings, profiles))

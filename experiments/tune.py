@@ -17,11 +17,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 
 from chansel_jax.ops import dense, depthwise, lowerings, native, selection
 from experiments.cli.command import run
+from experiments.cli.console import make_console
 from experiments.reporting.report import table
 
 
@@ -30,11 +30,11 @@ class Settings:
     """Measures every lowering on this machine, and holds the rules of "auto" against it."""
 
     batch_size: int = 128
-    """Images of 32 × 32 and smaller; a sixteenth of it of larger ones."""
+    """A batch has this many images of 32 × 32 or smaller, or a sixteenth as many larger ones."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
-    """Of the computation."""
+    """Every layer is computed in each of these."""
     rounds: int = 15
-    """Times that each lowering is timed; the median counts."""
+    """Each lowering is timed so many times; the median counts."""
 
     def __post_init__(self):
         for name in ("batch_size", "rounds"):
@@ -102,7 +102,7 @@ class Result:
 
 def main(settings: Settings) -> None:
     """Measures as `settings` say, and prints tables: layer, depthwise part, dense convolution."""
-    console = Console(highlight=False)
+    console = make_console()
     device = jax.devices()[0]
     console.print(f"{len(jax.devices())} × {device.device_kind}, jax {jax.__version__}")
     if not native.available():
@@ -118,7 +118,8 @@ def main(settings: Settings) -> None:
                 function(shape, candidates, dtype, settings)
                 for shape in track(LAYERS, title, console=console, transient=True)
             ]
-            print(report(f"{title}, {dtype}, forward + backward, ms", results), flush=True)
+            title = f"{title}, {dtype}, forward + backward, ms"
+            console.print(report(title, results), markup=False)
 
 
 def time_layer(shape: Shape, candidates: list[str], dtype: str, settings: Settings) -> Result:

@@ -40,7 +40,7 @@ class Feed:
 
 def open_feed(experiment: Experiment, state: TrainState) -> contextlib.AbstractContextManager[Feed]:
     """The images of a run that goes on from `state`, within a `with`."""
-    in_memory = experiment.settings.input.input == "memory"
+    in_memory = experiment.settings.reading.input == "memory"
     return (memory_feed if in_memory else streaming_feed)(experiment, state)
 
 
@@ -104,7 +104,7 @@ def streaming_feed(experiment: Experiment, state: TrainState) -> Iterator[Feed]:
         mesh,
         first_step=int(state.step),
         steps=steps * experiment.settings.training.epochs,
-        workers=experiment.settings.input.workers,
+        workers=experiment.settings.reading.workers,
     ) as batches:
 
         def arguments(state):

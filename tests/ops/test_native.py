@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import importlib.machinery
 import os
 import shutil
 import subprocess
@@ -206,7 +205,7 @@ def test_second_derivatives_are_refused(library):
 
 @pytest.mark.parametrize("library", COMPILED)
 def test_a_library_that_cannot_be_loaded_is_as_none(library, monkeypatch, tmp_path):
-    broken = tmp_path / f"_handlers{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    broken = tmp_path / "_handlers.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setattr(library, "__file__", str(tmp_path / "__init__.py"))
     monkeypatch.setattr(library, "_library", library._library.__wrapped__)
@@ -281,28 +280,3 @@ def test_what_auto_chooses_on_other_devices(monkeypatch):
 
 def test_compiled_wherever_there_is_a_compiler():
     assert native.available() or not shutil.which("c++")
-
-
-def test_without_a_compiler_the_package_is_built_without_the_library(tmp_path):
-    tree = tmp_path / "tree"
-    shutil.copytree(
-        REPOSITORY, tree, ignore=shutil.ignore_patterns("*.so", ".git", "build", "results", "runs")
-    )
-    build = (
-        "import sys; sys.path.insert(0, 'chansel_jax/ops/native'); import build_backend; "
-        f"print(build_backend.build_wheel({str(tmp_path)!r}))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", build],
-        cwd=tree,
-        env={**os.environ, "CC": "no-such-compiler", "CXX": "no-such-compiler"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    wheel = next(tmp_path.glob("*.whl"))
-    names = subprocess.run(
-        [sys.executable, "-m", "zipfile", "-l", wheel], check=True, capture_output=True, text=True
-    ).stdout
-    assert "chansel_jax/native/handlers.cc" in names
-    assert "_handlers." not in names

@@ -8,7 +8,6 @@ same bit for bit for any number of threads.
 
 import ctypes
 import functools
-import importlib.machinery
 import math
 import re
 from pathlib import Path
@@ -234,10 +233,8 @@ def _compiled() -> ctypes.CDLL:
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """The library, its handlers registered with XLA; or why there is none."""
-    folder = Path(__file__).parent
-    paths = [folder / f"_handlers{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    path = next(filter(Path.exists, paths), None)
-    if path is None:
+    path = Path(__file__).with_name("_handlers.so")
+    if not path.exists():
         return "it was not compiled; install a C++ compiler, then install the package again"
     try:
         library = ctypes.CDLL(str(path))
