@@ -10,12 +10,12 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import jax
 from rich.console import Console
 
 from chansel_jax.files import write_json
+from chansel_jax.networks.resnet import PRESETS, Model
 from experiments.cli.command import make_output, run
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import typed
@@ -37,8 +37,10 @@ class Settings:
     devices: tuple[int, ...] = ()
     """How many; by default 1, 2, 4, … as there are. Those of a single process on a CPU are virtual
     ones, at most as many as cores."""
-    model: Literal["resnet14", "resnet18"] = "resnet14"
+    model: Model = "resnet14"
     """The network; images of 32 × 32 for the first, of 224 × 224 for the second."""
+    blocks: tuple[int, ...] = ()
+    """The stages have these numbers of residual blocks; by default they are the model's own."""
     batch_size: int = 128
     """Images a step: of each device (weak scaling), and of all together (strong scaling)."""
     rounds: int = 7
@@ -182,7 +184,9 @@ def measure(settings: Settings, counts: Sequence[int], console: Console) -> Meas
         for count in counts
         for size, apart in ((images * count, False), (images, False), (images * count, count > 1))
     ]
-    prepared = {case: prepare(settings.model, case) for case in dict.fromkeys(cases)}
+    preset = PRESETS[settings.model]
+    preset = dataclasses.replace(preset, blocks=settings.blocks or preset.blocks)
+    prepared = {case: prepare(preset, case) for case in dict.fromkeys(cases)}
     runs = {case: run for case, (run, _) in prepared.items()}
     seconds = time_in_turn(runs, rounds=settings.rounds, steps=settings.steps, console=console)
     speed = {case: case.images / taken for case, taken in seconds.items()}
