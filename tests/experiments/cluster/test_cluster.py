@@ -11,9 +11,7 @@ import sys
 import time
 
 import pytest
-import shallow
-import shallow_scaling
-from clusters import environment, processes
+from clusters import environment, processes, train_command
 from rich.console import Console
 
 from experiments.cli.ending import EXIT_INTERRUPTED, EXIT_SAVED
@@ -36,14 +34,13 @@ def test_one_process_is_the_first_and_waits_for_none():
 
 def two_processes(settings, workdir, *words, devices=DEVICES, **of_the_last):
     """Of a run over so many devices in all."""
-    return processes([*shallow.command(settings, workdir), *words], 2, devices, **of_the_last)
+    return processes([*train_command(settings, workdir), *words], 2, devices, **of_the_last)
 
 
 def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.usefixtures("shallow_networks")
 def test_processes_stop_together_and_one_goes_on_with_the_same_losses(settings, whole, tmp_path):
     workdir = tmp_path / "run"
     with two_processes(settings, workdir, "--input=streaming", "--workers=1") as both:
@@ -64,7 +61,7 @@ def test_processes_stop_together_and_one_goes_on_with_the_same_losses(settings, 
 
 def train(settings, workdir, devices):
     done = subprocess.run(
-        shallow.command(settings, workdir), env=environment(devices), capture_output=True, text=True
+        train_command(settings, workdir), env=environment(devices), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -109,7 +106,6 @@ def test_processes_that_differ_are_told(settings, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.usefixtures("shallow_networks")
 def test_processes_must_agree_on_the_folder_and_its_checkpoints(
     settings, whole, tmp_path, monkeypatch
 ):
@@ -202,8 +198,8 @@ def test_failure_of_the_first_process_ends_the_others(settings, tmp_path):
     ("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, EXIT_INTERRUPTED)]
 )
 def test_signal_where_nothing_is_to_be_saved_ends_all_processes(tmp_path, number, code):
-    command = [sys.executable, shallow_scaling.__file__, "--batch-size=2", "--rounds=100000"]
-    command.append(f"--output={tmp_path / 'report'}")
+    command = [sys.executable, "-m", "experiments.scaling", "--blocks=1", "--batch-size=2"]
+    command += ["--rounds=100000", f"--output={tmp_path / 'report'}"]
     with processes(command, count=2, devices=2) as both:
         while "virtual devices" not in both[0].stdout.readline():
             assert both[0].poll() is None
