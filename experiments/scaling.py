@@ -64,9 +64,11 @@ class Settings:
         for name in ("bandwidth", "latency"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        for name in ("blocks", "devices"):
+            for count in getattr(self, name):
+                if count < 1:
+                    raise ValueError(f"{name}={count} must be at least 1")
         for count in self.devices:
-            if count < 1:
-                raise ValueError(f"devices={count} must be at least 1")
             if self.batch_size % count:
                 raise ValueError(
                     f"batch_size={self.batch_size} must be divisible by devices={count}"

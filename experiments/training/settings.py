@@ -29,23 +29,23 @@ class NetworkSettings:
     """The network."""
 
     model: Model = "resnet14"
-    """The original's network for small images, or torchvision's ResNet-18."""
+    """resnet14 is the original's network for small images, resnet18 is torchvision's."""
     blocks: tuple[int, ...] = ()
     """The stages have these numbers of residual blocks; by default they are the model's own."""
     width: int | None = None
-    """Channels of the first stage; by default the model's own (16, 64)."""
+    """The first stage has this many channels, by default as many as the model's own."""
     rank: int = 1
-    """Channel selections that are added up in each 3 × 3 convolution, 1 to 9."""
+    """Each 3 × 3 convolution adds up this many channel selections, 1 to 9."""
     ranks: tuple[int, ...] = ()
-    """In place of --rank, that of each 3 × 3 convolution, in the network's order."""
+    """These are, in place of --rank, the ranks of the 3 × 3 convolutions in the network's order."""
     norm: bool = False
-    """Whether there is BatchNorm between the two parts of channel selection."""
+    """BatchNorm stands between the two parts of channel selection."""
     use_bias: bool = False
-    """Whether convolutions have a bias before BatchNorm."""
+    """The convolutions have a bias before BatchNorm."""
     init: Literal["he", "torch"] = "he"
-    """Initial parameters of the convolutions: He's variance, or PyTorch's default."""
+    """The convolutions begin with He's variance, or with PyTorch's default."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; the parameters are float32."""
+    """The network computes in this dtype; its parameters are float32."""
 
 
 @dataclasses.dataclass(frozen=True)

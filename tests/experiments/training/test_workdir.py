@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from experiments.training import workdir as workdirs
+from experiments.training.load import settings_from
+from experiments.training.run import BEFORE_THEY_WERE
+from experiments.training.settings import NetworkSettings, Settings, decisive
 from experiments.training.workdir import WorkdirError
 
 CONFIG = {
@@ -113,6 +116,20 @@ def test_what_an_older_run_lacks_is_as_by_default(tmp_path, workdir):
         claim(workdir, changed(CONFIG, accumulate=2), "auto", defaults)
     assert claim(workdir, newer, "auto", defaults) is None
     assert snapshot(tmp_path) == before
+
+
+def test_run_that_knows_no_blocks_has_the_models_own(tmp_path):
+    """A run from when there was no such setting."""
+    config = {"settings": decisive(Settings())}
+    assert config["settings"]["network"].pop("blocks") == []
+    claim(tmp_path, config, "auto")
+    save(tmp_path)
+    assert "blocks" not in (tmp_path / "config.json").read_text()
+    claim(tmp_path, {"settings": decisive(Settings())}, "must", BEFORE_THEY_WERE)
+    assert settings_from(Settings, config["settings"]) == Settings()
+    other = decisive(Settings(network=NetworkSettings(blocks=(1,))))
+    with pytest.raises(WorkdirError, match=r"blocks: \[\] → \[1\]"):
+        claim(tmp_path, {"settings": other}, "must", BEFORE_THEY_WERE)
 
 
 @pytest.mark.parametrize("config", [CONFIG, changed(CONFIG, seed=1)], ids=["same", "other"])
