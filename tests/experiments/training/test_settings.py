@@ -165,7 +165,6 @@ def test_network_by_default_is_the_preset(model, conv):
     preset = dataclasses.replace(PRESETS[model], conv=CONVS[conv], num_classes=5)
     network = built(5, model=model, conv=conv)
     assert network.config == preset
-    assert network.config.dropout_rate == {"resnet14": 0.2, "resnet18": 0}[model]
     assert network.classifier.out_features == 5
 
 
