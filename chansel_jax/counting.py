@@ -13,8 +13,7 @@ from flax import nnx
 
 from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
 from chansel_jax.networks.resnet import MAX_POOL, PooledStem, ResNet, ResNetConfig, unwrapped
-from chansel_jax.ops import window
-from chansel_jax.ops.window import Pair, pair
+from chansel_jax.ops.window import Pair, Window, pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,9 +158,8 @@ def _count_chain(
 
 
 def _pooled(shape: tuple[int, ...]) -> tuple[int, ...]:
-    size = window.output_size(
-        shape[:2], MAX_POOL["window_shape"], MAX_POOL["strides"], MAX_POOL["padding"], (1, 1)
-    )
+    window = Window.of(MAX_POOL["strides"], MAX_POOL["padding"])
+    size = window.output_size(shape[:2], MAX_POOL["window_shape"])
     return *size, shape[2]
 
 
@@ -218,9 +216,7 @@ def _conv_output_size(layer: SubKernelConv | ChannelSelectionConv, shape: tuple[
     if len(shape) != 3:
         raise ValueError(f"input_shape={shape} must be (H, W, C)")
     _check_channels(shape, layer.in_channels)
-    return window.output_size(
-        shape[:2], layer.kernel_size, layer.strides, layer.padding, layer.kernel_dilation
-    )
+    return layer.window.output_size(shape[:2], layer.kernel_size)
 
 
 def _check_channels(shape: tuple[int, ...], channels: int) -> None:

@@ -29,16 +29,11 @@ from chansel_jax.networks.resnet import CONVS, IMAGE_SIZES, PRESETS
 from chansel_jax.ops import native
 from chansel_jax.training import devices
 from chansel_jax.training.augmentation import Augmentation
+from chansel_jax.training.batches import Batch, put_batch
 from chansel_jax.training.optimizer import OptimizerSettings, make_optimizer, make_schedule
-from chansel_jax.training.step import (
-    epoch_order,
-    init_state,
-    init_totals,
-    make_train_step,
-    put_split,
-)
+from chansel_jax.training.step import init_state, init_totals, make_train_step
 from experiments.cli.command import make_output, run
-from experiments.cli.errors import CommandError
+from experiments.cli.console import make_console
 from experiments.cli.flags import typed
 from experiments.reporting import machine
 
@@ -48,21 +43,21 @@ SLOWEST = 8  # operations that are listed one by one
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Where the time of a training step goes, by kind of operation."""
+    """Shows where the time of a training step goes, by kind of operation."""
 
     model: Literal["resnet14", "resnet18"] = "resnet14"
-    """The network; images of 32 × 32 for the first, of 224 × 224 for the second."""
+    """This is the network; resnet14 takes images of 32 × 32, resnet18 of 224 × 224."""
     convs: tuple[Literal["chansel", "subkernel"], ...] = ("chansel", "subkernel")
-    """Channel selection, the ordinary dense convolution, or both."""
+    """Channel selection, the ordinary dense convolution, or both are profiled."""
     batch_size: int = 128
-    """Images a step."""
+    """A step takes this many images."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation."""
+    """The step computes in this dtype; its parameters are float32."""
     steps: int = 5
-    """Steps that are timed, and as many that are traced."""
+    """This many steps are timed, and as many are traced."""
     output: Path | None = None
-    """Folder for the traces, which TensorBoard and Perfetto show, and for profile.json, which holds
-    the tables; by default nothing is kept."""
+    """The traces, which TensorBoard and Perfetto show, and profile.json, which holds the tables,
+    are written to this folder; by default nothing is kept."""
 
     def __post_init__(self):
         for name in ("batch_size", "steps"):
@@ -90,7 +85,7 @@ class Profile:
 
 def main(settings: Settings) -> None:
     """Profiles every convolution's network and prints a table of each."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     if settings.output is not None:
         make_output(settings.output)
     device = jax.devices()[0]
@@ -107,10 +102,7 @@ def main(settings: Settings) -> None:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             else:
                 folder = settings.output / conv
-            try:
-                profiles[conv] = profile_step(settings, conv, folder)
-            except ValueError as error:  # the batch is not divisible by the devices
-                raise CommandError(error) from error
+            profiles[conv] = profile_step(settings, conv, folder)
         print_profile(conv, profiles[conv], console)
     if settings.output is not None:
         write_json(settings.output / "profile.json", as_json(settings, profiles))
@@ -126,26 +118,20 @@ def profile_step(settings: Settings, conv: str, folder: Path) -> Profile:
     optimizer_settings = OptimizerSettings()
     schedule = make_schedule(optimizer_settings, epochs=1, steps_per_epoch=1000)
     optimizer = make_optimizer(optimizer_settings, schedule)
+    devices.check_batch_size(settings.batch_size, mesh)
     split = random_split(settings, network.config.num_classes)
-    step = make_train_step(
-        network,
-        optimizer,
-        mesh=mesh,
-        batch_size=settings.batch_size,
-        steps_per_epoch=1,
-        augmentation=Augmentation(),
-    )
+    step = make_train_step(network, optimizer, mesh=mesh, augmentation=Augmentation())
     state = init_state(network, optimizer, 0, mesh)
     totals = init_totals(mesh)
-    split = put_split(split, split.summary.mean, split.summary.std, mesh)
-    order = epoch_order(state.key, 0, settings.batch_size)
-    step = step.lower(state, totals, split, order).compile()
+    batch = put_batch(Batch(split.images, split.labels), mesh)
+    statistics = devices.replicate((split.summary.mean, split.summary.std), mesh)
+    step = step.lower(state, totals, batch, *statistics).compile()
 
     def take_steps(count: int, one_at_a_time: bool = False) -> float:
         nonlocal state, totals
         start = time.perf_counter()
         for _ in range(count):
-            state, totals = step(state, totals, split, order)
+            state, totals = step(state, totals, batch, *statistics)
             if one_at_a_time:
                 jax.block_until_ready(state)
         jax.block_until_ready(state)

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from chansel_jax.ops import dense, depthwise, lowerings, native, selection
 from experiments.cli.command import run
+from experiments.cli.console import make_console
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +31,11 @@ class Settings:
     """Measures every lowering on this machine, and holds the rules of "auto" against it."""
 
     batch_size: int = 128
-    """Images of 32 × 32 and smaller; a sixteenth of it of larger ones."""
+    """A batch has this many images of 32 × 32 or smaller, or a sixteenth as many larger ones."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
-    """Of the computation."""
+    """Every layer is computed in each of these."""
     rounds: int = 15
-    """Times that each lowering is timed; the median counts."""
+    """Each lowering is timed so many times; the median counts."""
 
     def __post_init__(self):
         for name in ("batch_size", "rounds"):
@@ -102,7 +103,7 @@ class Result:
 
 def main(settings: Settings) -> None:
     """Measures as `settings` say, and prints tables: layer, depthwise part, dense convolution."""
-    console = Console(highlight=False)
+    console = make_console()
     device = jax.devices()[0]
     console.print(f"{len(jax.devices())} × {device.device_kind}, jax {jax.__version__}")
     if not native.available():

@@ -3,6 +3,7 @@
 import os
 import signal
 import tempfile
+from pathlib import Path
 
 import jax
 import jaxlib.version
@@ -10,6 +11,9 @@ import torch
 
 # What a script starts in the background ignores Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# `experiments` is not installed: the processes that tests start find it here, wherever they run.
+paths = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 # Two devices stand in for a machine with several; more are in processes of their own. On few cores
 # their threads, waiting for each other in a sum over devices, could leave none to compute what they
 # wait for: let there be more.

@@ -7,6 +7,7 @@ from typing import get_args
 from flax import nnx
 
 from chansel_jax import data
+from chansel_jax.errors import OneLineError
 from chansel_jax.networks.resnet import CONVS, IMAGE_SIZES, PRESETS, PooledStem, ResNet
 from chansel_jax.training.optimizer import OptimizerSettings
 from experiments.benchmarking.cases import (
@@ -31,8 +32,8 @@ PLATFORMS = {"native": "cpu", "composed_native": "cpu", "max_autotune": "gpu"}
 MOST_LOADER_WORKERS = 8
 
 
-class PlanError(Exception):
-    """Settings that come to nothing on this machine; one line."""
+class PlanError(OneLineError):
+    """Settings that come to nothing on this machine."""
 
 
 def make_machine(settings: Settings, platform: str, cores: int) -> Machine:
@@ -169,23 +170,20 @@ def load_train_images(settings: Settings) -> TrainImages | None:
     """The training images of an epoch; None for everything else.
 
     Raises:
-        PlanError: if they cannot be loaded.
+        DataError: if they cannot be loaded.
     """
     if settings.what != "epoch":
         return None
     images = settings.images
     folder = images.dataset == "folder"
-    try:
-        split = data.load(
-            images.dataset,
-            data_dir=images.data_dir,
-            image_size=settings.image_size if folder else None,
-            classes=images.classes,
-            train_per_class=images.train_per_class,
-            split_seed=0,
-        ).splits["train"]
-    except ValueError as error:
-        raise PlanError(error) from error
+    split = data.load(
+        images.dataset,
+        data_dir=images.data_dir,
+        image_size=settings.image_size if folder else None,
+        classes=images.classes,
+        train_per_class=images.train_per_class,
+        split_seed=0,
+    ).splits["train"]
     summary = split.summary
     return TrainImages(split.images, split.labels, summary.mean, summary.std)
 
@@ -218,7 +216,7 @@ def _block_shapes(block: nnx.Module, size: int) -> Iterator[LayerShape]:
 
 
 def _shape(layer: nnx.Module, size: int) -> LayerShape:
-    kernel_size, stride = layer.kernel_size[0], layer.strides[0]
+    kernel_size, stride = layer.kernel_size[0], layer.window.strides[0]
     return LayerShape(size, layer.in_channels, layer.out_channels, kernel_size, stride)
 
 

@@ -21,7 +21,8 @@ from chansel_jax.training import devices
 from chansel_jax.training.augmentation import Augmentation
 from chansel_jax.training.optimizer import OptimizerSettings, make_optimizer, make_schedule
 from chansel_jax.training.processes import gathered
-from chansel_jax.training.step import Batch, TrainState, init_state, init_totals, make_batch_step
+from chansel_jax.training.batches import Batch
+from chansel_jax.training.step import TrainState, init_state, init_totals, make_train_step
 from experiments.cli.errors import CommandError
 from experiments.parallelism.allreduce import Link, all_reduces
 
@@ -54,8 +55,8 @@ class Case:
 
 def prepare(model: str, case: Case) -> tuple[Run, list[list[int]]]:
     """The part of this process in a case, and the step's all-reduces, as `all_reduces` has them."""
-    devices = jax.devices()[: case.devices]
-    groups = [[device] for device in devices] if case.apart else [devices]
+    chosen = jax.devices()[: case.devices]
+    groups = [[device] for device in chosen] if case.apart else [chosen]
     here = [mesh for mesh in map(devices.data_mesh, groups) if mesh.local_devices]
     trainings = [_training(model, case.conv, mesh, case.images // len(groups)) for mesh in here]
 
@@ -79,7 +80,7 @@ def _training(
     totals = init_totals(mesh)
     batch = _noise(images, IMAGE_SIZES[model], network.config.num_classes, mesh)
     mean_std = devices.replicate((np.full(3, 128, np.float32), np.full(3, 64, np.float32)), mesh)
-    step = make_batch_step(network, optimizer, mesh=mesh, augmentation=Augmentation())
+    step = make_train_step(network, optimizer, mesh=mesh, augmentation=Augmentation())
     compiled = step.lower(state, totals, batch, *mean_std).compile()
 
     def take_step():
@@ -133,13 +134,13 @@ def _slowest(run: Run, steps: int) -> float:
     return float(gathered(time.perf_counter() - start).max())
 
 
-def measured_link(devices: int, *, rounds: int, console: Console) -> Link:
-    """What connects the first `devices`, by the paper model from all-reduces of two sizes.
+def measured_link(count: int, *, rounds: int, console: Console) -> Link:
+    """What connects the first `count` devices, by the paper model from all-reduces of two sizes.
 
     Raises:
         CommandError: if the larger ones take no longer.
     """
-    mesh = devices.data_mesh(jax.devices()[:devices])
+    mesh = devices.data_mesh(jax.devices()[:count])
     runs = {size: _all_reduce_run(size, mesh) for size in (SMALL, LARGE)}
     seconds = time_in_turn(runs, rounds=rounds, steps=1, console=console)
     small, large = (seconds[size] / REPEATS for size in (SMALL, LARGE))
@@ -148,10 +149,10 @@ def measured_link(devices: int, *, rounds: int, console: Console) -> Link:
             f"the link cannot be measured: an all-reduce of {LARGE} bytes takes {large:.2g} s, of "
             f"{SMALL} bytes {small:.2g} s; is the machine busy? More --rounds may help"
         )
-    sent = 2 * (devices - 1) / devices * (LARGE - SMALL)
+    sent = 2 * (count - 1) / count * (LARGE - SMALL)
     return Link(
         bandwidth=sent / (large - small),
-        latency=small / (2 * math.ceil(math.log2(devices))),
+        latency=small / (2 * math.ceil(math.log2(count))),
     )
 
 

@@ -15,8 +15,9 @@ from experiments.cli.differences import differences
 from experiments.cli.errors import CommandError
 from experiments.training.experiment import load_data
 from experiments.training.load import Records, read_config, read_records
+from experiments.training.loop import DivergedError
 from experiments.training.records import Row
-from experiments.training.run import DivergedError, train_and_evaluate
+from experiments.training.run import train_and_evaluate
 from experiments.training.scores import Wanted, recorded_scores
 from experiments.training.settings import DataSettings, Settings, build_network, decisive
 from experiments.training.workdir import holds_run
@@ -90,7 +91,7 @@ def run_all(
         What came out, and a line for each training whose loss was not finite.
 
     Raises:
-        CommandError: as `train_and_evaluate` and `recorded_scores`, or if an entry has wrong
+        OneLineError: as `train_and_evaluate` and `recorded_scores`, or if an entry has wrong
             settings, or a run in `folder` other ones, or no loss was finite.
     """
     check_networks(entries)
@@ -183,13 +184,10 @@ def image_digests(settings: DataSettings) -> Mapping[str, str]:
     """Of the images of each split.
 
     Raises:
-        CommandError: if they cannot be had.
+        DataError: if they cannot be had.
     """
-    try:
-        splits = load_data(settings, in_memory=False).splits
-        return {name: split.summary.digest for name, split in splits.items()}
-    except ValueError as error:
-        raise CommandError(error) from error
+    splits = load_data(settings, in_memory=False).splits
+    return {name: split.summary.digest for name, split in splits.items()}
 
 
 def folder_name(label: str) -> str:

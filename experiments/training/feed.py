@@ -52,7 +52,7 @@ def open_feed(experiment: Experiment, state: TrainState) -> Iterator[Feed]:
     batch = abstract_batch(experiment.dataset.splits["train"].images.shape[1:], size, mesh)
     step = step.lower(state, totals, batch, *statistics).compile()
     add = add.lower(state, totals, batch, np.int32(size), *statistics).compile()
-    in_memory = experiment.settings.input.input == "memory"
+    in_memory = experiment.settings.reading.input == "memory"
     opened = (batches_in_memory if in_memory else batches_read_ahead)(experiment, state)
     with opened as (batches, validation):
 
@@ -89,7 +89,7 @@ def batches_read_ahead(experiment: Experiment, state: TrainState) -> Iterator[Ba
     """The same, which Grain reads."""
     mesh, splits = experiment.mesh, experiment.dataset.splits
     order, steps = training_order(experiment, state)
-    workers = experiment.settings.input.workers
+    workers = experiment.settings.reading.workers
     with streaming.training_batches(splits["train"], order, mesh, steps, workers) as batches:
         yield (
             batches,

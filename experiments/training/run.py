@@ -8,13 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from chansel_jax.counting import LayerCount, count_network
-from chansel_jax.data import DataError
 from chansel_jax.digest import digest
 from chansel_jax.files import write_json
 from chansel_jax.networks.resnet import ResNet
 from chansel_jax.training import checkpoint
-from chansel_jax.training.checkpoint import CheckpointError
-from chansel_jax.training.processes import OtherProcessError
 from experiments.cli.errors import CommandError
 from experiments.cluster import coordination
 from experiments.reporting import machine
@@ -22,17 +19,10 @@ from experiments.training import printing, records
 from experiments.training.experiment import Experiment, build
 from experiments.training.loop import Progress, train
 from experiments.training.settings import Settings, decisive, run_name
-from experiments.training.workdir import WorkdirError, claim
-
-EXPECTED = (WorkdirError, CheckpointError, DataError, OtherProcessError)
-
+from experiments.training.workdir import claim
 
 # What settings are worth in the files of runs that are older than they.
 BEFORE_THEY_WERE = {"settings": decisive(Settings())}
-
-
-class DivergedError(CommandError):
-    """A loss was not finite; one line."""
 
 
 def train_and_evaluate(
@@ -46,18 +36,16 @@ def train_and_evaluate(
         network: with the parameters to begin with, as in `build`.
 
     Raises:
-        CommandError: if a setting or the data is wrong, the workdir holds another run, no
-            checkpoint can be restored, or nothing can be written.
+        ValueError: if a setting is wrong, naming it and its value.
+        OneLineError: if the data is wrong, the workdir holds another run, no checkpoint can be
+            restored, nothing can be written, or another process could not go on.
         DivergedError: if a loss is not finite.
         Interrupted: after SIGINT or SIGTERM, when all is saved.
     """
     workdir = settings.workdir or Path("runs", run_name(settings))
     refuse_workdir_among_images(workdir, settings)
     coordination.check_equal("settings", equal_in_all_processes(settings))
-    try:
-        experiment = build(settings, network)
-    except (ValueError, OtherProcessError) as error:
-        raise CommandError(error) from error
+    experiment = build(settings, network)
     description = experiment.describe()
     coordination.check_equal("images", description)
     try:
@@ -73,10 +61,6 @@ def train_and_evaluate(
             progress = train(experiment, workdir, console)
             summary = summarise(experiment, rows, progress)
             coordination.first_alone(lambda: finish(summary, workdir))
-    except FloatingPointError as error:
-        raise DivergedError(error) from error
-    except EXPECTED as error:
-        raise CommandError(error) from error
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise CommandError(
@@ -89,7 +73,7 @@ def train_and_evaluate(
 def equal_in_all_processes(settings: Settings) -> dict[str, Any]:
     """What processes must agree on to take the same steps, and to do the same between them."""
     others = {name: getattr(settings, name) for name in ("save_every_steps", "resume")}
-    return decisive(settings) | others | {"input": settings.input.input}
+    return decisive(settings) | others | {"input": settings.reading.input}
 
 
 def finish(summary: Mapping[str, Any], workdir: Path) -> None:

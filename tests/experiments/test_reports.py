@@ -284,7 +284,7 @@ def test_compression_refuses(dense, settings, whole, images, tmp_path, console):
     with pytest.raises(CommandError, match="is a run of --conv=chansel"):
         compress.compress(compress.Settings(settings.workdir, data_dir=images), console)
     given = compress.Settings(dense, data_dir=images, ranks=(), parameter_budgets=(9,))
-    with pytest.raises(CommandError, match="parameter_budget=9 must be at least the 247"):
+    with pytest.raises(ValueError, match="parameter_budget=9 must be at least the 247"):
         compress.compress(given, console)
     given = dataclasses.replace(given, ranks=(1, 5))
     with pytest.raises(CommandError, match="ranks=5 must be at most 4"):

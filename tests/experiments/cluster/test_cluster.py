@@ -1,5 +1,7 @@
 """Runs of several processes, on the loopback interface."""
 
+import dataclasses
+import io
 import json
 import os
 import shutil
@@ -12,10 +14,12 @@ import pytest
 import shallow
 import shallow_scaling
 from clusters import environment, processes
+from rich.console import Console
 
-from experiments.cli.errors import EXIT_INTERRUPTED, EXIT_SAVED
+from experiments.cli.ending import EXIT_INTERRUPTED, EXIT_SAVED
 from experiments.cluster import coordination, joining
 from experiments.training.experiment import load_data
+from experiments.training.run import train_and_evaluate
 
 DEVICES = 8
 
@@ -30,25 +34,6 @@ def test_one_process_is_the_first_and_waits_for_none():
     assert [coordination.shared_maximum(lambda: next(numbers))() for _ in range(2)] == [None, 15]
 
 
-UNREAD = """
-import sys
-from experiments import cluster
-console = coordination.console()
-for i in range(2 * 10**4):  # more than a pipe holds
-    console.print(i)
-print("done", file=sys.stderr)
-"""
-
-
-def test_that_nobody_reads_what_is_printed_ends_nothing():
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", UNREAD], **pipes, text=True) as process:
-        assert process.stdout.readline() == "0\n"
-        process.stdout.close()
-        assert process.stderr.read() == "done\n"
-    assert process.returncode == 0
-
-
 def two_processes(settings, workdir, *words, devices=DEVICES, **of_the_last):
     """Of a run over so many devices in all."""
     return processes([*shallow.command(settings, workdir), *words], 2, devices, **of_the_last)
@@ -58,6 +43,7 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.usefixtures("shallow_networks")
 def test_processes_stop_together_and_one_goes_on_with_the_same_losses(settings, whole, tmp_path):
     workdir = tmp_path / "run"
     with two_processes(settings, workdir, "--input=streaming", "--workers=1") as both:
@@ -70,8 +56,9 @@ def test_processes_stop_together_and_one_goes_on_with_the_same_losses(settings, 
     assert "stopped by SIGTERM after " in outputs[0][1]
     assert "4 × cpu" not in outputs[0][0] and f"{DEVICES} × cpu" in outputs[0][0]
     assert "stopped" not in outputs[1][1] and "epoch" not in outputs[1][0]  # one speaks
-    again = train(settings, workdir, devices=1)
-    assert "resumed after" in again.stdout
+    console = Console(file=io.StringIO())
+    train_and_evaluate(dataclasses.replace(settings, workdir=workdir), console)
+    assert "resumed after" in console.file.getvalue()
     assert_same_losses(workdir, settings.workdir)
 
 
@@ -90,30 +77,24 @@ def assert_same_losses(workdir, other):
         assert row["val_loss"] == pytest.approx(expected["val_loss"], abs=3e-4)
 
 
-def test_devices_give_the_same_losses_and_may_change_in_between(settings, whole, tmp_path):
-    """Two devices (this process's), eight, and one that goes on where eight were."""
-    eight = tmp_path / "eight"
-    train(settings, eight, devices=DEVICES)
-    assert_same_losses(eight, settings.workdir)
-    take_back_an_epoch(eight)
-    assert "resumed after epoch 2 of 3" in train(settings, eight, devices=1).stdout
-    assert_same_losses(eight, settings.workdir)
-
-
 def take_back_an_epoch(workdir):
     shutil.rmtree(workdir / "checkpoints" / "3")
     (workdir / "summary.json").unlink()
 
 
-def test_two_processes_of_four_devices_go_on_where_one_device_was(settings, whole, tmp_path):
+def test_devices_give_the_same_losses_and_may_change_in_between(settings, whole, tmp_path):
+    """Two devices (this process's); eight; two processes of four; and one where these were."""
     workdir = tmp_path / "run"
-    train(settings, workdir, devices=1)
+    train(settings, workdir, devices=DEVICES)
     assert_same_losses(workdir, settings.workdir)
     take_back_an_epoch(workdir)
     with two_processes(settings, workdir) as both:
         outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert "resumed after epoch 2 of 3" in outputs[0][0]
+    assert_same_losses(workdir, settings.workdir)
+    take_back_an_epoch(workdir)
+    assert "resumed after epoch 2 of 3" in train(settings, workdir, devices=1).stdout
     assert_same_losses(workdir, settings.workdir)
 
 
