@@ -19,9 +19,9 @@ from rich.progress import track
 from chansel_jax.networks.resnet import CONVS, IMAGE_SIZES, PRESETS
 from chansel_jax.training import devices
 from chansel_jax.training.augmentation import Augmentation
+from chansel_jax.training.batches import Batch
 from chansel_jax.training.optimizer import OptimizerSettings, make_optimizer, make_schedule
 from chansel_jax.training.processes import gathered
-from chansel_jax.training.batches import Batch
 from chansel_jax.training.step import TrainState, init_state, init_totals, make_train_step
 from experiments.cli.errors import CommandError
 from experiments.parallelism.allreduce import Link, all_reduces
