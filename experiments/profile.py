@@ -25,7 +25,7 @@ from rich.table import Table
 
 from chansel_jax.data import Split
 from chansel_jax.files import write_json
-from chansel_jax.networks.resnet import CONVS, IMAGE_SIZES, PRESETS
+from chansel_jax.networks.resnet import CONVS, PRESETS, Model, ResNet, ResNetConfig
 from chansel_jax.ops import native
 from chansel_jax.training import devices
 from chansel_jax.training.augmentation import Augmentation
@@ -45,7 +45,7 @@ SLOWEST = 8  # operations that are listed one by one
 class Settings:
     """Shows where the time of a training step goes, by kind of operation."""
 
-    model: Literal["resnet14", "resnet18"] = "resnet14"
+    model: Model = "resnet14"
     """This is the network; resnet14 takes images of 32 × 32, resnet18 of 224 × 224."""
     convs: tuple[Literal["chansel", "subkernel"], ...] = ("chansel", "subkernel")
     """Channel selection, the ordinary dense convolution, or both are profiled."""
@@ -112,14 +112,14 @@ def main(settings: Settings) -> None:
 def profile_step(settings: Settings, conv: str, folder: Path) -> Profile:
     """Compiles the training step, then times and traces it."""
     mesh = devices.data_mesh()
-    network = PRESETS[settings.model](
-        CONVS[conv], rngs=nnx.Rngs(0), dtype=getattr(jnp, settings.dtype)
-    )
+    dtype = getattr(jnp, settings.dtype)
+    config = dataclasses.replace(PRESETS[settings.model], conv=CONVS[conv], dtype=dtype)
+    network = ResNet(config, rngs=nnx.Rngs(0))
     optimizer_settings = OptimizerSettings()
     schedule = make_schedule(optimizer_settings, epochs=1, steps_per_epoch=1000)
     optimizer = make_optimizer(optimizer_settings, schedule)
     devices.check_batch_size(settings.batch_size, mesh)
-    split = random_split(settings, network.config.num_classes)
+    split = random_split(config, settings.batch_size)
     step = make_train_step(network, optimizer, mesh=mesh, augmentation=Augmentation())
     state = init_state(network, optimizer, 0, mesh)
     totals = init_totals(mesh)
@@ -146,12 +146,11 @@ def profile_step(settings: Settings, conv: str, folder: Path) -> Profile:
     return Profile(untraced, times(folder, op_names, settings.steps), op_names)
 
 
-def random_split(settings: Settings, num_classes: int) -> Split:
+def random_split(config: ResNetConfig, count: int) -> Split:
     """One batch of noise."""
-    rng, size = np.random.default_rng(0), IMAGE_SIZES[settings.model]
-    shape = (settings.batch_size, size, size, 3)
+    rng, shape = np.random.default_rng(0), (count, config.image_size, config.image_size, 3)
     images = rng.integers(256, size=shape, dtype=np.uint8)
-    return Split(images, rng.integers(num_classes, size=settings.batch_size, dtype=np.int32))
+    return Split(images, rng.integers(config.num_classes, size=count, dtype=np.int32))
 
 
 def operations(compiled: str) -> dict[str, str]:

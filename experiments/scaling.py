@@ -10,12 +10,12 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import jax
 from rich.console import Console
 
 from chansel_jax.files import write_json
+from chansel_jax.networks.resnet import PRESETS, Model
 from experiments.cli.command import make_output, run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
@@ -38,8 +38,10 @@ class Settings:
     devices: tuple[int, ...] = ()
     """The steps are timed with each of these numbers of devices; by default 1, 2, 4, … as there
     are. Those of a single process on a CPU are virtual ones, at most as many as cores."""
-    model: Literal["resnet14", "resnet18"] = "resnet14"
+    model: Model = "resnet14"
     """This is the network; resnet14 takes images of 32 × 32, resnet18 of 224 × 224."""
+    blocks: tuple[int, ...] = ()
+    """The stages have these numbers of residual blocks; by default they are the model's own."""
     batch_size: int = 128
     """A step takes this many images on each device (weak scaling), and on all together (strong
     scaling)."""
@@ -183,7 +185,9 @@ def measure(settings: Settings, counts: Sequence[int], console: Console) -> Meas
         for count in counts
         for size, apart in ((images * count, False), (images, False), (images * count, count > 1))
     ]
-    prepared = {case: prepare(settings.model, case) for case in dict.fromkeys(cases)}
+    preset = PRESETS[settings.model]
+    preset = dataclasses.replace(preset, blocks=settings.blocks or preset.blocks)
+    prepared = {case: prepare(preset, case) for case in dict.fromkeys(cases)}
     runs = {case: run for case, (run, _) in prepared.items()}
     seconds = time_in_turn(runs, rounds=settings.rounds, steps=settings.steps, console=console)
     speed = {case: case.images / taken for case, taken in seconds.items()}

@@ -38,6 +38,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # On a processor without AVX-512, oneDNN's float32 convolutions were off by 7e-4, and with one core
 # wrote beyond their arrays: PyTorch's own are the reference.
 torch.backends.mkldnn.enabled = False
+# Its arrays are small here: further threads would wait for each other, and for the other tests.
+torch.set_num_threads(1)
 # Both must be set before anything is computed.
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -229,7 +229,7 @@ def test_a_normalised_layer_has_no_composed_kernel():
         layer.composed_kernel()
 
 
-@pytest.mark.parametrize(("in_channels", "kernel_size"), [(3, (3, 3)), (9, (2, 2)), (4, (1, 3))])
+@pytest.mark.parametrize(("in_channels", "kernel_size"), [(3, (3, 3)), (9, (2, 2))])
 def test_full_rank_expresses_every_dense_kernel(in_channels, kernel_size):
     elements = kernel_size[0] * kernel_size[1]
     rank = min(in_channels, elements)
@@ -255,10 +255,10 @@ def test_full_rank_expresses_every_dense_kernel(in_channels, kernel_size):
 
 @pytest.mark.parametrize(
     ("in_channels", "kernel_size", "rank"),
-    [(1, 3, 1), (16, 3, 1), (64, 3, 1), (32, 1, 1), (8, (2, 5), 1), (16, 3, 2), (16, 3, 9)],
+    [(1, 3, 1), (32, 1, 1), (8, (2, 5), 1), (16, 3, 9)],
 )
 def test_initial_variance_is_that_of_he(in_channels, kernel_size, rank):
-    out_channels = 2**13
+    out_channels = 2**12
     layer = ChannelSelectionConv(
         in_channels, out_channels, kernel_size, rank=rank, rngs=nnx.Rngs(0)
     )
@@ -391,7 +391,7 @@ SETTINGS = {
 }
 
 
-@hypothesis.settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@hypothesis.settings(max_examples=50, derandomize=True, deadline=None, database=None)
 @hypothesis.given(**SETTINGS)
 def test_layer_has_the_shape_of_flax_s_or_names_what_is_wrong(channels, rank, size, **window):
     """Nothing is computed: shapes alone."""

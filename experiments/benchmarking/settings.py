@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from chansel_jax.networks.resnet import CONVS
+from chansel_jax.networks.resnet import CONVS, Model
 from experiments.benchmarking.cases import Conv, Dtype, LayerShape, TorchVariant, What
 
 SHAPE_FORMAT = "SIZExC_INxC_OUTxKERNELxSTRIDE"
@@ -42,7 +42,7 @@ class Settings:
     what: What = "step"
     """What is timed is a training step, a forward pass in evaluation, single layers, or whole
     epochs of training with the data pipeline."""
-    model: Literal["resnet14", "resnet18"] = "resnet14"
+    model: Model = "resnet14"
     """The network is the original's for small images, or torchvision's ResNet-18."""
     batch_size: int | None = None
     """A step takes this many images; by default 128, and with ResNet-18 64 on a GPU and 16 on a

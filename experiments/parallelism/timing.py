@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import track
 
-from chansel_jax.networks.resnet import CONVS, IMAGE_SIZES, PRESETS
+from chansel_jax.networks.resnet import CONVS, ResNet, ResNetConfig
 from chansel_jax.training import devices
 from chansel_jax.training.augmentation import Augmentation
 from chansel_jax.training.batches import Batch
@@ -53,12 +53,13 @@ class Case:
     apart: bool = False
 
 
-def prepare(model: str, case: Case) -> tuple[Run, list[list[int]]]:
+def prepare(preset: ResNetConfig, case: Case) -> tuple[Run, list[list[int]]]:
     """The part of this process in a case, and the step's all-reduces, as `all_reduces` has them."""
+    config = dataclasses.replace(preset, conv=CONVS[case.conv])
     chosen = jax.devices()[: case.devices]
     groups = [[device] for device in chosen] if case.apart else [chosen]
     here = [mesh for mesh in map(devices.data_mesh, groups) if mesh.local_devices]
-    trainings = [_training(model, case.conv, mesh, case.images // len(groups)) for mesh in here]
+    trainings = [_training(config, mesh, case.images // len(groups)) for mesh in here]
 
     def run(steps: int) -> None:
         states = []
@@ -70,15 +71,15 @@ def prepare(model: str, case: Case) -> tuple[Run, list[list[int]]]:
 
 
 def _training(
-    model: str, conv: str, mesh: Mesh, images: int
+    config: ResNetConfig, mesh: Mesh, images: int
 ) -> tuple[Callable[[], TrainState], list[list[int]]]:
     """A function that takes a step, on noise, and the step's all-reduces."""
-    network = PRESETS[model](CONVS[conv], rngs=nnx.Rngs(0))
+    network = ResNet(config, rngs=nnx.Rngs(0))
     defaults = OptimizerSettings()
     optimizer = make_optimizer(defaults, make_schedule(defaults, epochs=1, steps_per_epoch=1000))
     state = init_state(network, optimizer, 0, mesh)
     totals = init_totals(mesh)
-    batch = _noise(images, IMAGE_SIZES[model], network.config.num_classes, mesh)
+    batch = _noise(images, config.image_size, config.num_classes, mesh)
     mean_std = devices.replicate((np.full(3, 128, np.float32), np.full(3, 64, np.float32)), mesh)
     step = make_train_step(network, optimizer, mesh=mesh, augmentation=Augmentation())
     compiled = step.lower(state, totals, batch, *mean_std).compile()

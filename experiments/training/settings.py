@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from flax import nnx
 
-from chansel_jax.networks.resnet import CONVS, PRESETS, ResNet
+from chansel_jax.networks.resnet import CONVS, PRESETS, Model, ResNet
 from chansel_jax.training.augmentation import Augmentation
 from chansel_jax.training.optimizer import OptimizerSettings
 from experiments.cluster.joining import ClusterSettings
@@ -28,8 +28,10 @@ INITIALISERS = {
 class NetworkSettings:
     """The network."""
 
-    model: Literal["resnet14", "resnet18"] = "resnet14"
+    model: Model = "resnet14"
     """The original's network for small images, or torchvision's ResNet-18."""
+    blocks: tuple[int, ...] = ()
+    """The stages have these numbers of residual blocks; by default they are the model's own."""
     width: int | None = None
     """Channels of the first stage; by default the model's own (16, 64)."""
     rank: int = 1
@@ -216,18 +218,20 @@ def build_network(settings: Settings, num_classes: int) -> ResNet:
     """
     network = settings.network
     given = {
+        "blocks": network.blocks or None,
         "width": network.width,
         "rank": network.ranks or network.rank,
         "use_bias": network.use_bias,
         "dropout_rate": settings.training.dropout_rate,
         "dtype": jnp.dtype(network.dtype),
     }
-    return PRESETS[network.model](
-        _convolution(settings.conv, network),
-        num_classes,
+    config = dataclasses.replace(
+        PRESETS[network.model],
+        conv=_convolution(settings.conv, network),
+        num_classes=num_classes,
         **{name: value for name, value in given.items() if value is not None},
-        rngs=nnx.Rngs(settings.seed),
     )
+    return ResNet(config, rngs=nnx.Rngs(settings.seed))
 
 
 def _convolution(conv: Conv, network: NetworkSettings) -> Callable[..., nnx.Module]:

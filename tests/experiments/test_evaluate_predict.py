@@ -20,8 +20,6 @@ from experiments.training.load import load_images, load_run, settings_from
 from experiments.training.scores import Wanted, as_json, recorded_scores
 from experiments.training.settings import Settings
 
-pytestmark = pytest.mark.usefixtures("shallow_networks")
-
 
 @pytest.fixture
 def console():

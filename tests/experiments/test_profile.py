@@ -70,7 +70,7 @@ def test_times_of_a_real_trace(tmp_path):
     assert "convolutions, matrix products" in by_kind
 
 
-def test_prints_every_part_of_a_step_and_keeps_the_trace(tmp_path, capsys, shallow_networks):
+def test_prints_every_part_of_a_step_and_keeps_the_trace(tmp_path, capsys):
     profile.main(Settings(batch_size=8, steps=2, convs=("chansel",), output=tmp_path / "traces"))
     printed = capsys.readouterr().out
     for part in ("augmentation", "optimizer", "sums (BatchNorm)", "convolutions, matrix products"):

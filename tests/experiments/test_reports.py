@@ -15,9 +15,8 @@ from flax import nnx
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
-from shallow import shallow
 
-from chansel_jax.conv import SubKernelConv
+from chansel_jax import SubKernelConv, resnet14
 from chansel_jax.counting import count_network
 from chansel_jax.functional import network_tree
 from experiments import compare, compress, evaluate, predict, study
@@ -73,7 +72,6 @@ def test_page_shows_what_the_markdown_says(tmp_path):
 # Comparison
 
 
-@pytest.mark.usefixtures("shallow_networks")
 def test_comparison_of_both_convolutions(settings, one_epoch, tmp_path, console):
     given = compare.Settings(
         network=settings.network,
@@ -171,7 +169,6 @@ def test_dense_networks_of_equal_cost():
             assert nearest < 0.15
 
 
-@pytest.mark.usefixtures("shallow_networks")
 def test_a_study_from_beginning_to_end(settings, one_epoch, monkeypatch, tmp_path, console):
     def entries(data, epochs):
         chosen = Settings(network=settings.network, data=data, training=one_epoch)
@@ -225,7 +222,6 @@ def test_every_figure_can_be_drawn():
 # Compression
 
 
-@pytest.mark.usefixtures("shallow_networks")
 def test_compression_from_beginning_to_end(dense, settings, one_epoch, tmp_path, console):
     given = compress.Settings(
         dense,
@@ -258,7 +254,7 @@ def test_compression_from_beginning_to_end(dense, settings, one_epoch, tmp_path,
 
 
 def test_every_layer_has_at_most_its_own_highest_rank():
-    network = shallow(SubKernelConv, blocks=(1, 1), width=4, rngs=nnx.Rngs(0))
+    network = resnet14(SubKernelConv, blocks=(1, 1), width=4, rngs=nnx.Rngs(0))
     given = compress.Settings(Path("run"), ranks=(8,))
     (factorised,) = compress.factorised(network, given).values()
     assert factorised.config.ranks == (4, 4, 4, 8)
@@ -266,7 +262,6 @@ def test_every_layer_has_at_most_its_own_highest_rank():
         compress.factorised(network, dataclasses.replace(given, ranks=(9,)))
 
 
-@pytest.mark.usefixtures("shallow_networks")
 def test_fine_tuning_has_a_dropout_rate_of_its_own(dense, settings, tmp_path):
     given = compress.Settings(dense, data_dir=settings.data.data_dir, ranks=(2,))
     run = load_run(dense)
@@ -279,7 +274,6 @@ def test_fine_tuning_has_a_dropout_rate_of_its_own(dense, settings, tmp_path):
         build(other, network)
 
 
-@pytest.mark.usefixtures("shallow_networks")
 def test_compression_refuses(dense, settings, whole, images, tmp_path, console):
     with pytest.raises(CommandError, match="is a run of --conv=chansel"):
         compress.compress(compress.Settings(settings.workdir, data_dir=images), console)

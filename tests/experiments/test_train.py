@@ -12,8 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
-import shallow
-from clusters import environment
+from clusters import environment, train_arguments, train_command
 from PIL import Image
 from rich.console import Console
 
@@ -27,8 +26,6 @@ from experiments.training import loop, records
 from experiments.training.experiment import load_data
 from experiments.training.run import train_and_evaluate
 from experiments.training.settings import DataSettings, NetworkSettings, ReadingSettings
-
-pytestmark = pytest.mark.usefixtures("shallow_networks")
 
 
 def run(settings):
@@ -210,7 +207,7 @@ def test_damaged_checkpoint_within_an_epoch_is_set_aside(settings, whole, tmp_pa
 
 def test_terminated_process_resumes_bit_for_bit(settings, whole, tmp_path):
     workdir = tmp_path / "ended"
-    command = shallow.command(settings, workdir)
+    command = train_command(settings, workdir)
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=TWO_DEVICES, **pipes) as process:
         await_path(workdir / "checkpoints" / "1")
@@ -227,7 +224,7 @@ def test_terminated_process_resumes_bit_for_bit(settings, whole, tmp_path):
 def test_streamed_images_train_bit_for_bit_like_those_in_memory(
     settings, whole, tmp_path, monkeypatch
 ):
-    part = variant(settings, tmp_path / "part", reading=ReadingSettings("streaming", workers=2))
+    part = variant(settings, tmp_path / "part", reading=ReadingSettings("streaming", workers=1))
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         signal_after(patch, 2, 5, signal.SIGTERM)
         run(part)
@@ -264,8 +261,8 @@ def test_stream_of_damaged_files_is_one_line(settings, tmp_path, monkeypatch, wo
 def test_interrupt_from_a_terminal_lets_a_streaming_run_save(settings, whole, tmp_path):
     """It reaches the processes that decode, too."""
     workdir = tmp_path / "run"
-    command = shallow.command(settings, workdir)
-    command += ["--input=streaming", "--workers=2", "--save-every-steps=1"]
+    command = train_command(settings, workdir)
+    command += ["--input=streaming", "--workers=1", "--save-every-steps=1"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=TWO_DEVICES, start_new_session=True, **pipes) as process:
         await_path(workdir / "unfinished" / "1")
@@ -289,7 +286,7 @@ def test_larger_images_train_resnet18_through_a_stream(settings, tmp_path):
         settings,
         tmp_path / "run",
         data=data,
-        network=NetworkSettings(model="resnet18", width=4),
+        network=NetworkSettings(model="resnet18", blocks=(1, 1), width=4),
         reading=ReadingSettings("streaming", workers=1),
         epochs=1,
         batch_size=8,
@@ -405,7 +402,7 @@ import resource, runpy, sys, time
 from pathlib import Path
 from experiments.training import records
 
-command, checkpoint = sys.argv.pop(), Path(sys.argv.pop(), "checkpoints", "1")
+checkpoint = Path(sys.argv.pop(), "checkpoints", "1")
 write = records.MetricsWriter.write
 
 def write_and_fill(writer, row):
@@ -416,14 +413,13 @@ def write_and_fill(writer, row):
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 
 records.MetricsWriter.write = write_and_fill
-runpy.run_path(command, run_name="__main__")
+runpy.run_module("experiments.train", run_name="__main__")
 """
 
 
 def test_full_disk_ends_the_run_and_keeps_the_older_checkpoints(settings, whole, tmp_path):
     workdir = tmp_path / "run"
-    command = [sys.executable, "-c", FULL_DISK, *shallow.arguments(settings, workdir)]
-    command += [str(workdir), shallow.__file__]
+    command = [sys.executable, "-c", FULL_DISK, *train_arguments(settings, workdir), str(workdir)]
     ended = subprocess.run(command, env=TWO_DEVICES, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1
     assert re.fullmatch("error: cannot save under .*; older checkpoints stay\n", ended.stderr)
@@ -460,6 +456,6 @@ def test_command_fails_with_one_line(tmp_path):
 
 
 def test_subkernel_trains_in_bfloat16(settings, tmp_path):
-    network = NetworkSettings(width=4, dtype="bfloat16")
+    network = dataclasses.replace(settings.network, dtype="bfloat16")
     summary, _ = run(variant(settings, tmp_path / "run", conv="subkernel", network=network))
     assert summary["conv"] == "subkernel" and summary["best_val_accuracy"] > 0.9

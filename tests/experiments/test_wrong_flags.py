@@ -10,8 +10,6 @@ import jax
 import pytest
 from clusters import environment
 
-pytestmark = pytest.mark.usefixtures("shallow_networks")
-
 COMMANDS = (
     *("train", "compare", "evaluate", "predict", "study", "compress"),
     *("benchmark", "profile", "scaling", "tune"),

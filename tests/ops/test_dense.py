@@ -50,7 +50,7 @@ def assert_like_torch(lowering, size, kernel_size, channels, dtype, **window):
 
 
 @pytest.mark.parametrize("lowering", NATIVE)
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(NAMES, LAYERS)
 def test_native_like_torch(kernel_size, strides, padding, dilation, channels, dtype, lowering):
     window = {"strides": strides, "padding": padding, "dilation": dilation}

@@ -36,10 +36,9 @@ def gradients(lowering):
         logits, stats = apply(params, tree["batch_stats"], images, jax.random.key(0))
         return jnp.mean(jax.nn.logsumexp(logits, -1) - logits[:, 0]), stats
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(tree["params"])
-expected = gradients("grouped")
-for lowering in ("native", "auto"):
-    for e, a in zip(*map(jax.tree.leaves, (expected, gradients(lowering))), strict=True):
-        np.testing.assert_allclose(a, e, rtol=0, atol=1e-4 * max(abs(e).max(), 1e-2))
+# On one device "auto" is the native lowering, wherever that is the faster.
+for e, a in zip(*map(jax.tree.leaves, map(gradients, ("grouped", "auto"))), strict=True):
+    np.testing.assert_allclose(a, e, rtol=0, atol=1e-4 * max(abs(e).max(), 1e-2))
 print(jax.device_count())
 """
 DIGEST = """
@@ -86,7 +85,7 @@ def printed(program, **environment):
 
 
 @pytest.mark.parametrize("library", COMPILED)
-def test_a_network_of_it_like_one_of_grouped(library):
+def test_a_network_on_one_device_like_one_of_grouped(library):
     assert printed(NETWORK) == ["1"]
 
 

@@ -56,7 +56,7 @@ def assert_like_torch(lowering, size, kernel_size, channels, rank, dtype, **wind
 
 
 @pytest.mark.parametrize("lowering", COMPILED)
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     (*NAMES, "rank"), [(*layer, rank) for layer, rank in zip(LAYERS, RANKS, strict=True)]
 )

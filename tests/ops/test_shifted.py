@@ -77,7 +77,7 @@ def test_like_torch(kernel_size, strides, padding, dilation, rank):
 SMALL = {"kernel_size": st.tuples(st.integers(1, 3), st.integers(1, 3)), "rank": st.integers(1, 2)}
 
 
-@hypothesis.settings(max_examples=20, derandomize=True, deadline=None, database=None)
+@hypothesis.settings(max_examples=12, derandomize=True, deadline=None, database=None)
 @hypothesis.given(**{name: ANY_LAYER[name] for name in ANY_LAYER if name != "channels"} | SMALL)
 def test_any_window_like_torch(size, kernel_size, rank, **window):
     try:
@@ -112,14 +112,10 @@ def test_gradients_by_hand():
     np.testing.assert_allclose(dkernel, [1.0 + 5 * 2.0, 2.0 + 5 * 3.0])
 
 
-@pytest.mark.parametrize(
-    ("strides", "padding", "dilation", "rank"),
-    [((1, 1), "SAME", (1, 1), 2), ((2, 3), ((1, 2), (0, 4)), (2, 1), 1)],
-)
-def test_first_and_second_derivatives_by_finite_differences(strides, padding, dilation, rank):
-    window = {"strides": strides, "padding": padding, "dilation": dilation}
+def test_first_and_second_derivatives_by_finite_differences():
+    window = {"strides": (2, 3), "padding": ((1, 2), (0, 4)), "dilation": (2, 1)}
     with jax.enable_x64(True):
-        x, kernel, _ = arrays((5, 4), (3, 2), rank=rank, channels=2, dtype=np.float64, **window)
+        x, kernel, _ = arrays((5, 4), (3, 2), rank=2, channels=2, dtype=np.float64, **window)
         function = jax.jit(functools.partial(shifted, **window))
         check_grads(function, (x, kernel), order=2, modes=("rev",), atol=1e-6, rtol=1e-6)
 

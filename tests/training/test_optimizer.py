@@ -300,7 +300,7 @@ def test_muon_takes_every_dense_and_pointwise_kernel_of_a_network(conv):
     found = nnx.traversals.flatten_mapping(as_matrices(params))
     assert {path[-1] for path, axes in found.items() if axes} <= {"kernel", "pointwise"}
     assert sum(axes is not None for axes in found.values()) == 15  # stem, 6 · 2, 2 shortcuts
-    assert found["dense", "kernel"] is None
+    assert found["classifier", "kernel"] is None
 
 
 # Weight decay

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from chansel_jax import functional
-from chansel_jax.networks.resnet import CONVS, PRESETS, ResNet
+from chansel_jax.networks.resnet import CONVS, ResNet
 from chansel_jax.torch_weights import from_torch, to_torch
 from chansel_jax.training import devices
 from chansel_jax.training.augmentation import Augmentation
@@ -36,6 +36,7 @@ from experiments.benchmarking.cases import (
 from experiments.benchmarking.ceilings import Ceilings, Effort, best_rate, numpy_copy_rate
 from experiments.benchmarking.contestants.runner import FIRST_UPDATE, Runner, first_update
 from experiments.benchmarking.contestants.weights import uninitialised
+from experiments.benchmarking.work import network_config
 from experiments.cli.memory import hand_back_memory
 
 # The factors of float32 products are rounded on GPUs unless forbidden.
@@ -69,14 +70,13 @@ def conv_of(contestant: Contestant) -> Callable[..., nnx.Module]:
 def make_network(task: Task) -> ResNet:
     """The network with the weights of `task`; without dropout where outputs are compared."""
     case = task.case
-    make = functools.partial(
-        PRESETS[case.model],
-        conv_of(task.contestant),
-        case.num_classes,
+    config = dataclasses.replace(
+        network_config(case, task.contestant.conv),
+        conv=conv_of(task.contestant),
         dtype=_dtype(case),
         **({} if case.what == "epoch" else {"dropout_rate": 0.0}),
     )
-    network = uninitialised(make)
+    network = uninitialised(config)
     from_torch(network, task.weights)
     return network
 

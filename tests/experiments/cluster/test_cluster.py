@@ -11,9 +11,7 @@ import sys
 import time
 
 import pytest
-import shallow
-import shallow_scaling
-from clusters import environment, processes
+from clusters import environment, processes, train_command
 from rich.console import Console
 
 from experiments.cli.ending import EXIT_INTERRUPTED, EXIT_SAVED
@@ -36,14 +34,13 @@ def test_one_process_is_the_first_and_waits_for_none():
 
 def two_processes(settings, workdir, *words, devices=DEVICES, **of_the_last):
     """Of a run over so many devices in all."""
-    return processes([*shallow.command(settings, workdir), *words], 2, devices, **of_the_last)
+    return processes([*train_command(settings, workdir), *words], 2, devices, **of_the_last)
 
 
 def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.usefixtures("shallow_networks")
 def test_processes_stop_together_and_one_goes_on_with_the_same_losses(settings, whole, tmp_path):
     workdir = tmp_path / "run"
     with two_processes(settings, workdir, "--input=streaming", "--workers=1") as both:
@@ -64,7 +61,7 @@ def test_processes_stop_together_and_one_goes_on_with_the_same_losses(settings, 
 
 def train(settings, workdir, devices):
     done = subprocess.run(
-        shallow.command(settings, workdir), env=environment(devices), capture_output=True, text=True
+        train_command(settings, workdir), env=environment(devices), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -109,27 +106,31 @@ def test_processes_that_differ_are_told(settings, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def two_folders(settings, tmp_path):
-    """What two processes say that have folders of their own, as on machines that share none."""
-    mine, other = tmp_path / "run", tmp_path / "elsewhere"
-    with two_processes(settings, mine, devices=2, last=[f"--workdir={other}"]) as both:
-        outputs = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [1, 1]
-    return [errors for _, errors in outputs]
+def test_processes_must_agree_on_the_folder_and_its_checkpoints(
+    settings, whole, tmp_path, monkeypatch
+):
+    """On machines that share none, process 0 alone has made its folder; or they hold other runs."""
 
+    def compared(workdir, first):
+        """What a process with that folder tells the others."""
+        told = {}
+        with monkeypatch.context() as patch:
+            patch.setattr(coordination, "is_first", lambda: first)
+            patch.setattr(coordination, "check_equal", told.__setitem__)
+            given = dataclasses.replace(settings, workdir=workdir)
+            train_and_evaluate(given, Console(quiet=True))
+        return told
 
-def test_processes_with_other_folders_are_told(settings, tmp_path):
-    for errors in two_folders(settings, tmp_path):
-        assert "error: process 1 has other files in its --workdir" in errors
-    assert not (tmp_path / "elsewhere").exists()
-
-
-def test_processes_with_other_checkpoints_are_told(settings, whole, tmp_path):
-    for name in ("run", "elsewhere"):
-        shutil.copytree(settings.workdir, tmp_path / name)
-    take_back_an_epoch(tmp_path / "run")
-    for errors in two_folders(settings, tmp_path):
-        assert "error: process 1 has other checkpoints in its --workdir" in errors
+    shutil.copytree(settings.workdir, tmp_path / "whole")
+    shutil.copytree(settings.workdir, tmp_path / "part")
+    take_back_an_epoch(tmp_path / "part")
+    files, checkpoints = (
+        f"{what} in its --workdir, which all must share," for what in ("files", "checkpoints")
+    )
+    told = compared(tmp_path / "whole", True)
+    assert told[files] == {"config": True} and told[checkpoints] == {"checkpoints": [[2, 3], []]}
+    assert compared(tmp_path / "part", True)[checkpoints] == {"checkpoints": [[2], []]}
+    assert compared(tmp_path / "none", False)[files] == {"config": False}
 
 
 def test_failure_of_another_process_ends_the_first(settings, tmp_path):
@@ -197,8 +198,8 @@ def test_failure_of_the_first_process_ends_the_others(settings, tmp_path):
     ("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, EXIT_INTERRUPTED)]
 )
 def test_signal_where_nothing_is_to_be_saved_ends_all_processes(tmp_path, number, code):
-    command = [sys.executable, shallow_scaling.__file__, "--batch-size=2", "--rounds=100000"]
-    command.append(f"--output={tmp_path / 'report'}")
+    command = [sys.executable, "-m", "experiments.scaling", "--blocks=1", "--batch-size=2"]
+    command += ["--rounds=100000", f"--output={tmp_path / 'report'}"]
     with processes(command, count=2, devices=2) as both:
         while "virtual devices" not in both[0].stdout.readline():
             assert both[0].poll() is None
