@@ -194,9 +194,9 @@ def train_epoch(
         transient=True,
         disable=not console.is_terminal,
     )
-    for taken, arguments in zip(left, feed.arguments(progress.state), strict=True):
+    for taken in left:
         running = progress.totals
-        state, totals = feed.step(progress.state, progress.totals, *arguments)
+        state, totals = feed.step(progress.state, progress.totals, next(feed.batches))
         # No more than one step waits for another, so that a signal is heeded soon.
         jax.block_until_ready(running)
         progress = Progress(state, progress.history, totals, time.perf_counter() - start)
