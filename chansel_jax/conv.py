@@ -5,7 +5,8 @@ NHWC, kernels HWIO.
 """
 
 import functools
-from typing import Any, ClassVar
+import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 
 from chansel_jax.ops import dense, depthwise
 from chansel_jax.ops.lowerings import checked_lowering
-from chansel_jax.ops.selection import LOWERINGS, channel_selection, composed_kernel, weighted_sums
-from chansel_jax.ops.window import Padding, output_size, padding_spec, pair, positive
+from chansel_jax.ops.selection import LOWERINGS, composed_kernel, select, weighted_sums
+from chansel_jax.ops.window import Padding, Window, padding_spec, pair, positive
 
 he_normal = nnx.initializers.he_normal()
 lecun_normal = nnx.initializers.lecun_normal()
@@ -24,71 +25,7 @@ zeros = nnx.initializers.zeros_init()
 BatchNorm = functools.partial(nnx.BatchNorm, momentum=0.9)  # PyTorch writes this momentum as 0.1
 
 
-class _Conv(nnx.Module):
-    """What both layers share: the window's geometry, the bias, the dtype, any batch axes."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        *,
-        strides: int | tuple[int, int],
-        padding: Padding,
-        kernel_dilation: int | tuple[int, int],
-        use_bias: bool,
-        dtype: Dtype | None,
-        param_dtype: Dtype,
-        precision: PrecisionLike,
-        bias_init: Initializer,
-        rngs: nnx.Rngs,
-    ):
-        self.in_channels = positive("in_channels", in_channels)
-        self.out_channels = positive("out_channels", out_channels)
-        self.kernel_size = pair("kernel_size", kernel_size)
-        self.strides = pair("strides", strides)
-        self.padding = padding_spec(padding)
-        self.kernel_dilation = pair("kernel_dilation", kernel_dilation)
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.precision = precision
-        self.bias = nnx.data(
-            nnx.Param(bias_init(rngs.params(), (self.out_channels,), param_dtype))
-            if use_bias
-            else None
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Convolves `x` `(*batch, H, W, C_in)` to `(*batch, H_out, W_out, C_out)`.
-
-        Raises:
-            ValueError: if the shape of `x` does not fit, or is smaller than the kernel.
-        """
-        if x.ndim < 3 or x.shape[-1] != self.in_channels:
-            raise ValueError(
-                f"x of shape {x.shape} must be (*batch, H, W, C_in) with "
-                f"in_channels={self.in_channels}"
-            )
-        batch, size = x.shape[:-3], x.shape[-3:-1]
-        rows, columns = output_size(
-            size, self.kernel_size, self.strides, self.padding, self.kernel_dilation
-        )
-        dtype = self.dtype or jnp.result_type(x, self.param_dtype)
-        y = self._convolve(x.reshape(-1, *size, self.in_channels).astype(dtype))
-        if self.bias is not None:
-            y = y + self.bias[...].astype(dtype).reshape(1, 1, 1, -1)
-        return y.reshape(*batch, rows, columns, self.out_channels)
-
-    def _window(self) -> dict[str, Any]:
-        return {
-            "strides": self.strides,
-            "padding": self.padding,
-            "dilation": self.kernel_dilation,
-            "precision": self.precision,
-        }
-
-
-class SubKernelConv(_Conv):
+class SubKernelConv(nnx.Module):
     """The dense convolution: a K_h × K_w kernel for every pair of input and output channel.
 
     Parameters: `kernel` `(K_h, K_w, C_in, C_out)` and, with `use_bias`, `bias` `(C_out,)`.
@@ -96,14 +33,14 @@ class SubKernelConv(_Conv):
     Args:
         in_channels: C_in, the channels of the input.
         out_channels: C_out, the channels of the output.
-        kernel_size: K_h and K_w; an integer stands for both.
-        strides: steps between outputs in rows and columns; an integer stands for both. Default 1.
+        kernel_size: K_h and K_w; here and below, an integer stands for rows and columns.
+        strides: steps between outputs. Default 1.
         padding: `"SAME"` (the default), `"VALID"`, an integer, or `((top, bottom), (left, right))`.
             PyTorch's `padding=1` is `1` here; it differs from `"SAME"` where the stride is 2.
-        kernel_dilation: distance between a kernel's elements in rows and columns. Default 1.
+        kernel_dilation: distance between a kernel's elements. Default 1.
         use_bias: whether to add a bias to the output. Default True.
-        dtype: of the computation; by default what input and parameters promote to.
-        param_dtype: of the parameters. Default float32.
+        dtype: that of the computation; by default what input and parameters promote to.
+        param_dtype: that of the parameters. Default float32.
         precision: `jax.lax.Precision` of the products.
         kernel_init: initialiser of `kernel`; He's normal one by default.
         bias_init: initialiser of `bias`; zeros by default.
@@ -135,30 +72,33 @@ class SubKernelConv(_Conv):
         lowering: str = "auto",
         rngs: nnx.Rngs,
     ):
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            strides=strides,
-            padding=padding,
-            kernel_dilation=kernel_dilation,
-            use_bias=use_bias,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            precision=precision,
-            bias_init=bias_init,
-            rngs=rngs,
+        self.in_channels = positive("in_channels", in_channels)
+        self.out_channels = positive("out_channels", out_channels)
+        self.kernel_size = pair("kernel_size", kernel_size)
+        self.window = Window(
+            pair("strides", strides),
+            padding_spec(padding),
+            pair("kernel_dilation", kernel_dilation),
         )
         self.lowering = checked_lowering(lowering, dense.LOWERINGS)
+        self.dtype, self.param_dtype, self.precision = dtype, param_dtype, precision
+        self.bias = _bias(use_bias, bias_init, self.out_channels, param_dtype, rngs)
         shape = (*self.kernel_size, self.in_channels, self.out_channels)
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
 
-    def _convolve(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(x.dtype)
-        return dense.dense_conv(x, kernel, **self._window(), lowering=self.lowering)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Convolves `x` `(*batch, H, W, C_in)` to `(*batch, H_out, W_out, C_out)`.
+
+        Raises:
+            ValueError: if the shape of `x` does not fit, or is smaller than the kernel.
+        """
+        images = _images(self, x)
+        kernel = self.kernel[...].astype(images.dtype)
+        y = dense.convolve(images, kernel, self.window, self.lowering, self.precision)
+        return _with_bias(self, y).reshape(*x.shape[:-3], *y.shape[1:])
 
 
-class ChannelSelectionConv(_Conv):
+class ChannelSelectionConv(nnx.Module):
     """Channel selection: a weighted sum over the input channels, then one kernel, per output.
 
     Every output channel learns R weighted sums of the input channels (the pointwise part) and a
@@ -180,22 +120,21 @@ class ChannelSelectionConv(_Conv):
     Args:
         in_channels: C_in, the channels of the input.
         out_channels: C_out, the channels of the output.
-        kernel_size: K_h and K_w of the depthwise part; an integer stands for both.
-        strides: steps between outputs in rows and columns; an integer stands for both. Default 1.
+        kernel_size: K_h and K_w; here and below, an integer stands for rows and columns.
+        strides: steps between outputs. Default 1.
         padding: `"SAME"` (the default), `"VALID"`, an integer, or `((top, bottom), (left, right))`.
             PyTorch's `padding=1` is `1` here; it differs from `"SAME"` where the stride is 2.
-        kernel_dilation: distance between a kernel's elements in rows and columns. Default 1.
+        kernel_dilation: distance between a kernel's elements. Default 1.
         use_bias: whether to add a bias to the output. Default True.
-        dtype: of the computation; by default what input and parameters promote to.
-        param_dtype: of the parameters. Default float32.
+        dtype: that of the computation; by default what input and parameters promote to.
+        param_dtype: that of the parameters. Default float32.
         precision: `jax.lax.Precision` of the products.
         kernel_init: initialiser of both parts where the next two are not given.
         bias_init: initialiser of `bias`; zeros by default.
         rank: R, from 1 (the default) to min(C_in, K_h·K_w).
         pointwise_init: initialiser of `pointwise`; LeCun's normal one by default.
         depthwise_init: initialiser of `depthwise`; He's normal one by default.
-        norm: whether to normalise the weighted sums (BatchNorm) before the depthwise part. Default
-            False.
+        norm: whether BatchNorm normalises the weighted sums. Default False.
         lowering: how it is computed, one of `ChannelSelectionConv.LOWERINGS`; see
             `chansel_jax.ops.selection.channel_selection`. Default `"auto"`, the fastest; with
             `norm` there are only `"auto"`, `"grouped"` and `"shifted"`.
@@ -229,45 +168,43 @@ class ChannelSelectionConv(_Conv):
         lowering: str = "auto",
         rngs: nnx.Rngs,
     ):
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            strides=strides,
-            padding=padding,
-            kernel_dilation=kernel_dilation,
-            use_bias=use_bias,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            precision=precision,
-            bias_init=bias_init,
-            rngs=rngs,
+        self.in_channels = positive("in_channels", in_channels)
+        self.out_channels = positive("out_channels", out_channels)
+        self.kernel_size = pair("kernel_size", kernel_size)
+        self.window = Window(
+            pair("strides", strides),
+            padding_spec(padding),
+            pair("kernel_dilation", kernel_dilation),
         )
         self.rank = _checked_rank(rank, self.in_channels, self.kernel_size)
         self.lowering = _lowering_with(norm, lowering)
+        self.dtype, self.param_dtype, self.precision = dtype, param_dtype, precision
+        self.bias = _bias(use_bias, bias_init, self.out_channels, param_dtype, rngs)
         selected = self.out_channels * self.rank
-        self.pointwise = nnx.Param(
-            (pointwise_init or kernel_init or lecun_normal)(
-                rngs.params(), (self.in_channels, selected), param_dtype
-            )
-        )
-        self.depthwise = nnx.Param(
-            (depthwise_init or kernel_init or he_normal)(
-                rngs.params(), (*self.kernel_size, self.rank, self.out_channels), param_dtype
-            )
-        )
+        shape = (self.in_channels, selected)
+        init = pointwise_init or kernel_init or lecun_normal
+        self.pointwise = nnx.Param(init(rngs.params(), shape, param_dtype))
+        shape = (*self.kernel_size, self.rank, self.out_channels)
+        init = depthwise_init or kernel_init or he_normal
+        self.depthwise = nnx.Param(init(rngs.params(), shape, param_dtype))
         self.norm = nnx.data(
             BatchNorm(selected, dtype=dtype, param_dtype=param_dtype, rngs=rngs) if norm else None
         )
 
-    def _convolve(self, x: jax.Array) -> jax.Array:
-        pointwise, kernel = self.pointwise[...], self.depthwise[...]
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Convolves `x` `(*batch, H, W, C_in)` to `(*batch, H_out, W_out, C_out)`.
+
+        Raises:
+            ValueError: if the shape of `x` does not fit, or is smaller than the kernel.
+        """
+        images, pointwise, kernel = _images(self, x), self.pointwise[...], self.depthwise[...]
+        how = self.window, self.lowering, self.precision
         if self.norm is None:
-            return channel_selection(x, pointwise, kernel, **self._window(), lowering=self.lowering)
-        sums = self.norm(weighted_sums(x, pointwise.astype(x.dtype), self.precision))
-        return depthwise.depthwise_conv(
-            sums, kernel.astype(x.dtype), **self._window(), lowering=self.lowering
-        )
+            y = select(images, pointwise, kernel, *how)
+        else:
+            sums = weighted_sums(images, pointwise.astype(images.dtype), self.precision)
+            y = depthwise.convolve(self.norm(sums), kernel.astype(images.dtype), *how)
+        return _with_bias(self, y).reshape(*x.shape[:-3], *y.shape[1:])
 
     def composed_kernel(self) -> jax.Array:
         """The dense kernel `(K_h, K_w, C_in, C_out)` that computes the same function.
@@ -278,6 +215,29 @@ class ChannelSelectionConv(_Conv):
         if self.norm is not None:
             raise ValueError("norm=True: a layer normalised between its parts has no dense kernel")
         return composed_kernel(self.pointwise[...], self.depthwise[...])
+
+
+def _bias(
+    use_bias: bool, init: Initializer, channels: int, dtype: Dtype, rngs: nnx.Rngs
+) -> nnx.Param | None:
+    return nnx.data(nnx.Param(init(rngs.params(), (channels,), dtype)) if use_bias else None)
+
+
+def _images(layer: SubKernelConv | ChannelSelectionConv, x: jax.Array) -> jax.Array:
+    """`x` with one batch axis, in the dtype of the computation."""
+    if x.ndim < 3 or x.shape[-1] != layer.in_channels:
+        raise ValueError(
+            f"x of shape {x.shape} must be (*batch, H, W, C_in) with "
+            f"in_channels={layer.in_channels}"
+        )
+    *batch, height, width, channels = x.shape
+    layer.window.output_size((height, width), layer.kernel_size)  # raises where there is none
+    dtype = layer.dtype or jnp.result_type(x, layer.param_dtype)
+    return x.reshape(math.prod(batch), height, width, channels).astype(dtype)
+
+
+def _with_bias(layer: SubKernelConv | ChannelSelectionConv, y: jax.Array) -> jax.Array:
+    return y if layer.bias is None else y + layer.bias[...].astype(y.dtype).reshape(1, 1, 1, -1)
 
 
 def _lowering_with(norm: bool, lowering: str) -> str:

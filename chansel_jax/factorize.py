@@ -15,14 +15,15 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
+from chansel_jax.counting import count_network
 from chansel_jax.functional import network_tree
 from chansel_jax.networks.resnet import ResNet, ResNetConfig, unwrapped
+from chansel_jax.ops.window import positive
 
 
 def factorize(
@@ -57,7 +58,7 @@ def factorize(
         raise ValueError(f"network of {network.config.conv} must be of SubKernelConv")
     layers = [layer for _, layer in dense_layers(network)]
     if rank is not None:
-        ranks = [min(_at_least_1(rank), max_rank(layer)) for layer in layers]
+        ranks = [min(positive("rank", rank), max_rank(layer)) for layer in layers]
     elif energy is not None:
         ranks = [rank_for_energy(layer, energy) for layer in layers]
     else:
@@ -146,8 +147,7 @@ def _ranks_within(network: ResNet, layers: Sequence[SubKernelConv], budget: int)
     ]
     energies = [component_energies(np.asarray(layer.kernel[...])) for layer in layers]
     ranks = [1] * len(layers)
-    abstract = nnx.eval_shape(lambda: ResNet(_config(network, ranks), rngs=nnx.Rngs(0)))
-    spent = sum(leaf.size for leaf in jax.tree.leaves(network_tree(abstract)["params"]))
+    spent = sum(row.parameters for row in count_network(_config(network, ranks), image_size=1))
     if spent > budget:
         raise ValueError(f"parameter_budget={budget} must be at least the {spent} of rank 1")
     gains = [
@@ -192,9 +192,3 @@ def _matrices(kernel: np.ndarray) -> np.ndarray:
     rows, columns, in_channels, out_channels = kernel.shape
     matrices = np.asarray(kernel, np.float64).transpose(3, 2, 0, 1)
     return matrices.reshape(out_channels, in_channels, rows * columns)
-
-
-def _at_least_1(rank: int) -> int:
-    if rank < 1:
-        raise ValueError(f"rank={rank} must be at least 1")
-    return rank

@@ -26,11 +26,11 @@ _LAYER_NAMES = (
     (r"\.shortcut_norm$", ".downsample.1"),
     (r"\.shortcut", ".downsample.0"),
     (r"\.norm$", ".bn"),
-    (r"^dense$", "fc"),
+    (r"^classifier$", "fc"),
 )
 
 # Variable of a layer, its name in a state dict, and which of its axes the axes of the array there
-# are. Kernels are HWIO here and OIHW there, a dense layer's (in, out) and (out, in).
+# are. Kernels are HWIO here and OIHW there, a linear layer's (in, out) and (out, in).
 _VARIABLES = {
     SubKernelConv: (("kernel", "weight", (3, 2, 0, 1)), ("bias", "bias", (0,))),
     ChannelSelectionConv: (

@@ -1,9 +1,13 @@
 """One command a module: `python -m experiments.NAME --help`."""
 
+import importlib.util
 import signal
 import sys
 
-# Of a command, while its imports run, Ctrl-C ends the process at once: modules in C would report
-# it as errors of their own, or not at all.
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if sys.argv[:1] == ["-m"]:  # a command, whose own imports come next
+    # While they run, Ctrl-C ends the process at once: modules in C would report it as errors of
+    # their own, or not at all.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if importlib.util.find_spec("tyro") is None:
+        sys.exit('error: the commands need more packages: pip install -e ".[experiments]"')

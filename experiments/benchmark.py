@@ -17,13 +17,12 @@ from rich.console import Console
 
 from chansel_jax.files import replaced, write_json
 from experiments.benchmarking import chart, plan, report, results
-from experiments.benchmarking.comparison import MismatchError
 from experiments.benchmarking.rounds import run_case
 from experiments.benchmarking.settings import Settings
 from experiments.benchmarking.survey import Survey, survey
 from experiments.benchmarking.work import work_of
-from experiments.benchmarking.workers import WorkerError
 from experiments.cli.command import make_output, run
+from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import typed
 from experiments.reporting import machine
@@ -33,31 +32,28 @@ def main(settings: Settings) -> None:
     """Runs the benchmark that `settings` describe, and prints how it goes."""
     # The parent only counts and draws: a GPU is for the workers.
     jax.config.update("jax_platforms", "cpu")
-    benchmark(settings, Console(highlight=False, soft_wrap=True))
+    benchmark(settings, make_console())
 
 
 def benchmark(settings: Settings, console: Console) -> dict[str, Any]:
     """Runs the benchmark and writes its results; returns them as they are in `results.json`.
 
     Raises:
-        CommandError: if settings do not fit the machine, outputs differ, or nothing could run.
+        OneLineError: if settings do not fit the machine, outputs differ, or nothing could run.
     """
     if settings.output:
         make_output(settings.output)
-    try:
-        train_images = plan.load_train_images(settings)
-        surveyed = survey(settings, console)
-        output = settings.output or default_output(settings, surveyed)
-        make_output(output)
-        cases = run_cases(settings, surveyed, train_images, console)
-        results = describe(settings, surveyed) | {"cases": cases}
-    except (plan.PlanError, MismatchError, WorkerError) as error:
-        raise CommandError(error) from error
+    train_images = plan.load_train_images(settings)
+    surveyed = survey(settings, console)
+    output = settings.output or default_output(settings, surveyed)
+    make_output(output)
+    cases = run_cases(settings, surveyed, train_images, console)
+    results = describe(settings, surveyed) | {"cases": cases}
     if not any(case["contestants"] for case in results["cases"]):
         raise CommandError("no contestant could run: " + "; ".join(report.failures(results)))
     write(results, output)
     report.print_report(results, console)
-    console.print(f"written to {output}", markup=False)
+    console.print(f"the results are written to {output}", markup=False)
     return results
 
 

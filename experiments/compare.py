@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from experiments.cli.command import make_output, run
+from experiments.cli.console import make_console
 from experiments.cli.flags import typed
 from experiments.reporting import machine, plots, report
 from experiments.studies.sweep import (
@@ -29,8 +30,8 @@ from experiments.training.scores import Wanted
 from experiments.training.settings import (
     RECIPES,
     DataSettings,
-    InputSettings,
     NetworkSettings,
+    ReadingSettings,
     TrainingSettings,
     checked_seeds,
 )
@@ -69,44 +70,46 @@ class Settings:
     """Trains both convolutions alike, from several seeds, and writes a report."""
 
     networks: tuple[str, ...] = ("subkernel", "chansel")
-    """The networks, each named CONV[-wWIDTH][-rRANK], as in chansel-w32 or chansel-r4."""
+    """These networks are trained, each named CONV[-wWIDTH][-rRANK] as in chansel-w32 or
+    chansel-r4."""
     network: NetworkSettings = NetworkSettings()
     data: DataSettings = DataSettings(dataset="dog_cat_bird")
-    input: InputSettings = InputSettings()
+    reading: ReadingSettings = ReadingSettings()
     training: TrainingSettings = RECIPES["short"]
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each network is trained from every seed, which decides initial parameters, order,
-    augmentation and dropout."""
+    """Each network is trained from each seed, which decides the initial parameters, the order of
+    the images, augmentation and dropout."""
     output: Path | None = None
-    """Folder of the runs and of the report; by default runs/compare-DATASET."""
+    """The runs and the report are written to this folder, by default runs/compare-DATASET."""
 
     def __post_init__(self):
         checked_seeds(self.seeds)
+        given = ",".join(self.networks)
         if not self.networks or len(set(self.networks)) < len(self.networks):
-            raise ValueError(f"networks={','.join(self.networks)} must be different, one at least")
+            raise ValueError(f"networks={given} must be different networks, at least one")
         try:
             entries(self.networks, TrainSettings())
         except ValueError as error:
-            raise ValueError(f"networks={','.join(self.networks)}: {error}") from error
+            raise ValueError(f"networks={given}: {error}") from error
 
 
 def main(settings: Settings) -> None:
     """Compares, and prints how it goes."""
-    compare(settings, Console(highlight=False, soft_wrap=True))
+    compare(settings, make_console())
 
 
 def compare(settings: Settings, console: Console) -> dict[str, Any]:
     """Trains what is not trained yet and writes the report; returns what `results.json` holds.
 
     Raises:
-        CommandError: if a setting or the data is wrong, or a training fails.
+        OneLineError: if a setting or the data is wrong, or a training fails.
     """
     output = settings.output or Path("runs", f"compare-{settings.data.dataset}")
     make_output(output)
     base = TrainSettings(
         network=settings.network,
         data=settings.data,
-        input=settings.input,
+        reading=settings.reading,
         training=settings.training,
     )
     chosen = entries(settings.networks, base)

@@ -23,6 +23,7 @@ from chansel_jax.functional import network_tree
 from chansel_jax.networks.resnet import ResNet
 from chansel_jax.training.optimizer import OptimizerSettings
 from experiments.cli.command import make_output, run
+from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import typed
 from experiments.reporting import machine, report
@@ -31,7 +32,7 @@ from experiments.studies.sweep import folder_name
 from experiments.training.load import Checkpoint, Run, load_images, load_run
 from experiments.training.scores import scores_of
 from experiments.training.settings import RECIPES as TRAINING_RECIPES
-from experiments.training.settings import InputSettings, TrainingSettings
+from experiments.training.settings import ReadingSettings, TrainingSettings
 from experiments.training.settings import Settings as TrainSettings
 
 COMPONENTS = 4  # the table shows their energies
@@ -53,24 +54,25 @@ class Settings:
     """Factorises a run's dense network, fine-tunes it, and reports accuracy against parameters."""
 
     workdir: Path
-    """The run of the dense network, from experiments.train --conv=subkernel."""
+    """The dense network of this run, from experiments.train --conv=subkernel, is compressed."""
     data_dir: Path | None = None
-    """As in experiments.train; needed where the run's images were a folder."""
+    """The images are found here, as by experiments.train; a run on a folder of images needs it."""
     epoch: Checkpoint = "best"
-    """The checkpoint: that of lowest validation loss, the last one, or that of an epoch that was
-    kept."""
+    """The network has the parameters of this checkpoint: best (the lowest validation loss), last,
+    or the number of an epoch that was kept."""
     ranks: tuple[int, ...] = (1, 2, 3, 4, 6, 9)
-    """A network of each rank."""
+    """A network is made of each rank."""
     energies: tuple[float, ...] = ()
-    """A network for each: every convolution gets the least rank that keeps this share of its
-    energy (squared singular values), above 0 and at most 1."""
+    """A network is made for each share, above 0 and at most 1: every convolution has the least rank
+    that keeps this share of its energy (its squared singular values)."""
     parameter_budgets: tuple[int, ...] = ()
-    """A network for each, of at most this many parameters: ranks grow one at a time, where a
-    parameter gains the largest share of a convolution's energy."""
-    input: InputSettings = InputSettings()
+    """A network is made for each, with at most so many parameters: ranks grow one at a time, where
+    the share of a convolution's energy gained for a parameter is the largest."""
+    reading: ReadingSettings = ReadingSettings()
     training: TrainingSettings = RECIPES["fine-tuning"]
     output: Path | None = None
-    """Folder of the fine-tuned runs and of the report; by default WORKDIR/compressed."""
+    """The fine-tuned runs and the report are written to this folder, by default
+    WORKDIR/compressed."""
 
     def __post_init__(self):
         if not (self.ranks or self.energies or self.parameter_budgets):
@@ -86,7 +88,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     """Compresses, and prints how it goes."""
-    compress(settings, Console(highlight=False, soft_wrap=True))
+    compress(settings, make_console())
 
 
 def compress(settings: Settings, console: Console) -> dict[str, Any]:
@@ -96,8 +98,9 @@ def compress(settings: Settings, console: Console) -> dict[str, Any]:
         What `results.json` holds.
 
     Raises:
-        CommandError: if the run cannot be loaded or is none of a dense network, the images are
-            others, a rank, energy or budget cannot be had, or a training fails.
+        OneLineError: if the run cannot be loaded or is none of a dense network, the images are
+            others, or a training fails.
+        ValueError: if a rank, energy or budget cannot be had.
     """
     dense = load_run(settings.workdir, settings.epoch)
     if dense.settings.conv != "subkernel":
@@ -144,7 +147,8 @@ def factorised(network: ResNet, settings: Settings) -> dict[str, ResNet]:
     """The networks that `settings` ask for, by label.
 
     Raises:
-        CommandError: if one cannot be had.
+        CommandError: if a rank is higher than that of any convolution.
+        ValueError: if an energy or a budget cannot be had.
     """
     asked = (
         {f"rank {rank}": {"rank": rank} for rank in settings.ranks}
@@ -158,10 +162,7 @@ def factorised(network: ResNet, settings: Settings) -> dict[str, ResNet]:
     for rank in settings.ranks:
         if rank > highest:
             raise CommandError(f"ranks={rank} must be at most {highest}, at which nothing is cut")
-    try:
-        return {label: factorize(network, **choice) for label, choice in asked.items()}
-    except ValueError as error:
-        raise CommandError(error) from error
+    return {label: factorize(network, **choice) for label, choice in asked.items()}
 
 
 def fine_tuning(dense: Run, settings: Settings, network: ResNet) -> TrainSettings:
@@ -172,7 +173,7 @@ def fine_tuning(dense: Run, settings: Settings, network: ResNet) -> TrainSetting
         conv="chansel",
         network=dataclasses.replace(dense.settings.network, **changes),
         data=dataclasses.replace(dense.settings.data, data_dir=settings.data_dir),
-        input=settings.input,
+        reading=settings.reading,
         training=settings.training,
     )
 

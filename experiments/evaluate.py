@@ -12,6 +12,7 @@ from rich.table import Table
 
 from chansel_jax.training.prediction import Scores
 from experiments.cli.command import make_output, run
+from experiments.cli.console import make_console
 from experiments.reporting import plots
 from experiments.reporting.report import LAYOUT
 from experiments.training.load import Checkpoint, Run, load_run
@@ -23,24 +24,24 @@ class Settings:
     """Loss, accuracy, precision and recall of a run's network, and its confusion matrix."""
 
     workdir: Path
-    """The run's folder."""
+    """The run in this folder is evaluated."""
     split: Literal["train", "validation", "test"] = "validation"
-    """Of the run's images."""
+    """Its network is evaluated on these of its images."""
     data_dir: Path | None = None
-    """As in experiments.train; the folder of images, where the run's were one."""
+    """The images are found here, as by experiments.train; a run on a folder of images needs it."""
     epoch: Checkpoint = "best"
-    """The checkpoint: that of lowest validation loss, the last one, or that of an epoch that was
-    kept."""
+    """The network has the parameters of this checkpoint: best (the lowest validation loss), last,
+    or the number of an epoch that was kept."""
     flip_average: bool = False
-    """Average the probabilities of every image and its mirror image."""
+    """The probabilities of every image and its mirror image are averaged."""
     output: Path | None = None
-    """Folder of evaluation-SPLIT.json and confusion-SPLIT.png, with --flip-average
-    evaluation-SPLIT-flip-averaged.json and so on; by default the run's."""
+    """evaluation-SPLIT.json and confusion-SPLIT.png are written to this folder, by default the
+    run's; with --flip-average they are evaluation-SPLIT-flip-averaged.json and so on."""
 
 
 def main(settings: Settings) -> None:
     """Evaluates the run and prints what comes out."""
-    evaluate(settings, Console(highlight=False, soft_wrap=True))
+    evaluate(settings, make_console())
 
 
 def evaluate(settings: Settings, console: Console) -> Scores:
@@ -58,7 +59,7 @@ def evaluate(settings: Settings, console: Console) -> Scores:
     title = f"{settings.split}, epoch {trained.epoch}, {found.accuracy:.2%}"
     picture = output / f"confusion-{wanted.name}.png"
     plots.save(plots.confusion_matrices({title: found.confusion}, trained.class_names), picture)
-    console.print(f"written to {output}", markup=False)
+    console.print(f"the results are written to {output}", markup=False)
     return found
 
 

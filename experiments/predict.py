@@ -21,6 +21,7 @@ from chansel_jax.data.image_files import read_image
 from chansel_jax.files import replaced
 from chansel_jax.training.prediction import BATCH_SIZE, make_predict
 from experiments.cli.command import run
+from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
 from experiments.training.load import Checkpoint, Run, load_run
 
@@ -30,23 +31,25 @@ class Settings:
     """Predicts the class of every image in a folder and writes one row a file."""
 
     workdir: Path
-    """The run whose network predicts."""
+    """The network of the run in this folder predicts."""
     images: Path
-    """Folder of images, with those in folders below it; other sizes are resized and cropped."""
+    """The images in this folder, and in those below it, are classified; those of another size are
+    resized and cropped."""
     output: Path = Path("submission.csv")
-    """The file to write, replaced if it is there."""
+    """The predictions are written to this file, which is replaced if it is there."""
     columns: tuple[str, ...] = ("id", "label")
-    """Headings of the file's name, without its extension where that is enough, and of its class."""
+    """These are the headings of the column of file names (without extensions where that is enough)
+    and of the column of classes."""
     labels: Literal["name", "index"] = "name"
-    """Classes by name, or by number from 0 in the order of the run."""
+    """Classes are written by name, or by number from 0 in the order of the run."""
     probabilities: bool = False
-    """In place of the class, a column for each class with its probability; --columns gives the
-    first heading only."""
+    """In place of the class there is a column for each class with its probability; --columns then
+    gives the first heading only."""
     flip_average: bool = False
-    """Average the probabilities of every image and its mirror image."""
+    """The probabilities of every image and its mirror image are averaged."""
     epoch: Checkpoint = "best"
-    """The checkpoint: that of lowest validation loss, the last one, or that of an epoch that was
-    kept."""
+    """The network has the parameters of this checkpoint: best (the lowest validation loss), last,
+    or the number of an epoch that was kept."""
 
     def __post_init__(self):
         needed = 1 if self.probabilities else 2
@@ -58,7 +61,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     """Predicts and prints how it goes."""
-    predict(settings, Console(highlight=False, soft_wrap=True))
+    predict(settings, make_console())
 
 
 def predict(settings: Settings, console: Console) -> None:
@@ -72,7 +75,7 @@ def predict(settings: Settings, console: Console) -> None:
         raise CommandError(f"output={settings.output} is a folder")
     files = find_files(settings.images)
     trained = load_run(settings.workdir, settings.epoch)
-    console.print(f"{len(files):,} files, parameters of epoch {trained.epoch}")
+    console.print(f"{len(files):,} files; the parameters are those of epoch {trained.epoch}")
     try:
         settings.output.parent.mkdir(parents=True, exist_ok=True)
         with (
@@ -91,7 +94,7 @@ def predict(settings: Settings, console: Console) -> None:
                 raise CommandError(f"images={settings.images} holds no image that can be read")
     except OSError as error:
         raise CommandError(f"output={settings.output}: {error.strerror or error}") from error
-    console.print(f"{written:,} predictions written to {settings.output}", markup=False)
+    console.print(f"{written:,} predictions are written to {settings.output}", markup=False)
     if bad:
         raise CommandError(f"{len(bad)} of {len(files)} files are not predicted: {summary(bad)}")
 

@@ -25,20 +25,15 @@ from rich.table import Table
 
 from chansel_jax.data import Split
 from chansel_jax.files import write_json
-from chansel_jax.networks.resnet import CONVS, IMAGE_SIZES, PRESETS
+from chansel_jax.networks.resnet import CONVS, PRESETS, Model, ResNet, ResNetConfig
 from chansel_jax.ops import native
 from chansel_jax.training import devices
 from chansel_jax.training.augmentation import Augmentation
+from chansel_jax.training.batches import Batch, put_batch
 from chansel_jax.training.optimizer import OptimizerSettings, make_optimizer, make_schedule
-from chansel_jax.training.step import (
-    epoch_order,
-    init_state,
-    init_totals,
-    make_train_step,
-    put_split,
-)
+from chansel_jax.training.step import init_state, init_totals, make_train_step
 from experiments.cli.command import make_output, run
-from experiments.cli.errors import CommandError
+from experiments.cli.console import make_console
 from experiments.cli.flags import typed
 from experiments.reporting import machine
 
@@ -48,21 +43,21 @@ SLOWEST = 8  # operations that are listed one by one
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Where the time of a training step goes, by kind of operation."""
+    """Shows where the time of a training step goes, by kind of operation."""
 
-    model: Literal["resnet14", "resnet18"] = "resnet14"
-    """The network; images of 32 × 32 for the first, of 224 × 224 for the second."""
+    model: Model = "resnet14"
+    """This is the network; resnet14 takes images of 32 × 32, resnet18 of 224 × 224."""
     convs: tuple[Literal["chansel", "subkernel"], ...] = ("chansel", "subkernel")
-    """Channel selection, the ordinary dense convolution, or both."""
+    """Channel selection, the ordinary dense convolution, or both are profiled."""
     batch_size: int = 128
-    """Images a step."""
+    """A step takes this many images."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation."""
+    """The step computes in this dtype; its parameters are float32."""
     steps: int = 5
-    """Steps that are timed, and as many that are traced."""
+    """This many steps are timed, and as many are traced."""
     output: Path | None = None
-    """Folder for the traces, which TensorBoard and Perfetto show, and for profile.json, which holds
-    the tables; by default nothing is kept."""
+    """The traces, which TensorBoard and Perfetto show, and profile.json, which holds the tables,
+    are written to this folder; by default nothing is kept."""
 
     def __post_init__(self):
         for name in ("batch_size", "steps"):
@@ -90,7 +85,7 @@ class Profile:
 
 def main(settings: Settings) -> None:
     """Profiles every convolution's network and prints a table of each."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     if settings.output is not None:
         make_output(settings.output)
     device = jax.devices()[0]
@@ -107,10 +102,7 @@ def main(settings: Settings) -> None:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             else:
                 folder = settings.output / conv
-            try:
-                profiles[conv] = profile_step(settings, conv, folder)
-            except ValueError as error:  # the batch is not divisible by the devices
-                raise CommandError(error) from error
+            profiles[conv] = profile_step(settings, conv, folder)
         print_profile(conv, profiles[conv], console)
     if settings.output is not None:
         write_json(settings.output / "profile.json", as_json(settings, profiles))
@@ -120,32 +112,26 @@ def main(settings: Settings) -> None:
 def profile_step(settings: Settings, conv: str, folder: Path) -> Profile:
     """Compiles the training step, then times and traces it."""
     mesh = devices.data_mesh()
-    network = PRESETS[settings.model](
-        CONVS[conv], rngs=nnx.Rngs(0), dtype=getattr(jnp, settings.dtype)
-    )
+    dtype = getattr(jnp, settings.dtype)
+    config = dataclasses.replace(PRESETS[settings.model], conv=CONVS[conv], dtype=dtype)
+    network = ResNet(config, rngs=nnx.Rngs(0))
     optimizer_settings = OptimizerSettings()
     schedule = make_schedule(optimizer_settings, epochs=1, steps_per_epoch=1000)
     optimizer = make_optimizer(optimizer_settings, schedule)
-    split = random_split(settings, network.config.num_classes)
-    step = make_train_step(
-        network,
-        optimizer,
-        mesh=mesh,
-        batch_size=settings.batch_size,
-        steps_per_epoch=1,
-        augmentation=Augmentation(),
-    )
+    devices.check_batch_size(settings.batch_size, mesh)
+    split = random_split(config, settings.batch_size)
+    step = make_train_step(network, optimizer, mesh=mesh, augmentation=Augmentation())
     state = init_state(network, optimizer, 0, mesh)
     totals = init_totals(mesh)
-    split = put_split(split, split.summary.mean, split.summary.std, mesh)
-    order = epoch_order(state.key, 0, settings.batch_size)
-    step = step.lower(state, totals, split, order).compile()
+    batch = put_batch(Batch(split.images, split.labels), mesh)
+    statistics = devices.replicate((split.summary.mean, split.summary.std), mesh)
+    step = step.lower(state, totals, batch, *statistics).compile()
 
     def take_steps(count: int, one_at_a_time: bool = False) -> float:
         nonlocal state, totals
         start = time.perf_counter()
         for _ in range(count):
-            state, totals = step(state, totals, split, order)
+            state, totals = step(state, totals, batch, *statistics)
             if one_at_a_time:
                 jax.block_until_ready(state)
         jax.block_until_ready(state)
@@ -160,12 +146,11 @@ def profile_step(settings: Settings, conv: str, folder: Path) -> Profile:
     return Profile(untraced, times(folder, op_names, settings.steps), op_names)
 
 
-def random_split(settings: Settings, num_classes: int) -> Split:
+def random_split(config: ResNetConfig, count: int) -> Split:
     """One batch of noise."""
-    rng, size = np.random.default_rng(0), IMAGE_SIZES[settings.model]
-    shape = (settings.batch_size, size, size, 3)
+    rng, shape = np.random.default_rng(0), (count, config.image_size, config.image_size, 3)
     images = rng.integers(256, size=shape, dtype=np.uint8)
-    return Split(images, rng.integers(num_classes, size=settings.batch_size, dtype=np.int32))
+    return Split(images, rng.integers(config.num_classes, size=count, dtype=np.int32))
 
 
 def operations(compiled: str) -> dict[str, str]:

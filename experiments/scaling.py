@@ -10,13 +10,14 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import jax
 from rich.console import Console
 
 from chansel_jax.files import write_json
+from chansel_jax.networks.resnet import PRESETS, Model
 from experiments.cli.command import make_output, run
+from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import typed
 from experiments.cluster import coordination
@@ -32,25 +33,28 @@ CONV_NAMES = ("chansel", "subkernel")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Images a second over more and more devices, measured and predicted."""
+    """Measures and predicts the images a second over more and more devices."""
 
     devices: tuple[int, ...] = ()
-    """How many; by default 1, 2, 4, … as there are. Those of a single process on a CPU are virtual
-    ones, at most as many as cores."""
-    model: Literal["resnet14", "resnet18"] = "resnet14"
-    """The network; images of 32 × 32 for the first, of 224 × 224 for the second."""
+    """The steps are timed with each of these numbers of devices; by default 1, 2, 4, … as there
+    are. Those of a single process on a CPU are virtual ones, at most as many as cores."""
+    model: Model = "resnet14"
+    """This is the network; resnet14 takes images of 32 × 32, resnet18 of 224 × 224."""
+    blocks: tuple[int, ...] = ()
+    """The stages have these numbers of residual blocks; by default they are the model's own."""
     batch_size: int = 128
-    """Images a step: of each device (weak scaling), and of all together (strong scaling)."""
+    """A step takes this many images on each device (weak scaling), and on all together (strong
+    scaling)."""
     rounds: int = 7
-    """Each times every case once, in turn; the figures are medians."""
+    """In each of so many rounds every case is timed once, in turn; the figures are medians."""
     steps: int = 5
-    """Of a case in a round."""
+    """A case takes this many steps in a round."""
     bandwidth: float = 50.0
-    """GB/s that a device sends and receives, for the prediction (400 Gb/s InfiniBand: 50)."""
+    """The prediction has a device send and receive so many GB/s (400 Gb/s InfiniBand does 50)."""
     latency: float = 5.0
-    """Microseconds of a message, likewise."""
+    """The prediction has a message take so many microseconds."""
     output: Path = Path("runs/scaling")
-    """Folder of the report."""
+    """The report is written to this folder."""
     cluster: ClusterSettings = ClusterSettings()
 
     def __post_init__(self):
@@ -79,8 +83,7 @@ def main(settings: Settings) -> None:
         cores = len(machine.usable_cores())
         wanted = min(max(settings.devices, default=cores), cores)
         jax.config.update("jax_num_cpu_devices", wanted)
-    with coordination.ended_together():
-        scale(settings, coordination.console())
+    scale(settings, make_console())
 
 
 def scale(settings: Settings, console: Console) -> Measured:
@@ -122,7 +125,7 @@ def write(measured: Measured, settings: Settings, console: Console) -> None:
         console.print(f"\n{name}")
         console.print(report.terminal_table(*table))
     console.print(f"\n{scaling_report.legend(measured)}")
-    console.print(f"written to {settings.output}", markup=False)
+    console.print(f"the results are written to {settings.output}", markup=False)
 
 
 def what_to_type(settings: Settings) -> str:
@@ -151,10 +154,10 @@ def device_counts(settings: Settings) -> Sequence[int]:
     if counts[-1] > there:
         raise CommandError(f"devices={counts[-1]} must be at most the {there} that there are")
     if there == 1:
-        raise CommandError("there is one device only; what several send each other takes two")
+        raise CommandError("there is one device only, and it takes two to send each other anything")
     if counts == [1]:
         raise CommandError(
-            "devices=1: what several send each other takes two at least"
+            "devices=1: it takes two devices to send each other anything"
             if settings.devices
             else f"batch_size={settings.batch_size} must be divisible by 2, the fewest to compare"
         )
@@ -182,7 +185,9 @@ def measure(settings: Settings, counts: Sequence[int], console: Console) -> Meas
         for count in counts
         for size, apart in ((images * count, False), (images, False), (images * count, count > 1))
     ]
-    prepared = {case: prepare(settings.model, case) for case in dict.fromkeys(cases)}
+    preset = PRESETS[settings.model]
+    preset = dataclasses.replace(preset, blocks=settings.blocks or preset.blocks)
+    prepared = {case: prepare(preset, case) for case in dict.fromkeys(cases)}
     runs = {case: run for case, (run, _) in prepared.items()}
     seconds = time_in_turn(runs, rounds=settings.rounds, steps=settings.steps, console=console)
     speed = {case: case.images / taken for case, taken in seconds.items()}

@@ -15,6 +15,7 @@ import tyro
 from rich.console import Console
 
 from experiments.cli.command import make_output, run
+from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import typed
 from experiments.reporting import machine, report
@@ -23,7 +24,7 @@ from experiments.studies.runs import image_digests
 from experiments.studies.study import Study
 from experiments.studies.sweep import Outcome, left_out, refuse_diverged, run_all
 from experiments.training.scores import Wanted
-from experiments.training.settings import DataSettings, InputSettings, checked_seeds
+from experiments.training.settings import DataSettings, ReadingSettings, checked_seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,19 +32,19 @@ class Settings:
     """Runs a study: a small table of trainings, with a picture."""
 
     name: tyro.conf.Positional[Literal["overfit", "rank", "width", "data"]]
-    """overfit: what keeps channel selection from fitting; rank: 1 to 9, beside the dense network;
-    width: 16 to 44, beside dense networks of equal cost; data: both convolutions on CIFAR-10 with
-    BSConv's recipe (which takes cifar10 for dog_cat_bird)."""
+    """overfit shows what keeps channel selection from fitting; rank compares ranks 1 to 9 with the
+    dense network; width compares widths 16 to 44 with dense networks of equal cost; data compares
+    both convolutions on CIFAR-10 with BSConv's recipe (it takes cifar10 for dog_cat_bird)."""
     data: DataSettings = DataSettings(dataset="dog_cat_bird")
-    input: InputSettings = InputSettings()
+    reading: ReadingSettings = ReadingSettings()
     epochs: int | None = None
-    """Length of each training; by default that of the whole study."""
+    """Each training has this many epochs; by default the study has its full length."""
     seeds: tuple[int, ...] = (0,)
-    """Each network is trained from every seed."""
+    """Each row is trained from each of these seeds."""
     only: str = ""
-    """Only the rows whose label contains this."""
+    """Only the rows whose label contains this are trained."""
     output: Path | None = None
-    """Folder of the runs and of the report; by default runs/study-NAME-DATASET."""
+    """The runs and the report are written to this folder, by default runs/study-NAME-DATASET."""
 
     def __post_init__(self):
         if self.epochs is not None and self.epochs < 1:
@@ -53,25 +54,23 @@ class Settings:
 
 def main(settings: Settings) -> None:
     """Runs the study, and prints how it goes."""
-    study(settings, Console(highlight=False, soft_wrap=True))
+    study(settings, make_console())
 
 
 def study(settings: Settings, console: Console) -> list[Outcome]:
     """Trains what is not trained yet and writes the report; returns what came out.
 
     Raises:
-        CommandError: if no row is chosen, the data are wrong, or a training fails.
+        OneLineError: if no row is chosen, the data are wrong, or a training fails.
+        ValueError: if the study needs more images than `settings` leave.
     """
     chosen = STUDIES[settings.name]
     data, epochs = settings.data, settings.epochs or chosen.epochs
     if data.dataset == "dog_cat_bird":
         data = dataclasses.replace(data, dataset=chosen.dataset)
-    try:
-        every = chosen.entries(data, epochs)
-    except ValueError as error:
-        raise CommandError(error) from error
+    every = chosen.entries(data, epochs)
     entries = {
-        label: dataclasses.replace(row, input=settings.input)
+        label: dataclasses.replace(row, reading=settings.reading)
         for label, row in every.items()
         if settings.only in label
     }

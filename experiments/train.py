@@ -7,7 +7,7 @@ command, typed again, goes on where the run stopped.
 """
 
 from experiments.cli.command import run
-from experiments.cluster import coordination
+from experiments.cli.console import make_console
 from experiments.cluster.joining import join
 from experiments.training.run import train_and_evaluate
 from experiments.training.settings import RECIPES, Settings
@@ -16,8 +16,7 @@ from experiments.training.settings import RECIPES, Settings
 def main(settings: Settings) -> None:
     """Trains as `settings` say, and prints how it goes."""
     join(settings.cluster)
-    with coordination.ended_together():
-        train_and_evaluate(settings, coordination.console())
+    train_and_evaluate(settings, make_console())
 
 
 if __name__ == "__main__":

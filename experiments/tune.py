@@ -3,8 +3,8 @@
     python -m experiments.tune
 
 times one layer, forward and backward, for a list of shapes, its depthwise part alone, and the dense
-convolution. Run it when nothing else runs; the lowerings take turns, so that a machine that drifts
-hits all alike.
+convolution. It prints Markdown, as in the tables of `chansel_jax/README.md`. Run it when nothing
+else runs; the lowerings take turns, so that a machine that drifts hits all alike.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from chansel_jax.ops import dense, depthwise, lowerings, native, selection
 from experiments.cli.command import run
+from experiments.cli.console import make_console
+from experiments.reporting.report import table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Settings:
     """Measures every lowering on this machine, and holds the rules of "auto" against it."""
 
     batch_size: int = 128
-    """Images of 32 × 32 and smaller; a sixteenth of it of larger ones."""
+    """A batch has this many images of 32 × 32 or smaller, or a sixteenth as many larger ones."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
-    """Of the computation."""
+    """Every layer is computed in each of these."""
     rounds: int = 15
-    """Times that each lowering is timed; the median counts."""
+    """Each lowering is timed so many times; the median counts."""
 
     def __post_init__(self):
         for name in ("batch_size", "rounds"):
@@ -102,7 +102,7 @@ class Result:
 
 def main(settings: Settings) -> None:
     """Measures as `settings` say, and prints tables: layer, depthwise part, dense convolution."""
-    console = Console(highlight=False)
+    console = make_console()
     device = jax.devices()[0]
     console.print(f"{len(jax.devices())} × {device.device_kind}, jax {jax.__version__}")
     if not native.available():
@@ -118,13 +118,14 @@ def main(settings: Settings) -> None:
                 function(shape, candidates, dtype, settings)
                 for shape in track(LAYERS, title, console=console, transient=True)
             ]
-            print_results(f"{title}, {dtype}, forward + backward, ms", results, console)
+            title = f"{title}, {dtype}, forward + backward, ms"
+            console.print(report(title, results), markup=False)
 
 
 def time_layer(shape: Shape, candidates: list[str], dtype: str, settings: Settings) -> Result:
     """One channel selection in every lowering."""
     x, pointwise, kernel = operands(shape, dtype, settings.batch_size)
-    chosen = lowerings.fastest_layer(lowerings.Case.of(x, kernel))
+    chosen = lowerings.fastest_layer(x, kernel)
     calls = calls_of(selection.channel_selection, shape, candidates)
     return Result(shape, time_calls(calls, (x, pointwise, kernel), settings.rounds), chosen)
 
@@ -133,7 +134,7 @@ def time_depthwise(shape: Shape, candidates: list[str], dtype: str, settings: Se
     """The depthwise part alone in every lowering."""
     x, pointwise, kernel = operands(shape, dtype, settings.batch_size)
     sums = selection.weighted_sums(x, pointwise)
-    chosen = lowerings.fastest_depthwise(lowerings.Case.of(sums, kernel))
+    chosen = lowerings.fastest_depthwise()
     calls = calls_of(depthwise.depthwise_conv, shape, candidates)
     return Result(shape, time_calls(calls, (sums, kernel), settings.rounds), chosen)
 
@@ -142,7 +143,7 @@ def time_dense(shape: Shape, candidates: list[str], dtype: str, settings: Settin
     """The dense convolution of the same channels in every lowering."""
     x, pointwise, depthwise_kernel = operands(shape, dtype, settings.batch_size)
     kernel = selection.composed_kernel(pointwise, depthwise_kernel)
-    chosen = lowerings.fastest_dense(lowerings.Case.of_dense(kernel))
+    chosen = lowerings.fastest_dense(kernel)
     calls = calls_of(dense.dense_conv, shape, candidates)
     return Result(shape, time_calls(calls, (x, kernel), settings.rounds), chosen)
 
@@ -195,22 +196,18 @@ def time_calls(
     return {name: statistics.median(values[1:] or values) * 1e3 for name, values in seconds.items()}
 
 
-def print_results(title: str, results: list[Result], console: Console) -> None:
+def report(title: str, results: list[Result]) -> str:
     """A row a shape, and how much longer all shapes take than in the fastest lowering of each."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("layer")
-    for name in results[0].milliseconds:
-        table.add_column(name, justify="right")
-    table.add_column("fastest")
-    table.add_column("auto")
+    headings = ["layer", *results[0].milliseconds, "fastest", "auto"]
+    rows = []
     for result in results:
         numbers = [f"{value:.2f}" for value in result.milliseconds.values()]
-        table.add_row(str(result.shape), *numbers, result.fastest, result.chosen)
-    console.print(table)
+        rows.append([str(result.shape), *numbers, result.fastest, result.chosen])
     fastest = sum(result.milliseconds[result.fastest] for result in results)
     chosen = sum(result.milliseconds[result.chosen] for result in results)
     agree = sum(result.chosen == result.fastest for result in results)
-    console.print(
+    return (
+        f"\n{title}:\n\n{table(headings, rows)}\n\n"
         f"auto is the fastest for {agree} of {len(results)} shapes; all shapes take "
         f"{chosen / fastest:.2f} times as long as in the fastest lowering of each"
     )

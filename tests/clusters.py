@@ -1,16 +1,39 @@
-"""Several processes of one command, on the loopback interface."""
+"""Commands in processes of their own: one, or several on the loopback interface."""
 
 import contextlib
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+WITHOUT_TORCH = str(Path(__file__).parent / "without_torch")
 
 
 def environment(devices: int) -> dict[str, str]:
     """Of a process with so many virtual devices."""
     virtual = f"--xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {virtual}"}
+    return {
+        **os.environ,
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {virtual}",
+        # tensorboardX imports PyTorch where that is installed, for seconds.
+        "PYTHONPATH": os.pathsep.join([WITHOUT_TORCH, os.environ.get("PYTHONPATH", "")]),
+    }
+
+
+def train_arguments(settings, workdir) -> list[str]:
+    """The flags for the run that the fixture `settings` describes, in another folder."""
+    return [
+        *("--dataset=folder", f"--data-dir={settings.data.data_dir}", "--blocks=1", "--width=4"),
+        *("--learning-rate=0.01", "--warmup-fraction=0.2", "--batch-size=16", "--epochs=3"),
+        f"--workdir={workdir}",
+    ]
+
+
+def train_command(settings, workdir) -> list[str]:
+    """That run in a process of its own."""
+    return [sys.executable, "-m", "experiments.train", *train_arguments(settings, workdir)]
 
 
 def free_port() -> int:

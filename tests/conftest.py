@@ -3,6 +3,7 @@
 import os
 import signal
 import tempfile
+from pathlib import Path
 
 import jax
 import jaxlib.version
@@ -10,6 +11,9 @@ import torch
 
 # What a script starts in the background ignores Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# `experiments` is not installed: the processes that tests start find it here, wherever they run.
+paths = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 # Two devices stand in for a machine with several; more are in processes of their own. On few cores
 # their threads, waiting for each other in a sum over devices, could leave none to compute what they
 # wait for: let there be more.
@@ -34,6 +38,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # On a processor without AVX-512, oneDNN's float32 convolutions were off by 7e-4, and with one core
 # wrote beyond their arrays: PyTorch's own are the reference.
 torch.backends.mkldnn.enabled = False
+# Its arrays are small here: further threads would wait for each other, and for the other tests.
+torch.set_num_threads(1)
 # Both must be set before anything is computed.
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,8 +1,12 @@
-"""Layers that both convolutions are tested with, and how results are compared."""
+"""Layers that both convolutions are tested with, PyTorch's values, and how results are compared."""
 
 import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
+import torch
+
+from chansel_jax.ops.window import Window
 
 NAMES = ("kernel_size", "strides", "padding", "dilation", "channels")
 LAYERS = (
@@ -18,6 +22,7 @@ LAYERS = (
     ((7, 7), (2, 2), ((3, 3), (3, 3)), (1, 1), (3, 16)),
 )
 """Of images of 11 × 13 pixels."""
+WINDOW = {"strides": (2, 1), "padding": ((1, 1), (0, 2)), "dilation": (1, 1)}
 
 pads = st.tuples(st.integers(0, 4), st.integers(0, 4))
 ANY_LAYER = {
@@ -28,6 +33,33 @@ ANY_LAYER = {
     "dilation": st.tuples(st.integers(1, 3), st.integers(1, 3)),
     "channels": st.tuples(st.integers(1, 35), st.integers(1, 35)),
 }
+
+
+def normal(*shapes, dtype=jnp.float32):
+    """Random arrays."""
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def in_torch(*operands, strides, padding, dilation):
+    """The output and the gradients that PyTorch computes in float64.
+
+    `operands` are the input, for channel selection the pointwise kernel, the kernel, whose size
+    says how many channels it takes at once, and the gradient of the output.
+    """
+    *operands, dy = (torch.tensor(np.asarray(a, np.float64)) for a in operands)
+    x, *pointwise, kernel = (operand.requires_grad_() for operand in operands)
+    window = Window.of(strides, padding, dilation)
+    rows, columns = window.padding_pairs(tuple(x.shape[1:3]), tuple(kernel.shape[:2]))
+    sums = x @ pointwise[0] if pointwise else x
+    y = torch.nn.functional.conv2d(
+        torch.nn.functional.pad(sums.permute(0, 3, 1, 2), (*columns, *rows)),
+        kernel.permute(3, 2, 0, 1),
+        stride=strides,
+        dilation=dilation,
+        groups=sums.shape[3] // kernel.shape[2],
+    ).permute(0, 2, 3, 1)
+    return [a.detach().numpy() for a in (y, *torch.autograd.grad(y, operands, dy))]
 
 
 def assert_close(actual, expected, tolerance):

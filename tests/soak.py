@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 STEPS_PER_EPOCH = 512 // 16
@@ -46,7 +45,6 @@ def soak(
     folder: Path,
     kills: int,
     epochs: int,
-    program: Sequence[str] = ("-m", "experiments.train"),
     seed: int = 0,
 ) -> Outcome:
     """Trains in `folder` twice, once in one go and once killed `kills` times.
@@ -55,7 +53,6 @@ def soak(
         folder: which is there.
         kills: how many.
         epochs: of the training.
-        program: what Python is to run.
         seed: of the moments.
 
     Raises:
@@ -63,8 +60,8 @@ def soak(
     """
     rng = random.Random(seed)
     command = [
-        *(sys.executable, *program, "--width=4", "--train-images=512"),
-        *(f"--epochs={epochs}", "--batch-size=16"),
+        *(sys.executable, "-m", "experiments.train", "--blocks=1", "--width=4"),
+        *("--train-images=512", f"--epochs={epochs}", "--batch-size=16"),
     ]
     environment = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),

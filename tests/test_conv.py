@@ -14,12 +14,9 @@ from jax import lax
 from layers import pads
 
 from chansel_jax import ChannelSelectionConv, SubKernelConv
-from chansel_jax.ops.lowerings import runnable
-from chansel_jax.ops.window import padding_pairs
 from experiments.pytorch.networks import WeightedSumConv2d
 
 LAYERS = [SubKernelConv, ChannelSelectionConv]
-RUNNABLE = [name for name in runnable(ChannelSelectionConv.LOWERINGS) if name != "auto"]
 
 # Kernel size, strides, padding, dilation, bias and rank: every value of one meets most values of
 # the others, in images of 13 × 10 with 4 channels.
@@ -59,8 +56,8 @@ def torch_twin(layer):
     The parameters come as `{name in layer: (parameter, function from its layout to Flax's)}`.
     """
     window = {
-        "stride": layer.strides,
-        "dilation": layer.kernel_dilation,
+        "stride": layer.window.strides,
+        "dilation": layer.window.dilation,
         "bias": layer.bias is not None,
     }
     sizes = (layer.in_channels, layer.out_channels, layer.kernel_size)
@@ -83,20 +80,19 @@ def torch_twin(layer):
 
 def torch_forward(twin, layer, x):
     """`twin` of the NHWC tensor `x`, padded as `layer` pads."""
-    pads = padding_pairs(
-        layer.padding, x.shape[1:3], layer.kernel_size, layer.strides, layer.kernel_dilation
-    )
-    padded = torch.nn.functional.pad(x.permute(0, 3, 1, 2), (*pads[1], *pads[0]))
+    rows, columns = layer.window.padding_pairs(tuple(x.shape[1:3]), layer.kernel_size)
+    padded = torch.nn.functional.pad(x.permute(0, 3, 1, 2), (*columns, *rows))
     return twin(padded).permute(0, 2, 3, 1)
 
 
-@pytest.mark.parametrize("lowering", ["dense", *RUNNABLE])
+@pytest.mark.parametrize("layer_type", LAYERS)
 @pytest.mark.parametrize(
     ("kernel_size", "strides", "padding", "dilation", "use_bias", "rank"), GRID
 )
 def test_outputs_and_gradients_are_those_of_torch(
-    kernel_size, strides, padding, dilation, use_bias, rank, lowering
+    kernel_size, strides, padding, dilation, use_bias, rank, layer_type
 ):
+    """In one lowering, which those in `tests/ops` are held against."""
     torch.manual_seed(0)
     options = {
         "strides": strides,
@@ -106,10 +102,10 @@ def test_outputs_and_gradients_are_those_of_torch(
         "kernel_init": nnx.initializers.zeros,  # `torch_twin` brings its own values
         "rngs": nnx.Rngs(0),
     }
-    if lowering == "dense":
-        layer = SubKernelConv(4, 6, kernel_size, **options)
+    if layer_type is SubKernelConv:
+        layer = SubKernelConv(4, 6, kernel_size, lowering="lax", **options)
     else:
-        layer = ChannelSelectionConv(4, 6, kernel_size, rank=rank, lowering=lowering, **options)
+        layer = ChannelSelectionConv(4, 6, kernel_size, rank=rank, lowering="grouped", **options)
     twin, parameters = torch_twin(layer)
     x = torch.randn(2, 13, 10, 4, requires_grad=True)
     expected = torch_forward(twin, layer, x)
@@ -214,12 +210,10 @@ def test_sub_kernel_convolution_is_that_of_flax(padding):
     np.testing.assert_allclose(layer(x), flax_layer(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("lowering", RUNNABLE)
 @pytest.mark.parametrize("rank", [1, 3])
-def test_composed_kernel_computes_the_same_function(rank, lowering):
-    layer = ChannelSelectionConv(
-        4, 6, (3, 2), strides=(2, 1), use_bias=False, rank=rank, lowering=lowering, rngs=nnx.Rngs(0)
-    )
+def test_composed_kernel_computes_the_same_function(rank):
+    options = {"strides": (2, 1), "use_bias": False, "lowering": "grouped"}
+    layer = ChannelSelectionConv(4, 6, (3, 2), rank=rank, **options, rngs=nnx.Rngs(0))
     x = normal((2, 9, 8, 4))
     kernel = layer.composed_kernel()
     assert kernel.shape == (3, 2, 4, 6)
@@ -235,7 +229,7 @@ def test_a_normalised_layer_has_no_composed_kernel():
         layer.composed_kernel()
 
 
-@pytest.mark.parametrize(("in_channels", "kernel_size"), [(3, (3, 3)), (9, (2, 2)), (4, (1, 3))])
+@pytest.mark.parametrize(("in_channels", "kernel_size"), [(3, (3, 3)), (9, (2, 2))])
 def test_full_rank_expresses_every_dense_kernel(in_channels, kernel_size):
     elements = kernel_size[0] * kernel_size[1]
     rank = min(in_channels, elements)
@@ -261,10 +255,10 @@ def test_full_rank_expresses_every_dense_kernel(in_channels, kernel_size):
 
 @pytest.mark.parametrize(
     ("in_channels", "kernel_size", "rank"),
-    [(1, 3, 1), (16, 3, 1), (64, 3, 1), (32, 1, 1), (8, (2, 5), 1), (16, 3, 2), (16, 3, 9)],
+    [(1, 3, 1), (32, 1, 1), (8, (2, 5), 1), (16, 3, 9)],
 )
 def test_initial_variance_is_that_of_he(in_channels, kernel_size, rank):
-    out_channels = 2**13
+    out_channels = 2**12
     layer = ChannelSelectionConv(
         in_channels, out_channels, kernel_size, rank=rank, rngs=nnx.Rngs(0)
     )
@@ -397,7 +391,7 @@ SETTINGS = {
 }
 
 
-@hypothesis.settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@hypothesis.settings(max_examples=50, derandomize=True, deadline=None, database=None)
 @hypothesis.given(**SETTINGS)
 def test_layer_has_the_shape_of_flax_s_or_names_what_is_wrong(channels, rank, size, **window):
     """Nothing is computed: shapes alone."""

@@ -1,5 +1,6 @@
 """The closed forms against the modules, against PyTorch, and against arithmetic by hand."""
 
+import dataclasses
 import functools
 import math
 
@@ -8,24 +9,25 @@ import pytest
 import torch
 from flax import nnx
 
-from chansel_jax import ChannelSelectionConv, SubKernelConv, resnet14, resnet18
+from chansel_jax import ChannelSelectionConv, ResNet
 from chansel_jax.counting import (
     LayerCount,
     break_even,
     chansel_cost,
-    count_layer,
     count_network,
     subkernel_cost,
 )
-from chansel_jax.networks.resnet import CONVS
-from experiments.pytorch.networks import torch_resnet14, torch_resnet18
-
-PRESETS = {"resnet14": (resnet14, torch_resnet14), "resnet18": (resnet18, torch_resnet18)}
+from chansel_jax.networks.resnet import CONVS, PRESETS
+from experiments.pytorch.networks import torch_twin
 
 
-def abstract(module, *arguments, **options):
-    """A layer or network without any array in it."""
-    return nnx.eval_shape(lambda: module(*arguments, **options, rngs=nnx.Rngs(0)))
+def config_of(preset, kind="chansel", **changes):
+    return dataclasses.replace(PRESETS[preset], conv=CONVS[kind], **changes)
+
+
+def abstract_twin(kind, config):
+    with torch.device("meta"):
+        return torch_twin(kind, config)
 
 
 def parameter_count(module):
@@ -63,27 +65,35 @@ def torch_multiply_adds(network, image_size):
     ],
 )
 def test_parameters_of_the_networks(preset, kind, options, parameters):
-    flax_preset, torch_preset = PRESETS[preset]
-    network = abstract(flax_preset, CONVS[kind], **options)
-    with torch.device("meta"):
-        twin = torch_preset(kind, **options)
-    assert sum(row.parameters for row in count_network(network.config, 64)) == parameters
-    assert parameter_count(network) == parameters
-    assert sum(p.numel() for p in twin.parameters()) == parameters
+    config = config_of(preset, kind, **options)
+    assert sum(row.parameters for row in count_network(config, 64)) == parameters
+    assert sum(p.numel() for p in abstract_twin(kind, config).parameters()) == parameters
+
+
+KINDS = {
+    "subkernel": CONVS["subkernel"],
+    "chansel": CONVS["chansel"],
+    "normalised": functools.partial(ChannelSelectionConv, norm=True),
+}
 
 
 @pytest.mark.parametrize(
-    ("conv", "preset", "options"),
-    [
-        (SubKernelConv, resnet14, {}),
-        (ChannelSelectionConv, resnet18, {"rank": 2, "use_bias": True}),
-        (functools.partial(ChannelSelectionConv, norm=True), resnet18, {"width": 8, "rank": 3}),
-    ],
+    ("kind", "rank"),
+    [("subkernel", 1), ("chansel", 1), ("chansel", 2), ("chansel", 4), ("normalised", 3)],
 )
-def test_rows_are_the_modules_of_the_network(conv, preset, options):
-    network = abstract(preset, conv, **options)
+@pytest.mark.parametrize("width", [None, 6])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_layers_are_the_modules_of_the_network(preset, width, kind, rank):
+    config = dataclasses.replace(
+        PRESETS[preset],
+        conv=functools.partial(KINDS[kind], kernel_init=nnx.initializers.zeros),
+        width=width or PRESETS[preset].width,
+        rank=rank,
+        use_bias=rank == 2,
+    )
+    network = nnx.eval_shape(lambda: ResNet(config, rngs=nnx.Rngs(0)))
     modules = {".".join(map(str, path)): m for path, m in nnx.iter_modules(network)}
-    rows = count_network(network.config, (64, 48))
+    rows = count_network(config, (64, 48))
     assert len({row.name for row in rows}) == len(rows)
     for row in rows:
         assert row.parameters == parameter_count(modules[row.name]), row.name
@@ -103,22 +113,22 @@ def test_rows_are_the_modules_of_the_network(conv, preset, options):
 def test_outputs_and_multiply_adds_are_those_of_torch(preset, kind, image_size, options):
     if kind == "subkernel":
         options = {name: value for name, value in options.items() if name != "rank"}
-    flax_preset, torch_preset = PRESETS[preset]
-    with torch.device("meta"):
-        twin = torch_preset(kind, **options)
+    config = config_of(preset, kind, **options)
     expected = {}
-    for name, (output, multiply_adds) in torch_multiply_adds(twin, image_size).items():
+    for name, (output, multiply_adds) in torch_multiply_adds(
+        abstract_twin(kind, config), image_size
+    ).items():
         # The two parts of a channel selection count as one layer; the last layer is `fc` itself.
         layer = name.removesuffix(".conv2d").removesuffix(".fc")
         before = expected.get(layer, (None, 0))[1]
         expected[layer] = (output, before + multiply_adds)
-    rows = count_network(abstract(flax_preset, CONVS[kind], **options).config, image_size)
+    rows = count_network(config, image_size)
     actual = [(row.output, row.multiply_adds) for row in rows if row.kind != "batch_norm"]
     assert actual == [((*o[1:], o[0]), count) for o, count in expected.values()]
 
 
 def test_multiply_adds_of_resnet18_are_the_well_known_ones():
-    rows = count_network(abstract(resnet18, SubKernelConv).config, 224)
+    rows = count_network(config_of("resnet18", "subkernel"), 224)
     assert sum(row.multiply_adds for row in rows) == 1_814_073_344
 
 
@@ -130,7 +140,7 @@ def test_multiply_adds_of_resnet14_by_hand():
     stage1 = 4 * 32 * 32 * 9 * 16 * 16
     stage2 = 16 * 16 * (9 * 16 * 32 + 3 * 9 * 32 * 32 + 16 * 32)
     stage3 = 8 * 8 * (9 * 32 * 64 + 3 * 9 * 64 * 64 + 32 * 64)
-    rows = count_network(abstract(resnet14, SubKernelConv).config, 32)
+    rows = count_network(config_of("resnet14", "subkernel"), 32)
     total = stem + stage1 + stage2 + stage3 + dense_layer
     assert sum(row.multiply_adds for row in rows) == total
 
@@ -138,27 +148,19 @@ def test_multiply_adds_of_resnet14_by_hand():
     stage1 = 4 * 32 * 32 * (16 * 16 + 9 * 16)
     stage2 = 2 * 32 * 32 * 16 * 32 + 16 * 16 * (4 * 9 * 32 + 3 * 32 * 32 + 32)
     stage3 = 2 * 16 * 16 * 32 * 64 + 8 * 8 * (4 * 9 * 64 + 3 * 64 * 64 + 64)
-    rows = count_network(abstract(resnet14, ChannelSelectionConv).config, 32)
+    rows = count_network(config_of("resnet14"), 32)
     total = stem + stage1 + stage2 + stage3 + dense_layer
     assert sum(row.multiply_adds for row in rows) == total
 
 
 def test_one_layer_of_each_kind_by_hand():
     # 4 × 3 outputs from 8 × 6 inputs; kernels of 2 · 5 elements, 3 channels in, 7 out.
-    window = {"kernel_size": (2, 5), "strides": 2}
-    layer = abstract(SubKernelConv, 3, 7, **window)
-    assert count_layer(layer, (8, 6, 3), name="a") == LayerCount(
-        "a", "subkernel", (4, 3, 7), 3 * 7 * 10 + 7, 12 * 3 * 7 * 10
-    )
-    layer = abstract(ChannelSelectionConv, 3, 7, **window, rank=2, norm=True)
-    assert count_layer(layer, (8, 6, 3), name="b") == LayerCount(
-        "b", "chansel", (4, 3, 7), 3 * 14 + 14 * 10 + 7 + 28, 48 * 3 * 14 + 12 * 14 * 10
-    )
-    assert count_layer(abstract(nnx.BatchNorm, 7), [4, 3, 7]) == LayerCount(
-        "", "batch_norm", (4, 3, 7), 14, 0
-    )
-    layer = abstract(nnx.Linear, 7, 5)
-    assert count_layer(layer, (7,)) == LayerCount("", "dense", (5,), 40, 35)
+    assert subkernel_cost(3, 7, (2, 5), output_size=(4, 3)) == (3 * 7 * 10 + 7, 12 * 3 * 7 * 10)
+    cost = chansel_cost(3, 7, (2, 5), input_size=(8, 6), output_size=(4, 3), rank=2, norm=True)
+    assert cost == (3 * 14 + 14 * 10 + 7 + 28, 48 * 3 * 14 + 12 * 14 * 10)
+    *_, norm, linear = count_network(config_of("resnet14", num_classes=5), (9, 6))
+    assert norm == LayerCount("blocks.5.norm2", "batch_norm", (3, 2, 64), 128, 0)
+    assert linear == LayerCount("classifier", "linear", (5,), 64 * 5 + 5, 64 * 5)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_bias": False}])
@@ -183,25 +185,12 @@ def test_channel_selection_is_smaller_above_the_break_even(kernel_size):
 
 
 def test_other_convolutions_have_no_closed_form():
-    config = abstract(resnet14, nnx.Conv).config
     with pytest.raises(ValueError, match="conv=.*Conv"):
-        count_network(config, 32)
+        count_network(dataclasses.replace(PRESETS["resnet14"], conv=nnx.Conv), 32)
 
 
 @pytest.mark.parametrize("image_size", [0, (32,), (32, 32, 3), 32.0])
 def test_wrong_image_size(image_size):
     with pytest.raises(ValueError) as error:
-        count_network(abstract(resnet14).config, image_size)
+        count_network(config_of("resnet14"), image_size)
     assert f"image_size={image_size!r}" in str(error.value)
-
-
-def test_layers_that_cannot_be_counted():
-    with pytest.raises(ValueError, match="layer=Dropout"):
-        count_layer(nnx.Dropout(0.5), (3,))
-    conv = abstract(ChannelSelectionConv, 3, 7, 3)
-    with pytest.raises(ValueError, match=r"input_shape=\(8, 6, 4\)"):
-        count_layer(conv, (8, 6, 4))
-    with pytest.raises(ValueError, match=r"input_shape=\(3,\)"):
-        count_layer(conv, (3,))
-    with pytest.raises(ValueError, match=r"input_shape=\(6,\)"):
-        count_layer(abstract(nnx.Linear, 7, 5), (6,))

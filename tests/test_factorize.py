@@ -145,7 +145,7 @@ def test_parameters_are_those_of_the_closed_form():
     [
         ({}, "exactly one"),
         ({"rank": 1, "energy": 0.5}, "exactly one"),
-        ({"rank": 0}, "rank=0 must be at least 1"),
+        ({"rank": 0}, "rank=0 must be an integer of at least 1"),
         ({"energy": 0.0}, r"energy=0.0 must be in \(0, 1\]"),
         ({"energy": math.nan}, "energy=nan must be"),
     ],

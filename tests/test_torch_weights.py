@@ -12,7 +12,7 @@ from flax import nnx
 from chansel_jax import ChannelSelectionConv, SubKernelConv, resnet14, resnet18
 from chansel_jax.networks.resnet import CONVS
 from chansel_jax.torch_weights import from_torch, to_torch
-from experiments.pytorch.networks import WeightedSumConv2d, torch_resnet14, torch_resnet18
+from experiments.pytorch.networks import WeightedSumConv2d, torch_twin
 
 
 def small(preset=resnet14, conv=ChannelSelectionConv, **options):
@@ -38,16 +38,10 @@ def numbered(network):
 
 
 @pytest.mark.parametrize("kind", CONVS)
-@pytest.mark.parametrize(
-    ("preset", "twin_preset", "options"),
-    [
-        (resnet14, torch_resnet14, {}),
-        (resnet18, torch_resnet18, {"use_bias": True}),
-    ],
-)
-def test_state_dicts_are_those_of_torch(preset, twin_preset, options, kind):
+@pytest.mark.parametrize(("preset", "options"), [(resnet14, {}), (resnet18, {"use_bias": True})])
+def test_state_dicts_are_those_of_torch(preset, options, kind):
     network = small(preset, CONVS[kind], **options)
-    twin = twin_preset(kind, width=4, **options)
+    twin = torch_twin(kind, network.config)
     before = twin.state_dict()
     expected = {name: tuple(a.shape) for name, a in before.items() if "batches" not in name}
     assert {name: array.shape for name, array in to_torch(network).items()} == expected
@@ -76,7 +70,7 @@ def test_layouts():
     stem = values["conv1.weight"]
     assert stem.shape == (4, 3, 3, 3)
     assert network.stem.conv.kernel[h, w, 1, 3] == stem[3, 1, h, w]
-    assert network.dense.kernel[i, 2] == values["fc.weight"][2, i]
+    assert network.classifier.kernel[i, 2] == values["fc.weight"][2, i]
     norm = block.shortcut_norm
     for variable, name in [
         (norm.scale, "weight"),
@@ -117,9 +111,9 @@ def test_names_of_a_normalised_layer():
 
 def test_tensors_that_require_a_gradient():
     network = small()
-    twin = torch_resnet14("chansel", width=4)
+    twin = torch_twin("chansel", network.config)
     from_torch(network, dict(twin.named_parameters()) | dict(twin.named_buffers()))
-    np.testing.assert_array_equal(network.dense.bias[...], twin.fc.bias.detach().numpy())
+    np.testing.assert_array_equal(network.classifier.bias[...], twin.fc.bias.detach().numpy())
 
 
 def test_values_are_cast_to_the_dtype_of_the_network():
@@ -132,7 +126,7 @@ def test_values_are_cast_to_the_dtype_of_the_network():
 
 def test_memory_is_not_shared():
     network = small()
-    twin = torch_resnet14("chansel", width=4)
+    twin = torch_twin("chansel", network.config)
     from_torch(network, twin.state_dict())
     before = variables(network)
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """Prepared data sets: one tensorflow-datasets builder that keeps any source as array_record.
 
-Nothing here imports TensorFlow, and nothing is printed but progress bars.
+Nothing here imports TensorFlow, and nothing is printed but progress bars on a terminal.
 """
 
 import contextlib
@@ -14,14 +14,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core import constants
-from tqdm.auto import tqdm
 
 from chansel_jax.data.dataset import Dataset, Split
 from chansel_jax.data.errors import DataError
-from chansel_jax.data.quiet import quiet
 from chansel_jax.data.source import Source
-from chansel_jax.data.stored import StoredImages
+from chansel_jax.data.stored import StoredImages, unreadable
 from chansel_jax.data.summary import CHUNK, Summary, summarise_chunks
+from chansel_jax.data.terminal import progress_bar, quiet
 from chansel_jax.files import replaced
 
 PART = 64  # images of a chunk that a thread reads
@@ -97,7 +96,7 @@ def load_source(
     data_dir = Path(data_dir or constants.get_default_data_dir()).expanduser()
     folder = data_dir / ChanselImages.name / source.name
     with quiet():
-        with _unreadable(folder):
+        with unreadable(folder):
             builder = _builder(source, data_dir)
         try:
             builder.download_and_prepare()
@@ -107,7 +106,7 @@ def load_source(
         finally:
             with contextlib.suppress(OSError):  # it is not empty, unless nothing was prepared
                 folder.rmdir()
-        with _unreadable(folder):
+        with unreadable(folder):
             return _read(_builder(source, data_dir), in_memory)
 
 
@@ -174,10 +173,10 @@ def _measure(records: Any, name: str) -> dict[str, Any]:
 
 def _chunks(records: Any, name: str) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Each chunk's first number, images `(n, H, W, C)` and labels `(n,)`, with a progress bar."""
-    starts = range(0, len(records), CHUNK)
-    with ThreadPoolExecutor() as pool:
-        for start in tqdm(starts, desc=f"Reading {name}", delay=1, leave=False, disable=None):
-            indices = range(start, min(start + CHUNK, len(records)))
+    count = len(records)
+    with ThreadPoolExecutor() as pool, progress_bar(f"Reading {name}", count) as advance:
+        for start in range(0, count, CHUNK):
+            indices = range(start, min(start + CHUNK, count))
             parts = [list(indices[i : i + PART]) for i in range(0, len(indices), PART)]
             found = [record for part in pool.map(records.__getitems__, parts) for record in part]
             yield (
@@ -185,16 +184,4 @@ def _chunks(records: Any, name: str) -> Iterator[tuple[int, np.ndarray, np.ndarr
                 np.stack([record["image"] for record in found]),
                 np.array([record["label"] for record in found], np.int32),
             )
-
-
-@contextlib.contextmanager
-def _unreadable(folder: Path) -> Iterator[None]:
-    """Any error here means that the prepared data set is broken: the readers raise all kinds."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise DataError(
-            f"the prepared data set cannot be read, delete {folder} and try again: {error}"
-        ) from error
+            advance(len(found))

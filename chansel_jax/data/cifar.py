@@ -111,9 +111,7 @@ def _read(
     )
 
 
-def _select(
-    images: np.ndarray, labels: np.ndarray, wanted: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
+def _select(images: np.ndarray, labels: np.ndarray, wanted: Sequence[int]) -> Arrays:
     """The images with the labels `wanted`, which become 0, 1, ... in that order."""
     new_label = np.full(256, -1)
     new_label[wanted] = np.arange(len(wanted))

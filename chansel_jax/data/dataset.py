@@ -5,6 +5,7 @@ import functools
 
 import numpy as np
 
+from chansel_jax.data.errors import DataError
 from chansel_jax.data.stored import StoredImages
 from chansel_jax.data.summary import Summary, summarise
 
@@ -48,10 +49,10 @@ def first_of_each_class(split: Split, count: int) -> Split:
     """`count` images of `split` in its order, of each class as many, give or take one.
 
     Raises:
-        ValueError: if there are fewer.
+        DataError: if there are fewer.
     """
     if count > len(split.labels):
-        raise ValueError(
+        raise DataError(
             f"train_images={count} must be at most the {len(split.labels)} training images"
         )
     # How many images of its class come before each.

@@ -5,12 +5,15 @@ import tempfile
 from pathlib import Path
 
 import requests
-from tqdm.auto import tqdm
+from rich.progress import DownloadColumn
 
 from chansel_jax.data.errors import DataError
+from chansel_jax.data.terminal import progress_bar
 
 # tensorflow-datasets' own download manager is not used: without a network it repeats itself for
-# more than three minutes, it cannot be interrupted, and a refused file stays behind.
+# more than three minutes, it cannot be interrupted, and a refused file stays behind. Nor is pooch
+# (1.9): it prints what it does, its files can be read by their owner alone, it leaves connections
+# open after an HTTP error, and it does not resume a partial download either.
 
 TIMEOUT = 30  # seconds without a byte
 BLOCK = 1 << 20
@@ -53,10 +56,9 @@ def _stream(url: str, path: Path) -> None:
     with requests.get(url, stream=True, timeout=TIMEOUT) as response, path.open("wb") as file:
         response.raise_for_status()
         total = int(response.headers.get("Content-Length", 0)) or None
-        with tqdm(desc=path.name, total=total, unit="B", unit_scale=True) as progress:
+        with progress_bar(path.name, total, DownloadColumn()) as advance:
             for block in response.iter_content(BLOCK):
-                file.write(block)
-                progress.update(len(block))
+                advance(file.write(block))
 
 
 def _checksum(path: Path) -> str:

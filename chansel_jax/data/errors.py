@@ -1,9 +1,7 @@
 """The one exception that bad input to this package raises."""
 
+from chansel_jax.errors import OneLineError
 
-class DataError(ValueError):
-    """Input that cannot be used; the message is one line, written for the user."""
 
-    def __init__(self, message: str):
-        # Libraries put line breaks into their messages, and some of those are quoted here.
-        super().__init__(" ".join(message.split()))
+class DataError(OneLineError, ValueError):
+    """Input that cannot be used."""

@@ -1,8 +1,9 @@
 """Any folder of images, one folder a class.
 
 Understood are PATH/{train,validation,test}/<class>/, without validation or test or both, and
-PATH/<class>/. Hidden files and files with other extensions than IMAGE_EXTENSIONS are passed over;
-images that lie elsewhere are refused, as nobody could tell what class they are of.
+PATH/<class>/. Beside train, the folder of the validation images may also be called val, valid or
+eval. Hidden files and files with other extensions than IMAGE_EXTENSIONS are passed over; images
+that lie elsewhere are refused, as nobody could tell what class they are of.
 """
 
 import hashlib
@@ -16,7 +17,11 @@ from chansel_jax.data.errors import DataError
 from chansel_jax.data.image_files import read_image
 from chansel_jax.data.source import Content, Source, choose_per_class
 
-SPLITS = ("train", "validation", "test")
+SPLIT_FOLDERS = {  # what the folder of a split may be called
+    "train": ("train",),
+    "validation": ("validation", "val", "valid", "eval"),
+    "test": ("test",),
+}
 IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VALIDATION_SHARE = 5  # one image in five
 
@@ -87,15 +92,23 @@ def _find(root: Path, classes: Sequence[str]) -> tuple[tuple[str, ...], dict[str
 
 def _split_folders(root: Path) -> dict[str, Path]:
     """The folder of each split; `root` itself is train where it holds the classes."""
-    roots = {split: root / split for split in SPLITS if (root / split).is_dir()}
-    if not roots:
+    there = _subfolders(root)
+    if "train" not in there:
+        if alone := [name for name in there if name in ("test", "validation")]:
+            raise DataError(f"{root} has a folder {alone[0]} but no folder train")
         return {"train": root}
-    if "train" not in roots:
-        raise DataError(f"{root} has a folder {min(roots)} but no folder train")
-    _refuse_loose_images(root, f"the folders {', '.join(roots)}")
-    for name in _subfolders(root):
-        if name not in SPLITS and _image_below(root / name):
-            raise DataError(f"{root / name} holds images, but is none of {', '.join(SPLITS)}")
+    roots = {}
+    for split, names in SPLIT_FOLDERS.items():
+        found = [name for name in names if name in there]
+        if len(found) > 1:
+            raise DataError(f"{root} has the folders {' and '.join(found)}: only one can be used")
+        if found:
+            roots[split] = root / found[0]
+    _refuse_loose_images(root, f"the folders {', '.join(path.name for path in roots.values())}")
+    known = [name for names in SPLIT_FOLDERS.values() for name in names]
+    for name in there:
+        if name not in known and _image_below(root / name):
+            raise DataError(f"{root / name} holds images, but is none of {', '.join(known)}")
     return roots
 
 

@@ -35,9 +35,10 @@ def load(
     Args:
         name: one of DATASETS.
         data_dir: for "folder" the tree of images, PATH/{train,validation,test}/<class>/*, without
-            validation or test or both, or PATH/<class>/*. For the others where downloads and
-            prepared data sets are kept; by default where tensorflow-datasets keeps them,
-            `TFDS_DATA_DIR` or ~/tensorflow_datasets, which is also where "folder" does.
+            validation or test or both, or PATH/<class>/*; the folder validation may also be
+            called val, valid or eval. For the others where downloads and prepared data sets are
+            kept; by default where tensorflow-datasets keeps them, `TFDS_DATA_DIR` or
+            ~/tensorflow_datasets, which is also where "folder" does.
         in_memory: whether the images are read into memory; else they are `StoredImages`.
 
     These are for "folder" alone:

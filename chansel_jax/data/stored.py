@@ -1,6 +1,8 @@
 """Images of a prepared data set that stay on disk until they are asked for."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from chansel_jax.data.errors import DataError
-from chansel_jax.data.quiet import quiet
+from chansel_jax.data.terminal import quiet
 
 
 class StoredImages:
@@ -39,7 +41,9 @@ class StoredImages:
 
     def __getitem__(self, key: Any) -> np.ndarray:
         numbers = self.index[key]
-        found = self._decoded(np.ravel(numbers).tolist())
+        with unreadable(self.folder):
+            records = self._records.__getitems__(np.ravel(numbers).tolist())
+        found = [record["image"] for record in records]
         return np.reshape(found, (*np.shape(numbers), *self.shape[1:])).astype(self.dtype)
 
     def select(self, key: Any) -> "StoredImages":
@@ -56,10 +60,15 @@ class StoredImages:
             records[0]  # the first that a process decodes is remarked upon
         return records
 
-    def _decoded(self, numbers: list[int]) -> list[np.ndarray]:
-        try:
-            return [record["image"] for record in self._records.__getitems__(numbers)]
-        except Exception as error:  # the readers raise all kinds
-            raise DataError(
-                f"the prepared data set cannot be read, delete {self.folder} and try again: {error}"
-            ) from error
+
+@contextlib.contextmanager
+def unreadable(folder: Path) -> Iterator[None]:
+    """Any error here means that the prepared data set is broken: the readers raise all kinds."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"the prepared data set cannot be read, delete {folder} and try again: {error}"
+        ) from error

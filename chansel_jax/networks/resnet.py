@@ -4,10 +4,11 @@ He et al., "Deep Residual Learning for Image Recognition" (2015). Images are NHW
 num_classes)`.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from chansel_jax.ops.window import positive
 
 CONVS = {"chansel": ChannelSelectionConv, "subkernel": SubKernelConv}
 
-MAX_POOL = {"window_shape": (3, 3), "strides": (2, 2), "padding": ((1, 1), (1, 1))}
+Make = Callable[..., nnx.Module]  # a layer's constructor; what it lacks is `rngs`
 
 
 def unwrapped(conv: Callable[..., nnx.Module]) -> Callable[..., nnx.Module]:
@@ -27,6 +28,24 @@ def unwrapped(conv: Callable[..., nnx.Module]) -> Callable[..., nnx.Module]:
     while isinstance(conv, functools.partial):
         conv = conv.func
     return conv
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer that has parameters: how it is made, and where in its network it stands.
+
+    Attributes:
+        path: as in `"blocks.2.shortcut"`.
+        make: its constructor with every argument but `rngs`. The positional ones are the channels
+            of the input and of the output, and the size of a convolution's kernel; of a BatchNorm
+            they are its channels.
+        reduction: how many pixels of the image, each way, one pixel of the layer's input stands
+            for; where they do not divide, the last one stands for fewer.
+    """
+
+    path: str
+    make: functools.partial[nnx.Module]
+    reduction: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +111,53 @@ class ResNetConfig:
         stem = (min(self.rank, self.in_channels),) if self.stem == "pooled" else ()
         return stem + (self.rank,) * (2 * sum(self.blocks))
 
+    @property
+    def image_size(self) -> int:
+        """The pixels, each way, of the images that such networks are made for; they take others."""
+        return {"plain": 32, "pooled": 224}[self.stem]
+
+    def layers(self) -> Iterator[Layer]:
+        """Every layer that has parameters, in the order in which they are initialised."""
+        conv = functools.partial(_conv, self.conv, use_bias=self.use_bias, dtype=self.dtype)
+        norm = functools.partial(BatchNorm, self.width, dtype=self.dtype)
+        ranks, inputs, outputs = iter(self.ranks), self.in_channels, self.width
+        if self.stem == "plain":
+            stem = _conv(SubKernelConv, inputs, outputs, 3, use_bias=True, dtype=self.dtype)
+            yield Layer("stem.conv", stem, 1)
+            reduction = 1
+        else:
+            yield Layer("stem.conv", conv(inputs, outputs, 7, strides=2, rank=next(ranks)), 1)
+            yield Layer("stem.norm", norm, 2)
+            reduction = 4
+        stages = [stage for stage, count in enumerate(self.blocks) for _ in range(count)]
+        for i, stage in enumerate(stages):
+            inputs, outputs = outputs, self.width * 2**stage
+            strides = 1 if inputs == outputs else 2
+            path, before, reduction = f"blocks.{i}", reduction, reduction * strides
+            conv1 = conv(inputs, outputs, 3, strides=strides, rank=next(ranks))
+            conv2 = conv(outputs, outputs, 3, rank=next(ranks))
+            norm = functools.partial(BatchNorm, outputs, dtype=self.dtype)
+            yield Layer(f"{path}.conv1", conv1, before)
+            yield Layer(f"{path}.norm1", norm, reduction)
+            yield Layer(f"{path}.conv2", conv2, reduction)
+            yield Layer(f"{path}.norm2", norm, reduction)
+            if strides > 1:
+                yield Layer(f"{path}.shortcut", conv(inputs, outputs, 1, strides=strides), before)
+                yield Layer(f"{path}.shortcut_norm", norm, reduction)
+        linear = functools.partial(nnx.Linear, outputs, self.num_classes, dtype=self.dtype)
+        yield Layer("classifier", linear, reduction)
+
+
+def _conv(
+    conv: Make, *sizes: int, strides: int = 1, rank: int = 1, use_bias: bool, dtype: Dtype
+) -> functools.partial[nnx.Module]:
+    """A `conv` of so many channels in and out, and with a kernel of that size."""
+    given = {"strides": strides, "padding": sizes[2] // 2, "use_bias": use_bias, "dtype": dtype}
+    return functools.partial(conv, *sizes, **given, **({"rank": rank} if rank > 1 else {}))
+
 
 class ResNet(nnx.Module):
-    """Stem, stages of basic blocks, global average pooling, dropout, dense layer.
+    """Stem, stages of basic blocks, global average pooling, dropout, classifier.
 
     Args:
         config: the network's shape.
@@ -103,20 +166,15 @@ class ResNet(nnx.Module):
 
     def __init__(self, config: ResNetConfig, *, rngs: nnx.Rngs):
         self.config = config
-        ranks = iter(config.ranks)
-        self.stem = _STEMS[config.stem](config, ranks, rngs)
-        blocks, channels = [], config.width
-        for stage, count in enumerate(config.blocks):
-            for i in range(count):
-                strides = 2 if stage > 0 and i == 0 else 1
-                out_channels = config.width * 2**stage
-                blocks.append(
-                    BasicBlock(config, channels, out_channels, ranks, strides=strides, rngs=rngs)
-                )
-                channels = out_channels
-        self.blocks = nnx.List(blocks)
+        parts = collections.defaultdict(dict)
+        for layer in config.layers():
+            part, _, name = layer.path.rpartition(".")
+            parts[part][name] = layer.make
+        self.stem = _STEMS[config.stem](**parts["stem"], rngs=rngs)
+        numbers = range(sum(config.blocks))
+        self.blocks = nnx.List([BasicBlock(**parts[f"blocks.{i}"], rngs=rngs) for i in numbers])
         self.dropout = nnx.Dropout(config.dropout_rate, rngs=rngs)
-        self.dense = nnx.Linear(channels, config.num_classes, dtype=config.dtype, rngs=rngs)
+        self.classifier = parts[""]["classifier"](rngs=rngs)
 
     def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Logits `(N, num_classes)`, float32, of the images `x` `(N, H, W, in_channels)`.
@@ -130,7 +188,7 @@ class ResNet(nnx.Module):
             x = block(x)
         x = jnp.mean(x, axis=(1, 2))
         x = self.dropout(x, rngs=rngs)
-        return self.dense(x).astype(jnp.float32)
+        return self.classifier(x).astype(jnp.float32)
 
 
 class BasicBlock(nnx.Module):
@@ -141,27 +199,21 @@ class BasicBlock(nnx.Module):
 
     def __init__(
         self,
-        config: ResNetConfig,
-        in_channels: int,
-        out_channels: int,
-        ranks: Iterator[int],
+        conv1: Make,
+        norm1: Make,
+        conv2: Make,
+        norm2: Make,
+        shortcut: Make | None = None,
+        shortcut_norm: Make | None = None,
         *,
-        strides: int,
         rngs: nnx.Rngs,
     ):
-        conv = functools.partial(_conv, config, rngs=rngs)
-        norm = functools.partial(BatchNorm, out_channels, dtype=config.dtype, rngs=rngs)
-        self.conv1 = conv(
-            in_channels, out_channels, 3, strides=strides, padding=1, rank=next(ranks)
-        )
-        self.norm1 = norm()
-        self.conv2 = conv(out_channels, out_channels, 3, padding=1, rank=next(ranks))
-        self.norm2 = norm()
-        changes = strides != 1 or in_channels != out_channels
-        self.shortcut = nnx.data(
-            conv(in_channels, out_channels, 1, strides=strides, padding=0) if changes else None
-        )
-        self.shortcut_norm = nnx.data(norm() if changes else None)
+        self.conv1 = conv1(rngs=rngs)
+        self.norm1 = norm1(rngs=rngs)
+        self.conv2 = conv2(rngs=rngs)
+        self.norm2 = norm2(rngs=rngs)
+        self.shortcut = nnx.data(shortcut and shortcut(rngs=rngs))
+        self.shortcut_norm = nnx.data(shortcut_norm and shortcut_norm(rngs=rngs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(N, H, W, in_channels)` to `(N, H / strides, W / strides, out_channels)`."""
@@ -175,10 +227,8 @@ class BasicBlock(nnx.Module):
 class PlainStem(nnx.Module):
     """An ordinary 3 × 3 convolution with bias and ReLU: the original's, for images of 32 × 32."""
 
-    def __init__(self, config: ResNetConfig, ranks: Iterator[int], rngs: nnx.Rngs):
-        self.conv = SubKernelConv(
-            config.in_channels, config.width, 3, padding=1, dtype=config.dtype, rngs=rngs
-        )
+    def __init__(self, conv: Make, *, rngs: nnx.Rngs):
+        self.conv = conv(rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(N, H, W, in_channels)` to `(N, H, W, width)`."""
@@ -188,118 +238,67 @@ class PlainStem(nnx.Module):
 class PooledStem(nnx.Module):
     """A 7 × 7 convolution of stride 2, BatchNorm, ReLU and max pooling: ImageNet's."""
 
-    def __init__(self, config: ResNetConfig, ranks: Iterator[int], rngs: nnx.Rngs):
-        self.conv = _conv(
-            config,
-            config.in_channels,
-            config.width,
-            7,
-            strides=2,
-            padding=3,
-            rank=next(ranks),
-            rngs=rngs,
-        )
-        self.norm = BatchNorm(config.width, dtype=config.dtype, rngs=rngs)
+    def __init__(self, conv: Make, norm: Make, *, rngs: nnx.Rngs):
+        self.conv = conv(rngs=rngs)
+        self.norm = norm(rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(N, H, W, in_channels)` to `(N, H / 4, W / 4, width)`."""
         x = nnx.relu(self.norm(self.conv(x)))
-        return nnx.max_pool(x, **MAX_POOL)
+        return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
 _STEMS = {"plain": PlainStem, "pooled": PooledStem}
 
 
-def resnet14(
-    conv: Callable[..., nnx.Module] = ChannelSelectionConv,
-    num_classes: int = 3,
-    *,
-    width: int = 16,
-    rank: int | tuple[int, ...] = 1,
-    use_bias: bool = False,
-    dropout_rate: float = 0.2,
-    dtype: Dtype = jnp.float32,
-    rngs: nnx.Rngs,
-) -> ResNet:
-    """The network of the original experiment, for small images: a plain stem and 3 × 2 blocks.
+PRESETS = {
+    "resnet14": ResNetConfig(
+        ChannelSelectionConv, 3, blocks=(2, 2, 2), width=16, stem="plain", dropout_rate=0.2
+    ),
+    "resnet18": ResNetConfig(
+        ChannelSelectionConv, 1000, blocks=(2, 2, 2, 2), width=64, stem="pooled"
+    ),
+}
+"""The networks that have a name. `dataclasses.replace` makes others of their kind."""
 
-    27,363 parameters with `ChannelSelectionConv`, 174,787 with `SubKernelConv`. The arguments are
-    the fields of `ResNetConfig`.
+Model = Literal[tuple(PRESETS)]  # what a command's --model takes
+
+
+def _builder(name: str, about: str) -> Callable[..., ResNet]:
+    """A function of the preset's `name` that builds it, with changes."""
+    preset = PRESETS[name]
+
+    def build(
+        conv: Callable[..., nnx.Module] = preset.conv,
+        num_classes: int = preset.num_classes,
+        *,
+        rngs: nnx.Rngs,
+        **changes: Any,
+    ) -> ResNet:
+        config = dataclasses.replace(preset, conv=conv, num_classes=num_classes, **changes)
+        return ResNet(config, rngs=rngs)
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"""{about}
+
+    The arguments are the fields of `ResNetConfig`; of those not given, the preset's.
 
     Raises:
         ValueError: naming the argument that is wrong, and its value.
     """
-    config = ResNetConfig(
-        conv=conv,
-        num_classes=num_classes,
-        blocks=(2, 2, 2),
-        width=width,
-        stem="plain",
-        rank=rank,
-        use_bias=use_bias,
-        dropout_rate=dropout_rate,
-        dtype=dtype,
-    )
-    return ResNet(config, rngs=rngs)
+    return build
 
 
-def resnet18(
-    conv: Callable[..., nnx.Module] = ChannelSelectionConv,
-    num_classes: int = 1000,
-    *,
-    width: int = 64,
-    rank: int | tuple[int, ...] = 1,
-    use_bias: bool = False,
-    dropout_rate: float = 0.0,
-    dtype: Dtype = jnp.float32,
-    rngs: nnx.Rngs,
-) -> ResNet:
+resnet14 = _builder(
+    "resnet14",
+    """The network of the original experiment, for small images: a plain stem and 3 × 2 blocks.
+
+    27,363 parameters with `ChannelSelectionConv`, 174,787 with `SubKernelConv`.""",
+)
+resnet18 = _builder(
+    "resnet18",
     """torchvision's ResNet-18, for images of 224 × 224: a max-pooled stem and 4 × 2 blocks.
 
     Every convolution is `conv`, the stem and the 1 × 1 shortcuts too: 1,954,024 parameters with
-    `ChannelSelectionConv`, 11,689,512 with `SubKernelConv`. The arguments are the fields of
-    `ResNetConfig`.
-
-    Raises:
-        ValueError: naming the argument that is wrong, and its value.
-    """
-    config = ResNetConfig(
-        conv=conv,
-        num_classes=num_classes,
-        blocks=(2, 2, 2, 2),
-        width=width,
-        stem="pooled",
-        rank=rank,
-        use_bias=use_bias,
-        dropout_rate=dropout_rate,
-        dtype=dtype,
-    )
-    return ResNet(config, rngs=rngs)
-
-
-PRESETS = {"resnet14": resnet14, "resnet18": resnet18}
-IMAGE_SIZES = {"resnet14": 32, "resnet18": 224}  # pixels each way that they are made for
-
-
-def _conv(
-    config: ResNetConfig,
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int,
-    *,
-    strides: int = 1,
-    padding: int,
-    rank: int = 1,
-    rngs: nnx.Rngs,
-) -> nnx.Module:
-    return config.conv(
-        in_channels,
-        out_channels,
-        kernel_size,
-        strides=strides,
-        padding=padding,
-        use_bias=config.use_bias,
-        dtype=config.dtype,
-        rngs=rngs,
-        **({"rank": rank} if rank > 1 else {}),
-    )
+    `ChannelSelectionConv`, 11,689,512 with `SubKernelConv`.""",
+)

@@ -6,8 +6,8 @@ from flax.typing import PrecisionLike
 from jax import lax
 
 from chansel_jax.ops import native
-from chansel_jax.ops.lowerings import Case, checked_lowering, fastest_dense
-from chansel_jax.ops.window import Padding, output_size, padding_pairs, pair
+from chansel_jax.ops.lowerings import checked_lowering, fastest_dense
+from chansel_jax.ops.window import Padding, Window
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 LOWERINGS = ("auto", "lax", "native")
@@ -48,7 +48,18 @@ def dense_conv(
             smaller than the kernel, or `lowering="native"` is not available.
         TypeError: if the dtypes differ, or for derivatives that the lowering does not have.
     """
-    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    window = Window.of(strides, padding, dilation)
+    return convolve(jnp.asarray(x), jnp.asarray(kernel), window, lowering, precision)
+
+
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    window: Window,
+    lowering: str = "auto",
+    precision: PrecisionLike = None,
+) -> jax.Array:
+    """`dense_conv` in a window that is parsed already."""
     if x.ndim != 4 or kernel.ndim != 4 or x.shape[-1] != kernel.shape[2]:
         raise ValueError(
             f"x of shape {x.shape} and kernel of shape {kernel.shape} must be (N, H, W, C_in) and "
@@ -58,19 +69,17 @@ def dense_conv(
         raise ValueError(f"every size of kernel of shape {kernel.shape} must be at least 1")
     if x.dtype != kernel.dtype:
         raise TypeError(f"x of dtype {x.dtype} and kernel of dtype {kernel.dtype} must be alike")
-    strides, dilation = pair("strides", strides), pair("dilation", dilation)
-    size, kernel_size = x.shape[1:3], kernel.shape[:2]
-    output_size(size, kernel_size, strides, padding, dilation)  # raises where there is no output
+    window.output_size(x.shape[1:3], kernel.shape[:2])  # raises where there is no output
     if checked_lowering(lowering, LOWERINGS) == "auto":
-        lowering = fastest_dense(Case.of_dense(kernel))
+        lowering = fastest_dense(kernel)
     if lowering == "native":
-        return native.dense_conv(x, kernel, strides=strides, padding=padding, dilation=dilation)
+        return native.dense_conv(x, kernel, window)
     return lax.conv_general_dilated(
         x,
         kernel,
-        window_strides=strides,
-        padding=padding_pairs(padding, size, kernel_size, strides, dilation),
-        rhs_dilation=dilation,
+        window_strides=window.strides,
+        padding=window.padding_pairs(x.shape[1:3], kernel.shape[:2]),
+        rhs_dilation=window.dilation,
         dimension_numbers=DIMENSIONS,
         precision=precision,
     )

@@ -6,9 +6,9 @@ from flax.typing import PrecisionLike
 from jax import lax
 
 from chansel_jax.ops.dense import DIMENSIONS
-from chansel_jax.ops.lowerings import Case, checked_lowering, fastest_depthwise
+from chansel_jax.ops.lowerings import checked_lowering, fastest_depthwise
 from chansel_jax.ops.shifted import depthwise_shifted
-from chansel_jax.ops.window import Padding, output_size, padding_pairs, pair
+from chansel_jax.ops.window import Padding, Window
 
 LOWERINGS = ("auto", "grouped", "shifted")
 
@@ -54,7 +54,18 @@ def depthwise_conv(
             input is smaller than the dilated kernel.
         TypeError: if the dtypes of `x` and `kernel` differ.
     """
-    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    window = Window.of(strides, padding, dilation)
+    return convolve(jnp.asarray(x), jnp.asarray(kernel), window, lowering, precision)
+
+
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    window: Window,
+    lowering: str = "auto",
+    precision: PrecisionLike = None,
+) -> jax.Array:
+    """`depthwise_conv` in a window that is parsed already."""
     if x.ndim != 4 or kernel.ndim != 4 or x.shape[-1] != kernel.shape[2] * kernel.shape[3]:
         raise ValueError(
             f"x of shape {x.shape} and kernel of shape {kernel.shape} must be (N, H, W, C_out·R) "
@@ -64,20 +75,17 @@ def depthwise_conv(
         raise ValueError(f"every size of kernel of shape {kernel.shape} must be at least 1")
     if x.dtype != kernel.dtype:
         raise TypeError(f"x of dtype {x.dtype} and kernel of dtype {kernel.dtype} must be alike")
-    size, kernel_size = x.shape[1:3], kernel.shape[:2]
-    strides, dilation = pair("strides", strides), pair("dilation", dilation)
-    output_size(size, kernel_size, strides, padding, dilation)  # raises where there is no output
-    pads = padding_pairs(padding, size, kernel_size, strides, dilation)
+    window.output_size(x.shape[1:3], kernel.shape[:2])  # raises where there is no output
     if checked_lowering(lowering, LOWERINGS) == "auto":
-        lowering = fastest_depthwise(Case.of(x, kernel))
+        lowering = fastest_depthwise()
     if lowering == "shifted":
-        return depthwise_shifted(x, kernel, strides, pads, dilation)
+        return depthwise_shifted(x, kernel, window)
     return lax.conv_general_dilated(
         x,
         kernel,
-        window_strides=strides,
-        padding=pads,
-        rhs_dilation=dilation,
+        window_strides=window.strides,
+        padding=window.padding_pairs(x.shape[1:3], kernel.shape[:2]),
+        rhs_dilation=window.dilation,
         dimension_numbers=DIMENSIONS,
         feature_group_count=kernel.shape[3],
         precision=precision,

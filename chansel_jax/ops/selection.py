@@ -5,11 +5,10 @@ import jax.numpy as jnp
 from flax.typing import PrecisionLike
 from jax import lax
 
-from chansel_jax.ops import native
-from chansel_jax.ops.dense import dense_conv
-from chansel_jax.ops.depthwise import depthwise_conv
-from chansel_jax.ops.lowerings import Case, checked_lowering, fastest_layer
-from chansel_jax.ops.window import Padding
+from chansel_jax.ops import dense, native
+from chansel_jax.ops import depthwise as depthwise_part
+from chansel_jax.ops.lowerings import checked_lowering, fastest_layer
+from chansel_jax.ops.window import Padding, Window
 
 LOWERINGS = ("auto", "composed", "grouped", "shifted", "native", "composed_native")
 
@@ -57,26 +56,31 @@ def channel_selection(
             the lowering is in C++, which is not available.
         TypeError: for derivatives that the lowering does not have.
     """
-    x, pointwise, depthwise = map(jnp.asarray, (x, pointwise, depthwise))
+    operands = map(jnp.asarray, (x, pointwise, depthwise))
+    return select(*operands, Window.of(strides, padding, dilation), lowering, precision)
+
+
+def select(
+    x: jax.Array,
+    pointwise: jax.Array,
+    depthwise: jax.Array,
+    window: Window,
+    lowering: str = "auto",
+    precision: PrecisionLike = None,
+) -> jax.Array:
+    """`channel_selection` in a window that is parsed already."""
     _check_shapes(x, pointwise, depthwise)
-    checked_lowering(lowering, LOWERINGS)
-    window = {"strides": strides, "padding": padding, "dilation": dilation}
-    if lowering == "auto":
-        lowering = fastest_layer(Case.of(x, depthwise))
+    if checked_lowering(lowering, LOWERINGS) == "auto":
+        lowering = fastest_layer(x, depthwise)
     if lowering in ("composed", "composed_native"):
         kernel = composed_kernel(pointwise, depthwise).astype(x.dtype)
         in_dense = "lax" if lowering == "composed" else "native"
-        return dense_conv(x, kernel, **window, lowering=in_dense, precision=precision)
+        return dense.convolve(x, kernel, window, in_dense, precision)
     pointwise, depthwise = pointwise.astype(x.dtype), depthwise.astype(x.dtype)
     if lowering == "native":
-        return native.channel_selection(x, pointwise, depthwise, **window)
-    return depthwise_conv(
-        weighted_sums(x, pointwise, precision),
-        depthwise,
-        **window,
-        lowering=lowering,
-        precision=precision,
-    )
+        return native.channel_selection(x, pointwise, depthwise, window)
+    sums = weighted_sums(x, pointwise, precision)
+    return depthwise_part.convolve(sums, depthwise, window, lowering, precision)
 
 
 def weighted_sums(x: jax.Array, pointwise: jax.Array, precision: PrecisionLike = None) -> jax.Array:

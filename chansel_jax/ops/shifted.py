@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from chansel_jax.ops.window import PaddingPairs, Pair
+from chansel_jax.ops.window import Pair, Window
 
 # The kernel gradient sums so many rows at most, for so many taps at most, in one loop. LLVM unrolls
 # a loop of 72 or 96 products and makes vector code of the one around it; at 144 products and more
@@ -33,7 +33,7 @@ Phase = Pair
 Shift = Pair
 
 
-class _Window(NamedTuple):
+class _Geometry(NamedTuple):
     """The geometry, as static data; every pair is (rows, columns)."""
 
     size: Pair  # H, W of the input
@@ -47,25 +47,20 @@ class _Window(NamedTuple):
     extent: Pair  # rows and columns of a phase: as many as all taps together read
 
 
-def _window(
-    size: Pair, kernel_size: Pair, strides: Pair, pads: PaddingPairs, dilation: Pair
-) -> _Window:
-    out = tuple(
-        (n + sum(p) - (k - 1) * d - 1) // s + 1
-        for n, p, k, d, s in zip(size, pads, kernel_size, dilation, strides, strict=True)
-    )
+def _geometry(size: Pair, kernel_size: Pair, window: Window) -> _Geometry:
+    pads, out = window.padding_pairs(size, kernel_size), window.output_size(size, kernel_size)
     taps = []
     for i, j in itertools.product(*map(range, kernel_size)):
-        (row_shift, row_phase) = divmod(i * dilation[0], strides[0])
-        (column_shift, column_phase) = divmod(j * dilation[1], strides[1])
+        (row_shift, row_phase) = divmod(i * window.dilation[0], window.strides[0])
+        (column_shift, column_phase) = divmod(j * window.dilation[1], window.strides[1])
         taps.append(((row_phase, column_phase), (row_shift, column_shift)))
     reach = tuple(max(shift[axis] for _, shift in taps) for axis in (0, 1))
     blocks = -(-out[0] // _BLOCK_ROWS)
     block = -(-out[0] // blocks)
-    return _Window(
+    return _Geometry(
         size=size,
         before=(pads[0][0], pads[1][0]),
-        strides=strides,
+        strides=window.strides,
         taps=tuple(taps),
         reach=reach,
         out=out,
@@ -75,39 +70,36 @@ def _window(
     )
 
 
-def depthwise_shifted(
-    x: jax.Array, kernel: jax.Array, strides: Pair, pads: PaddingPairs, dilation: Pair
-) -> jax.Array:
-    """`depthwise_conv` of checked arguments, with `pads` as explicit pairs."""
-    size, kernel_size = x.shape[1:3], kernel.shape[:2]
-    return _conv(x, kernel, _window(size, kernel_size, strides, pads, dilation))
+def depthwise_shifted(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+    """`depthwise_conv` of checked arguments."""
+    return _conv(x, kernel, _geometry(x.shape[1:3], kernel.shape[:2], window))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv(x: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
-    return _conv_fwd(x, kernel, window)[0]
+def _conv(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> jax.Array:
+    return _conv_fwd(x, kernel, geometry)[0]
 
 
-def _conv_fwd(x, kernel, window):
+def _conv_fwd(x, kernel, geometry):
     rank, channels = kernel.shape[2:]
     by_rank = x.reshape(*x.shape[:3], channels, rank)
     # The phases are kept for the backward pass instead of `x`: it need not compute them again.
-    phases = [_split(by_rank[..., r], window) for r in range(rank)]
-    y = _forward(phases, _taps(kernel), window)
-    return y.astype(x.dtype).reshape(x.shape[0], *window.out, channels), (phases, kernel)
+    phases = [_split(by_rank[..., r], geometry) for r in range(rank)]
+    y = _forward(phases, _taps(kernel), geometry)
+    return y.astype(x.dtype).reshape(x.shape[0], *geometry.out, channels), (phases, kernel)
 
 
-def _conv_bwd(window, residuals, dy):
+def _conv_bwd(geometry, residuals, dy):
     phases, kernel = residuals
     rank, channels = kernel.shape[2:]
-    dy = _padded_gradient(dy, window)
+    dy = _padded_gradient(dy, geometry)
     taps = _taps(kernel)
     dx = jnp.stack(
-        [_data_gradient(dy, taps[:, r], window).astype(dy.dtype) for r in range(rank)], axis=-1
+        [_data_gradient(dy, taps[:, r], geometry).astype(dy.dtype) for r in range(rank)], axis=-1
     )
-    dkernel = jnp.stack([_kernel_gradient(p, dy, channels, window) for p in phases], axis=1)
+    dkernel = jnp.stack([_kernel_gradient(p, dy, channels, geometry) for p in phases], axis=1)
     return (
-        dx.reshape(dx.shape[0], *window.size, channels * rank),
+        dx.reshape(dx.shape[0], *geometry.size, channels * rank),
         dkernel.reshape(kernel.shape).astype(kernel.dtype),
     )
 
@@ -115,71 +107,73 @@ def _conv_bwd(window, residuals, dy):
 _conv.defvjp(_conv_fwd, _conv_bwd)
 
 
-def _split(x: jax.Array, window: _Window) -> dict[Phase, jax.Array]:
+def _split(x: jax.Array, geometry: _Geometry) -> dict[Phase, jax.Array]:
     """The phases of `x` `(N, H, W, C)` that a tap reads, padded, each `(N, *extent)` of W·C."""
     n, *size, channels = x.shape
-    (step_h, step_w), (rows, columns) = window.strides, window.extent
+    (step_h, step_w), (rows, columns) = geometry.strides, geometry.extent
     # What no tap reads is cut off: such a padding is negative.
     pads = [
         (before, count * step - before - length, 0)
         for before, count, step, length in zip(
-            window.before, window.extent, window.strides, size, strict=True
+            geometry.before, geometry.extent, geometry.strides, size, strict=True
         )
     ]
     x = lax.pad(x, _zero(x), ((0, 0, 0), *pads, (0, 0, 0)))
     x = x.reshape(n, rows, step_h, columns, step_w * channels)
     phases = {}
-    for i, j in sorted({phase for phase, _ in window.taps}):
+    for i, j in sorted({phase for phase, _ in geometry.taps}):
         phase = x[:, :, i, :, j * channels : (j + 1) * channels]
         phases[i, j] = phase.reshape(n, rows, columns * channels)
     return lax.optimization_barrier(phases)
 
 
-def _forward(phases: list[dict[Phase, jax.Array]], taps: jax.Array, window: _Window) -> jax.Array:
+def _forward(
+    phases: list[dict[Phase, jax.Array]], taps: jax.Array, geometry: _Geometry
+) -> jax.Array:
     """The output `(N, H_out, W_out·C)` of the phases of each rank and `taps` `(T, R, C)`."""
     channels = taps.shape[2]
-    h, w = window.out
+    h, w = geometry.out
     y = None
     for r, by_phase in enumerate(phases):
-        for t, (phase, shift) in enumerate(window.taps):
+        for t, (phase, shift) in enumerate(geometry.taps):
             box = _box(by_phase[phase], shift, (h, w), channels)
             y = _add(y, box * _along_row(taps[t, r], w))
     return y
 
 
-def _padded_gradient(dy: jax.Array, window: _Window) -> jax.Array:
+def _padded_gradient(dy: jax.Array, geometry: _Geometry) -> jax.Array:
     """`dy` as rows of W·C in a frame of zeros as wide as the taps reach."""
     n, h, w, channels = dy.shape
-    (up, left), (rows, columns) = window.reach, window.extent
+    (up, left), (rows, columns) = geometry.reach, geometry.extent
     pads = ((0, 0, 0), (up, rows - h, 0), (left * channels, (columns - w) * channels, 0))
     return lax.optimization_barrier(lax.pad(dy.reshape(n, h, w * channels), _zero(dy), pads))
 
 
-def _data_gradient(dy: jax.Array, taps: jax.Array, window: _Window) -> jax.Array:
+def _data_gradient(dy: jax.Array, taps: jax.Array, geometry: _Geometry) -> jax.Array:
     """The gradient `(N, H, W, C)` by one rank's input, of the padded `dy` and `taps` `(T, C)`."""
     n, channels = dy.shape[0], taps.shape[1]
     dx = None
-    for phase in sorted({phase for phase, _ in window.taps}):
+    for phase in sorted({phase for phase, _ in geometry.taps}):
         part = None
-        for t, (of, shift) in enumerate(window.taps):
+        for t, (of, shift) in enumerate(geometry.taps):
             if of == phase:
-                start = (window.reach[0] - shift[0], window.reach[1] - shift[1])
-                box = _box(dy, start, window.extent, channels)
-                part = _add(part, box * _along_row(taps[t], window.extent[1]))
+                start = (geometry.reach[0] - shift[0], geometry.reach[1] - shift[1])
+                box = _box(dy, start, geometry.extent, channels)
+                part = _add(part, box * _along_row(taps[t], geometry.extent[1]))
         # Back where it came from: rows and columns of zeros between its own, and the forward
         # pass's padding, as a negative one, taken off.
-        part = part.reshape(n, *window.extent, channels)
+        part = part.reshape(n, *geometry.extent, channels)
         pads = []
         for axis in (0, 1):
-            step, low = window.strides[axis], phase[axis] - window.before[axis]
-            span = (window.extent[axis] - 1) * step + 1
-            pads.append((low, window.size[axis] - low - span, step - 1))
+            step, low = geometry.strides[axis], phase[axis] - geometry.before[axis]
+            span = (geometry.extent[axis] - 1) * step + 1
+            pads.append((low, geometry.size[axis] - low - span, step - 1))
         dx = _add(dx, lax.pad(part, _zero(part), ((0, 0, 0), *pads, (0, 0, 0))))
     return dx
 
 
 def _kernel_gradient(
-    phases: dict[Phase, jax.Array], dy: jax.Array, channels: int, window: _Window
+    phases: dict[Phase, jax.Array], dy: jax.Array, channels: int, geometry: _Geometry
 ) -> jax.Array:
     """The gradient `(T, C)` by one rank's taps, of the padded `dy`.
 
@@ -187,25 +181,27 @@ def _kernel_gradient(
     runs over N: with the batch sharded it is the one that needs the other devices. Rows that fill
     the last block are multiplied by zeros: where they are infinite, NaN comes of it.
     """
-    size = (window.rows, window.out[1])
+    size = (geometry.rows, geometry.out[1])
 
     def blocks(array: jax.Array, start: Shift) -> jax.Array:
         box = _box(array, start, size, channels)
-        return box.reshape(box.shape[0], window.rows // window.block, window.block, box.shape[2])
+        return box.reshape(
+            box.shape[0], geometry.rows // geometry.block, geometry.block, box.shape[2]
+        )
 
-    dy = blocks(dy, window.reach)  # zeros where whole blocks are more than the output
+    dy = blocks(dy, geometry.reach)  # zeros where whole blocks are more than the output
     totals = []
-    for first in range(0, len(window.taps), _BLOCK_TAPS):
+    for first in range(0, len(geometry.taps), _BLOCK_TAPS):
         products = [
             blocks(phases[phase], shift) * dy
-            for phase, shift in window.taps[first : first + _BLOCK_TAPS]
+            for phase, shift in geometry.taps[first : first + _BLOCK_TAPS]
         ]
         zeros = [_zero(dy)] * len(products)
         sums = lax.reduce(products, zeros, lambda a, b: list(map(lax.add, a, b)), (2,))
         # Fused with the sums that follow it would be one scalar loop again.
         for s in lax.optimization_barrier(sums):
             n, count, _ = s.shape
-            totals.append(s.reshape(n, count, window.out[1], channels).sum((1, 2)))
+            totals.append(s.reshape(n, count, geometry.out[1], channels).sum((1, 2)))
     return jnp.stack(totals).sum(1)
 
 

@@ -1,10 +1,11 @@
-"""The geometry of a two-dimensional window: kernel size, strides, padding and dilation.
+"""The geometry of a two-dimensional window: strides, padding and dilation.
 
 Every argument is brought into one canonical form here, so that layers, lowerings and closed forms
 all accept the same spellings and refuse the same mistakes in the same words.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from jax import lax
 
@@ -58,40 +59,62 @@ def padding_spec(padding: Padding) -> str | PaddingPairs:
     )
 
 
-def padding_pairs(
-    padding: Padding, size: Pair, kernel_size: Pair, strides: Pair, dilation: Pair
-) -> PaddingPairs:
-    """`padding` as explicit `((top, bottom), (left, right))` for an input of `size` (H, W)."""
-    spec = padding_spec(padding)
-    if isinstance(spec, str):
-        spec = lax.padtype_to_pads(size, _extent(kernel_size, dilation), strides, spec)
-    (top, bottom), (left, right) = spec
-    return (int(top), int(bottom)), (int(left), int(right))
+class Window(NamedTuple):
+    """How a kernel moves over an image: parsed once by `Window.of`, then handed on whole.
 
-
-def output_size(
-    size: Pair, kernel_size: Pair, strides: Pair, padding: Padding, dilation: Pair
-) -> Pair:
-    """Height and width of the output for an input of `size` (H, W).
-
-    Raises:
-        ValueError: if the padded input is smaller than the dilated kernel.
+    Attributes:
+        strides: steps between outputs in rows and columns.
+        padding: `"SAME"`, `"VALID"` or `((top, bottom), (left, right))`.
+        dilation: distance between a kernel's elements in rows and columns.
     """
-    pads = padding_pairs(padding, size, kernel_size, strides, dilation)
-    extent = _extent(kernel_size, dilation)
-    rows, columns = (
-        (n + sum(p) - e) // s + 1 for n, p, e, s in zip(size, pads, extent, strides, strict=True)
-    )
-    if rows < 1 or columns < 1:
-        raise ValueError(
-            f"an input of size (H, W)={tuple(size)} with padding={padding!r} is smaller than a "
-            f"kernel of kernel_size={kernel_size} at dilation={dilation}"
+
+    strides: Pair
+    padding: str | PaddingPairs
+    dilation: Pair
+
+    @classmethod
+    def of(
+        cls,
+        strides: int | Sequence[int] = 1,
+        padding: Padding = "SAME",
+        dilation: int | Sequence[int] = 1,
+    ) -> "Window":
+        """The window of arguments in any spelling that `pair` and `padding_spec` take.
+
+        Raises:
+            ValueError: naming the argument that is wrong, and its value.
+        """
+        return cls(pair("strides", strides), padding_spec(padding), pair("dilation", dilation))
+
+    def padding_pairs(self, size: Pair, kernel_size: Pair) -> PaddingPairs:
+        """The padding as `((top, bottom), (left, right))` for an input of `size` (H, W)."""
+        if not isinstance(self.padding, str):
+            return self.padding
+        extent = self._extent(kernel_size)
+        (top, bottom), (left, right) = lax.padtype_to_pads(size, extent, self.strides, self.padding)
+        return (int(top), int(bottom)), (int(left), int(right))
+
+    def output_size(self, size: Pair, kernel_size: Pair) -> Pair:
+        """Height and width of the output for an input of `size` (H, W).
+
+        Raises:
+            ValueError: if the padded input is smaller than the dilated kernel.
+        """
+        pads, extent = self.padding_pairs(size, kernel_size), self._extent(kernel_size)
+        rows, columns = (
+            (n + sum(p) - e) // s + 1
+            for n, p, e, s in zip(size, pads, extent, self.strides, strict=True)
         )
-    return rows, columns
+        if rows < 1 or columns < 1:
+            raise ValueError(
+                f"an input of size (H, W)={tuple(size)} with padding={self.padding!r} is smaller "
+                f"than a kernel of kernel_size={kernel_size} at dilation={self.dilation}"
+            )
+        return rows, columns
 
-
-def _extent(kernel_size: Pair, dilation: Pair) -> Pair:
-    return tuple((k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True))
+    def _extent(self, kernel_size: Pair) -> Pair:
+        """Rows and columns that the dilated kernel spans."""
+        return tuple((k - 1) * d + 1 for k, d in zip(kernel_size, self.dilation, strict=True))
 
 
 def _is_int(value: object) -> bool:

@@ -79,11 +79,12 @@ class Augmentation:
     """How training images are varied."""
 
     crop_padding: int = 4
-    """Pixels of black added on each side before a random crop; 0 crops nothing."""
+    """Before a random crop each side is padded with this many black pixels; 0 crops nothing."""
     flip: bool = True
-    """Whether images are mirrored left to right at random."""
+    """Images are mirrored left to right at random."""
     cutout: int = 0
-    """Pixels each way of a square, at a random place, that is set to the mean; 0 cuts nothing."""
+    """A square of this many pixels each way, at a random place, is set to the mean; 0 cuts
+    nothing."""
 
     def __post_init__(self):
         for name in ("crop_padding", "cutout"):

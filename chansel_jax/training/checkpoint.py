@@ -25,6 +25,7 @@ from jax.tree_util import DictKey
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from chansel_jax.digest import digest
+from chansel_jax.errors import OneLineError
 from chansel_jax.functional import network_tree
 from chansel_jax.training.processes import is_loss, together, wait_for_all
 from chansel_jax.training.step import Totals, TrainState
@@ -35,8 +36,8 @@ LAST_KEPT = 2
 DAMAGED = "damaged-"
 
 
-class CheckpointError(Exception):
-    """No checkpoint could be restored, or one not be written; one line."""
+class CheckpointError(OneLineError):
+    """No checkpoint could be restored, or one could not be written."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,22 +16,23 @@ class OptimizerSettings:
     """How the parameters are updated."""
 
     optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
-    """AdamW (decoupled weight decay); SGD with momentum (weight decay added to the gradient); or
-    Muon for dense and pointwise kernels (orthogonalised momentum) and AdamW for the others."""
+    """adamw has decoupled weight decay; sgd has momentum, and weight decay added to the gradient;
+    muon orthogonalises the momentum of dense and pointwise kernels, and is AdamW for all others."""
     learning_rate: float = 5e-3
-    """The highest learning rate."""
+    """The learning rate is never higher than this."""
     schedule: Literal["cosine", "constant", "step"] = "cosine"
-    """After the warm-up: fall to zero along a cosine, stay, or fall at --step-epochs."""
+    """After the warm-up the learning rate falls to zero along a cosine, or stays, or falls in steps
+    (after `step_epochs`)."""
     warmup_fraction: float = 0.05
-    """Share of all steps over which the learning rate rises from zero."""
+    """The learning rate rises from zero over this share of all steps."""
     step_epochs: tuple[int, ...] = (100, 150, 180)
-    """With --schedule=step: the epochs after which the learning rate is divided by ten."""
+    """A schedule in steps divides the learning rate by ten after each of these epochs."""
     momentum: float = 0.9
-    """Of SGD; the others have their own."""
+    """SGD has this momentum; the other optimisers have their own."""
     weight_decay: float = 0.05
-    """Strength of the weight decay."""
+    """The weight decay is this strong."""
     undecayed: tuple[Undecayed, ...] = ("biases", "norms")
-    """Parameters without weight decay, any of: biases, norms, depthwise (kernels)."""
+    """These have no weight decay: any of biases, norms and depthwise (kernels)."""
 
     def __post_init__(self):
         for name in ("learning_rate", "weight_decay"):

@@ -7,11 +7,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from chansel_jax.errors import OneLineError
+
 Result = TypeVar("Result")
 
 
-class OtherProcessError(Exception):
-    """Another process of the run could not go on; one line."""
+class OtherProcessError(OneLineError):
+    """Another process of the run could not go on."""
 
 
 def is_loss(error: Exception) -> bool:

@@ -6,7 +6,7 @@ memory is that framework's.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -143,6 +143,7 @@ class Task:
         machine: what it runs on.
         recipe: how parameters are updated.
         weights: in PyTorch's names and layouts, for both frameworks.
+        torch_network: what PyTorch's network is made with, but its kind and classes.
         train_images: for an epoch.
     """
 
@@ -151,6 +152,7 @@ class Task:
     machine: Machine
     recipe: Recipe
     weights: Mapping[str, np.ndarray]
+    torch_network: Mapping[str, Any]
     train_images: TrainImages | None = None
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from chansel_jax.errors import OneLineError
 from experiments.benchmarking.cases import Case, Contestant
 from experiments.benchmarking.contestants.runner import FIRST_UPDATE
 
@@ -22,8 +23,8 @@ UPDATE_TOLERANCES = {"float32": 0.3, "tf32": 0.9, "bfloat16": 0.95}
 GRADIENT_FLOOR = 0.01
 
 
-class MismatchError(Exception):
-    """Two contestants do not compute the same; one line."""
+class MismatchError(OneLineError):
+    """Two contestants do not compute the same."""
 
 
 def check_outputs(case: Case, outputs: Mapping[Contestant, Outputs]) -> dict[Contestant, float]:

@@ -1,13 +1,14 @@
 """What settings come to on a machine: cases, and the contestants of each."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import get_args
+from collections.abc import Sequence
+from typing import Any, get_args
 
 from flax import nnx
 
 from chansel_jax import data
-from chansel_jax.networks.resnet import CONVS, IMAGE_SIZES, PRESETS, PooledStem, ResNet
+from chansel_jax.errors import OneLineError
+from chansel_jax.networks.resnet import CONVS, PRESETS, unwrapped
 from chansel_jax.training.optimizer import OptimizerSettings
 from experiments.benchmarking.cases import (
     Case,
@@ -24,15 +25,17 @@ from experiments.benchmarking.cases import (
 from experiments.benchmarking.contestants.weights import make_weights
 from experiments.benchmarking.rounds import Schedule
 from experiments.benchmarking.settings import Settings, parse_shape
+from experiments.benchmarking.work import network_config
 
-BATCH_SIZES = {"resnet14": {"cpu": 128, "gpu": 128}, "resnet18": {"cpu": 16, "gpu": 64}}
+# By the pixels that a model is made for.
+BATCH_SIZES = {32: {"cpu": 128, "gpu": 128}, 224: {"cpu": 16, "gpu": 64}}
 # Lowerings of JAX and variants of PyTorch that exist on one platform only.
 PLATFORMS = {"native": "cpu", "composed_native": "cpu", "max_autotune": "gpu"}
 MOST_LOADER_WORKERS = 8
 
 
-class PlanError(Exception):
-    """Settings that come to nothing on this machine; one line."""
+class PlanError(OneLineError):
+    """Settings that come to nothing on this machine."""
 
 
 def make_machine(settings: Settings, platform: str, cores: int) -> Machine:
@@ -63,9 +66,10 @@ def make_cases(
     Raises:
         PlanError: if a dtype or the batch size does not fit the machine or the data.
     """
-    batch_size = settings.batch_size or BATCH_SIZES[settings.model][machine.platform]
+    preset = PRESETS[settings.model]
+    batch_size = settings.batch_size or BATCH_SIZES[preset.image_size][machine.platform]
     _check_batch_size(batch_size, machine, train_images)
-    image_size, num_classes = settings.image_size or IMAGE_SIZES[settings.model], None
+    image_size, num_classes = settings.image_size or preset.image_size, preset.num_classes
     if train_images is not None:
         image_size, num_classes = train_images.images.shape[1], int(train_images.labels.max()) + 1
     base = Case(
@@ -73,7 +77,7 @@ def make_cases(
         model=settings.model,
         batch_size=batch_size,
         image_size=image_size,
-        num_classes=num_classes or _abstract(settings.model).config.num_classes,
+        num_classes=num_classes,
         dtype="float32",
         seed=settings.seed,
     )
@@ -153,9 +157,23 @@ def make_tasks(
     recipe = Recipe(defaults.learning_rate, defaults.weight_decay)
     weights = {conv: make_weights(case, conv) for conv in {c.conv for c in contestants}}
     return [
-        Task(case, contestant, machine, recipe, weights[contestant.conv], train_images)
+        Task(
+            case,
+            contestant,
+            machine,
+            recipe,
+            weights[contestant.conv],
+            torch_network(case.model),
+            train_images,
+        )
         for contestant in contestants
     ]
+
+
+def torch_network(model: str) -> dict[str, Any]:
+    """What PyTorch's twin of `model` is made with, as plain data."""
+    names = ("blocks", "width", "stem", "dropout_rate")
+    return {name: getattr(PRESETS[model], name) for name in names}
 
 
 def make_schedule(settings: Settings) -> Schedule:
@@ -169,23 +187,20 @@ def load_train_images(settings: Settings) -> TrainImages | None:
     """The training images of an epoch; None for everything else.
 
     Raises:
-        PlanError: if they cannot be loaded.
+        DataError: if they cannot be loaded.
     """
     if settings.what != "epoch":
         return None
     images = settings.images
     folder = images.dataset == "folder"
-    try:
-        split = data.load(
-            images.dataset,
-            data_dir=images.data_dir,
-            image_size=settings.image_size if folder else None,
-            classes=images.classes,
-            train_per_class=images.train_per_class,
-            split_seed=0,
-        ).splits["train"]
-    except ValueError as error:
-        raise PlanError(error) from error
+    split = data.load(
+        images.dataset,
+        data_dir=images.data_dir,
+        image_size=settings.image_size if folder else None,
+        classes=images.classes,
+        train_per_class=images.train_per_class,
+        split_seed=0,
+    ).splits["train"]
     summary = split.summary
     return TrainImages(split.images, split.labels, summary.mean, summary.std)
 
@@ -197,33 +212,17 @@ def default_lowering(conv: Conv) -> str:
 
 def model_shapes(case: Case) -> list[LayerShape]:
     """The different convolutions of the model that are an argument of it, in its own order."""
-    network, size = _abstract(case.model), case.image_size
-    shapes = []
-    if isinstance(network.stem, PooledStem):
-        shapes.append(_shape(network.stem.conv, size))
-        # The max pooling behind it halves the image as its stride of 2 does.
-        size = (shapes[-1].output_size + 1) // 2
-    for block in network.blocks:
-        for layer in _block_shapes(block, size):
-            shapes.append(layer)
-        size = _shape(block.conv1, size).output_size
+    config = network_config(case, "chansel")
+    shapes = [
+        LayerShape(
+            -(-case.image_size // layer.reduction),
+            *layer.make.args,
+            layer.make.keywords["strides"],
+        )
+        for layer in config.layers()
+        if unwrapped(layer.make) is config.conv
+    ]
     return list(dict.fromkeys(shapes))
-
-
-def _block_shapes(block: nnx.Module, size: int) -> Iterator[LayerShape]:
-    yield _shape(block.conv1, size)
-    yield _shape(block.conv2, _shape(block.conv1, size).output_size)
-    if block.shortcut is not None:
-        yield _shape(block.shortcut, size)
-
-
-def _shape(layer: nnx.Module, size: int) -> LayerShape:
-    kernel_size, stride = layer.kernel_size[0], layer.strides[0]
-    return LayerShape(size, layer.in_channels, layer.out_channels, kernel_size, stride)
-
-
-def _abstract(model: str) -> ResNet:
-    return nnx.eval_shape(lambda: PRESETS[model](CONVS["chansel"], rngs=nnx.Rngs(0)))
 
 
 def _check_batch_size(batch_size: int, machine: Machine, train_images: TrainImages | None) -> None:

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from chansel_jax.networks.resnet import CONVS
+from chansel_jax.networks.resnet import CONVS, Model
 from experiments.benchmarking.cases import Conv, Dtype, LayerShape, TorchVariant, What
 
 SHAPE_FORMAT = "SIZExC_INxC_OUTxKERNELxSTRIDE"
@@ -22,16 +22,16 @@ ONLY_WITH = {
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
-    """The images of --what=epoch; everything else takes random ones."""
+    """--what=epoch takes these images; everything else takes random ones."""
 
     dataset: Literal["silhouettes", "dog_cat_bird", "cifar10", "cifar100", "folder"] = "silhouettes"
-    """As in experiments.train."""
+    """This data set is used, as by experiments.train."""
     data_dir: Path | None = None
-    """As in experiments.train."""
+    """It is found here, as by experiments.train."""
     classes: tuple[str, ...] = ()
-    """folder: use these classes only."""
+    """Of a folder only these classes are used."""
     train_per_class: int | None = None
-    """folder: train on this many images of each class."""
+    """Of a folder this many images of each class are trained on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,46 +40,49 @@ class Settings:
 
     images: ImageSettings = ImageSettings()
     what: What = "step"
-    """A training step; a forward pass in evaluation; single layers; or whole epochs of training
-    with the data pipeline."""
-    model: Literal["resnet14", "resnet18"] = "resnet14"
-    """The original's network for small images, or torchvision's ResNet-18."""
+    """What is timed is a training step, a forward pass in evaluation, single layers, or whole
+    epochs of training with the data pipeline."""
+    model: Model = "resnet14"
+    """The network is the original's for small images, or torchvision's ResNet-18."""
     batch_size: int | None = None
-    """Images a step; by default 128, and with ResNet-18 64 on a GPU and 16 on a CPU."""
+    """A step takes this many images; by default 128, and with ResNet-18 64 on a GPU and 16 on a
+    CPU."""
     image_size: int | None = None
-    """Pixels each way; by default 32, with ResNet-18 224. --what=epoch takes the data set's, and
-    resizes those of --dataset=folder."""
+    """Images have this many pixels each way; by default 32, with ResNet-18 224. --what=epoch takes
+    those of the data set as they are, and resizes those of --dataset=folder."""
     shapes: tuple[str, ...] = ()
-    """--what=layer: the layers, each SIZExC_INxC_OUTxKERNELxSTRIDE as in 32x16x16x3x1; by default
-    the convolutions of the model."""
+    """With --what=layer these layers are timed, each SIZExC_INxC_OUTxKERNELxSTRIDE as in
+    32x16x16x3x1; by default they are the convolutions of the model."""
     dtypes: tuple[Dtype, ...] = ()
-    """Of the computation; by default float32, and on GPUs all three. float32 forbids TF32, tf32
-    allows it, bfloat16 has parameters in float32."""
+    """All is computed in each of these; by default in float32, and on GPUs in all three. float32
+    forbids TF32, tf32 allows it, bfloat16 keeps the parameters in float32."""
     convs: tuple[Conv, ...] = ("chansel", "subkernel")
-    """Channel selection, the ordinary dense convolution, or both."""
+    """Channel selection, the ordinary dense convolution, or both are timed."""
     lowerings: tuple[str, ...] | None = None
-    """Lowerings of JAX's layers, of each convolution those that it has; by default all, with
-    --what=epoch the default one."""
+    """JAX's layers are timed in these lowerings, each convolution in those that it has; by default
+    in all, with --what=epoch in the default one."""
     torch: tuple[TorchVariant, ...] | None = None
-    """Variants of PyTorch; by default all that the device has. Empty (--torch=) for JAX alone."""
+    """These variants of PyTorch are timed; by default all that the device has. With --torch= JAX is
+    timed alone."""
     rounds: int = 20
-    """How often each contestant is timed."""
+    """Each contestant is timed so many times."""
     round_seconds: float = 0.2
-    """Time at least so many steps a round as fill this, one at least."""
+    """A round has so many steps that they fill these seconds, and at least one."""
     runs: int = 5
-    """--what=epoch: trainings from the beginning."""
+    """With --what=epoch there are this many trainings from the beginning."""
     epochs: int = 10
-    """--what=epoch: epochs of each training; an epoch is a round."""
+    """With --what=epoch each training has this many epochs; an epoch is a round."""
     cpu_devices: int = 1
-    """On CPUs: virtual devices that JAX shards the batch over."""
+    """On CPUs, JAX shards the batch over this many virtual devices."""
     loader_workers: int | None = None
-    """--what=epoch: processes that load PyTorch's batches; by default one a core, 8 at most, and
-    on CPUs none, which is the fastest there: they would take the cores that the network needs."""
+    """With --what=epoch this many processes load PyTorch's batches; by default one a core, 8 at
+    most, and on CPUs none, which is the fastest there: they would take the cores that the network
+    needs."""
     seed: int = 0
-    """Decides weights, batches and the order of contestants in a round."""
+    """This decides weights, batches and the order of contestants in a round."""
     output: Path | None = None
-    """Folder of results.json, results.md and chart.png, which are replaced; by default
-    benchmarks/WHAT-MODEL-DEVICE."""
+    """results.json, results.md and chart.png are written to this folder, where they are replaced;
+    by default it is benchmarks/WHAT-MODEL-DEVICE."""
 
     def __post_init__(self):
         for name in ("batch_size", "image_size", "rounds", "runs", "epochs", "cpu_devices"):

@@ -17,8 +17,6 @@ two moments: 10 · 4 bytes each. A single layer's are touched once a product.
 import dataclasses
 import math
 
-from flax import nnx
-
 from chansel_jax.counting import chansel_cost, count_network, subkernel_cost
 from chansel_jax.networks.resnet import CONVS, PRESETS, ResNetConfig
 from experiments.benchmarking.cases import Case, Conv
@@ -43,13 +41,13 @@ def work_of(case: Case, conv: Conv) -> Work:
     return _network_work(case, conv) if case.layer is None else _layer_work(case, conv)
 
 
-def network_config(model: str, conv: Conv, num_classes: int) -> ResNetConfig:
-    """Of the network `model`, without initialising it."""
-    return nnx.eval_shape(lambda: PRESETS[model](CONVS[conv], num_classes, rngs=nnx.Rngs(0))).config
+def network_config(case: Case, conv: Conv) -> ResNetConfig:
+    """Of the case's network."""
+    return dataclasses.replace(PRESETS[case.model], conv=CONVS[conv], num_classes=case.num_classes)
 
 
 def _network_work(case: Case, conv: Conv) -> Work:
-    rows = count_network(network_config(case.model, conv, case.num_classes), case.image_size)
+    rows = count_network(network_config(case, conv), case.image_size)
     parameters = sum(row.parameters for row in rows)
     passes = PASSES[case.what]
     activations = case.batch_size * sum(math.prod(row.output) for row in rows)

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from chansel_jax.errors import OneLineError
 from experiments.benchmarking.cases import Framework
 
 # A network may take minutes to compile, an epoch on a CPU as well; this is for what hangs.
@@ -17,8 +18,8 @@ PATIENCE_SECONDS = 3600.0
 POLL_SECONDS = 0.5
 
 
-class WorkerError(Exception):
-    """A worker failed or died; one line."""
+class WorkerError(OneLineError):
+    """A worker failed or died."""
 
 
 class WorkerHandle:

@@ -1,24 +1,26 @@
-"""What all commands share: settings from flags, and errors as one line."""
+"""What all commands share: settings from flags, errors as one line, and the folder of --output."""
 
-import atexit
-import contextlib
-import os
-import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from experiments.cli.errors import (
+import jax
+
+from experiments.cli.ending import (
     EXIT_ERROR,
     EXIT_INTERRUPTED,
     EXIT_SAVED,
-    CommandError,
-    Interrupted,
+    end_at_once,
+    end_before_others,
+    handle_interrupts,
     print_error,
+    say,
 )
+from experiments.cli.errors import CommandError, Interrupted, in_a_line
 from experiments.cli.flags import Settings, parse
-from experiments.cli.memory import keep_freed_memory, shortage
+from experiments.cli.memory import keep_freed_memory
 
 
 def run(
@@ -29,9 +31,9 @@ def run(
 ) -> None:
     """Calls `main` with settings read from the command line.
 
-    A `CommandError` or `OSError`, or too little memory, ends the program with one line on standard
-    error and exit code 1, a wrong flag likewise with 2, an interruption by the user with 130, or
-    with 75 where a run was saved.
+    An error that `in_a_line` tells ends the program with that line on the standard error and exit
+    code 1, a wrong flag likewise with 2, an interruption by the user with 130, or with 75 where a
+    run was saved. An error in one of several processes ends the others too.
 
     Args:
         main: the command.
@@ -40,36 +42,34 @@ def run(
         recipes: as in `parse`.
     """
     keep_freed_memory()
-    _handle_interrupts()
+    handle_interrupts()
     try:
-        main(parse(settings_type, name, recipes=recipes))
-    except (CommandError, OSError) as error:
-        print_error(error)
-        sys.exit(EXIT_ERROR)
+        _call(main, parse(settings_type, name, recipes=recipes))
     except Interrupted as stop:
         if str(stop):
-            print(stop, file=sys.stderr)
+            say(str(stop))
         sys.exit(EXIT_SAVED)
     except KeyboardInterrupt:
-        with contextlib.suppress(OSError):  # nobody may read it
-            print("interrupted", file=sys.stderr, flush=True)
-            sys.stdout.flush()
-        os._exit(EXIT_INTERRUPTED)  # threads that read images in C++ crash if Python ends first
+        say("interrupted")
+        end_at_once(EXIT_INTERRUPTED)
+
+
+def _call(main: Callable[[Settings], object], settings: Settings) -> None:
+    try:
+        main(settings)
+    except Interrupted:
+        raise
     except Exception as error:
-        told = shortage(error)
-        if told is None:
+        told = in_a_line(error, settings)
+        if told is not None:
+            print_error(told)
+        elif jax.distributed.is_initialized():
+            traceback.print_exc()
+        else:
             raise
-        print_error(told)
+        if jax.distributed.is_initialized():  # else they would wait for this one
+            end_before_others(EXIT_ERROR)
         sys.exit(EXIT_ERROR)
-
-
-def _handle_interrupts() -> None:
-    """From here to the end Ctrl-C raises KeyboardInterrupt; then it ends the process at once."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        return
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # the package's, see there
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
 def make_output(folder: Path) -> None:

@@ -1,27 +1,41 @@
-"""How a command ends: its errors as one line, and its exit codes."""
+"""The errors of commands, and what is told of an error in one line."""
 
-import sys
+from typing import Any
 
-EXIT_ERROR = 1
+import jax
 
-
-EXIT_USAGE = 2
-
-
-EXIT_SAVED = 75  # "try again later" in BSD's sysexits.h
-
-
-EXIT_INTERRUPTED = 130
+from chansel_jax.errors import OneLineError
+from chansel_jax.training.processes import is_loss
+from experiments.cli.flags import in_flags, refused_value
+from experiments.cli.memory import shortage
 
 
-class CommandError(Exception):
-    """What the user can mend; its message is one line."""
+class CommandError(OneLineError):
+    """A command cannot do what it was asked for."""
 
 
 class Interrupted(Exception):
     """A run was asked to stop, and has saved; its message, if any, is one line: how to go on."""
 
 
-def print_error(error: Exception | str) -> None:
-    """Prints an error as one line, at once."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+def in_a_line(error: Exception, settings: Any) -> str | None:
+    """What to tell of `error` in one line; None if it needs its traceback.
+
+    Args:
+        error: what ended the command.
+        settings: the command's, of which the error may refuse a value.
+    """
+    if isinstance(error, OneLineError | OSError):
+        return in_flags(str(error), settings)
+    if told := fault_of_machine(error):
+        return told
+    return refused_value(error, settings) if isinstance(error, ValueError) else None
+
+
+def fault_of_machine(error: Exception) -> str | None:
+    """What to tell of an error for want of memory, or of another process; None of others."""
+    if told := shortage(error):
+        return told
+    if jax.distributed.is_initialized() and is_loss(error) and jax.process_count() > 1:
+        return f"another process may have ended; it says why: {error}"
+    return None

@@ -8,14 +8,14 @@ import io
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from experiments.cli.errors import EXIT_USAGE, print_error
+from experiments.cli.ending import EXIT_USAGE, print_error
 
 Settings = TypeVar("Settings")
 
@@ -64,9 +64,12 @@ def _flags(settings: Any, default: Any) -> list[str]:
         elif isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            flags.append(f"--{flag}={'PATH' if isinstance(value, Path) else text}")
+            flags.append(f"--{flag}={'PATH' if isinstance(value, Path) else _text(value)}")
     return flags + of_groups
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def parse(
@@ -119,8 +122,48 @@ def parse(
             )
     except SystemExit:
         if said := framed.getvalue():
-            print_error(f"{_without_frame(said)} ({program} --help explains)")
+            said = in_flags(_without_frame(said), settings_type)
+            print_error(f"{said} ({program} --help explains)")
         raise
+
+
+def in_flags(message: str, settings: Any) -> str:
+    """`message` with the flag of each setting that it names with a value: `--batch-size=0`.
+
+    Args:
+        message: as a dataclass or a library function words it: `batch_size=0 must be ...`.
+        settings: a command's, or their class.
+    """
+
+    def flag(found: re.Match) -> str:
+        name = found[1].replace("_", "-")
+        return {"True": f"--{name}", "False": f"--no-{name}"}.get(found[2], f"--{name}=")
+
+    names = "|".join(name for name, _ in _leaves(settings))
+    return re.sub(rf"(?<![\w./-])({names})=((?:True|False)\b)?", flag, message)
+
+
+def refused_value(error: ValueError, settings: Any) -> str | None:
+    """The message of an error that refuses a value of `settings`, with its flag; else None.
+
+    Such a message begins with the setting's name and its value. What a flag takes several of, an
+    argument may name in the singular: `rank` what is `ranks` here.
+    """
+    argument, _, rest = str(error).partition("=")
+    for name, value in _leaves(settings):
+        if argument not in (name, name.removesuffix("s")):
+            continue
+        for one in (value, *value) if isinstance(value, tuple) else (value,):
+            if re.match(re.escape(str(one)) + r"(?![\w.])", rest):
+                return in_flags(f"{name}={_text(one)}{rest[len(str(one)) :]}", settings)
+    return None
+
+
+def _leaves(settings: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values of settings, or by default of their class, with those of their groups."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name, None)  # a class has none that is required
+        yield from _leaves(value) if dataclasses.is_dataclass(value) else [(field.name, value)]
 
 
 def _without_frame(framed: str) -> str:

@@ -5,43 +5,21 @@ All of them do the same; where something is to happen once, process 0 does it al
 
 import contextlib
 import json
-import os
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from rich.console import Console
 
 from chansel_jax.training.devices import data_mesh
 from chansel_jax.training.processes import gathered, is_loss, together
 from experiments.cli.differences import differences
-from experiments.cli.errors import EXIT_ERROR, CommandError, Interrupted, print_error
-from experiments.cli.memory import shortage
+from experiments.cli.ending import EXIT_ERROR, end_before_others, print_error
+from experiments.cli.errors import CommandError, fault_of_machine
 
 Result = TypeVar("Result")
-
-GRACE = 2  # seconds
-
-
-@contextlib.contextmanager
-def ended_together() -> Iterator[None]:
-    """Within it an error of one process ends the others, instead of leaving them waiting for it.
-
-    JAX's own way out would have each process wait for all, for minutes.
-    """
-    try:
-        yield
-    except Interrupted:
-        raise
-    except Exception as error:
-        if jax.process_count() == 1:
-            raise
-        _end(error)
 
 
 @contextlib.contextmanager
@@ -55,36 +33,13 @@ def ended_at_once_by_others() -> Iterator[None]:
     except Exception as error:
         if jax.process_count() == 1 or not is_loss(error):
             raise
-        _end(error)
-
-
-def _end(error: Exception) -> NoReturn:
-    """Ends this process without a word from JAX, which would have it wait for the others."""
-    told = shortage(error)
-    if told is None and is_loss(error):
-        told = f"another process may have ended, it says why: {error}"
-    print_error(told or error)
-    time.sleep(GRACE)  # for the others to say what they have to: process 0 takes them with it
-    os._exit(EXIT_ERROR)
+        print_error(fault_of_machine(error))
+        end_before_others(EXIT_ERROR)
 
 
 def is_first() -> bool:
     """Whether this is process 0."""
     return jax.process_index() == 0
-
-
-class _PatientConsole(Console):
-    """Goes quiet when nobody reads what it prints, as of `| head`; a run is not to end for that."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        # Python flushes the standard output once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def console() -> Console:
-    """What is printed; only process 0 prints."""
-    return _PatientConsole(highlight=False, soft_wrap=True, quiet=not is_first())
 
 
 def first_alone(function: Callable[[], Result]) -> Result | None:

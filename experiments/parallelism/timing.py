@@ -16,12 +16,13 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import track
 
-from chansel_jax.networks.resnet import CONVS, IMAGE_SIZES, PRESETS
+from chansel_jax.networks.resnet import CONVS, ResNet, ResNetConfig
 from chansel_jax.training import devices
 from chansel_jax.training.augmentation import Augmentation
+from chansel_jax.training.batches import Batch
 from chansel_jax.training.optimizer import OptimizerSettings, make_optimizer, make_schedule
 from chansel_jax.training.processes import gathered
-from chansel_jax.training.step import Batch, TrainState, init_state, init_totals, make_batch_step
+from chansel_jax.training.step import TrainState, init_state, init_totals, make_train_step
 from experiments.cli.errors import CommandError
 from experiments.parallelism.allreduce import Link, all_reduces
 
@@ -52,12 +53,13 @@ class Case:
     apart: bool = False
 
 
-def prepare(model: str, case: Case) -> tuple[Run, list[list[int]]]:
+def prepare(preset: ResNetConfig, case: Case) -> tuple[Run, list[list[int]]]:
     """The part of this process in a case, and the step's all-reduces, as `all_reduces` has them."""
-    devices = jax.devices()[: case.devices]
-    groups = [[device] for device in devices] if case.apart else [devices]
+    config = dataclasses.replace(preset, conv=CONVS[case.conv])
+    chosen = jax.devices()[: case.devices]
+    groups = [[device] for device in chosen] if case.apart else [chosen]
     here = [mesh for mesh in map(devices.data_mesh, groups) if mesh.local_devices]
-    trainings = [_training(model, case.conv, mesh, case.images // len(groups)) for mesh in here]
+    trainings = [_training(config, mesh, case.images // len(groups)) for mesh in here]
 
     def run(steps: int) -> None:
         states = []
@@ -69,17 +71,17 @@ def prepare(model: str, case: Case) -> tuple[Run, list[list[int]]]:
 
 
 def _training(
-    model: str, conv: str, mesh: Mesh, images: int
+    config: ResNetConfig, mesh: Mesh, images: int
 ) -> tuple[Callable[[], TrainState], list[list[int]]]:
     """A function that takes a step, on noise, and the step's all-reduces."""
-    network = PRESETS[model](CONVS[conv], rngs=nnx.Rngs(0))
+    network = ResNet(config, rngs=nnx.Rngs(0))
     defaults = OptimizerSettings()
     optimizer = make_optimizer(defaults, make_schedule(defaults, epochs=1, steps_per_epoch=1000))
     state = init_state(network, optimizer, 0, mesh)
     totals = init_totals(mesh)
-    batch = _noise(images, IMAGE_SIZES[model], network.config.num_classes, mesh)
+    batch = _noise(images, config.image_size, config.num_classes, mesh)
     mean_std = devices.replicate((np.full(3, 128, np.float32), np.full(3, 64, np.float32)), mesh)
-    step = make_batch_step(network, optimizer, mesh=mesh, augmentation=Augmentation())
+    step = make_train_step(network, optimizer, mesh=mesh, augmentation=Augmentation())
     compiled = step.lower(state, totals, batch, *mean_std).compile()
 
     def take_step():
@@ -133,13 +135,13 @@ def _slowest(run: Run, steps: int) -> float:
     return float(gathered(time.perf_counter() - start).max())
 
 
-def measured_link(devices: int, *, rounds: int, console: Console) -> Link:
-    """What connects the first `devices`, by the paper model from all-reduces of two sizes.
+def measured_link(count: int, *, rounds: int, console: Console) -> Link:
+    """What connects the first `count` devices, by the paper model from all-reduces of two sizes.
 
     Raises:
         CommandError: if the larger ones take no longer.
     """
-    mesh = devices.data_mesh(jax.devices()[:devices])
+    mesh = devices.data_mesh(jax.devices()[:count])
     runs = {size: _all_reduce_run(size, mesh) for size in (SMALL, LARGE)}
     seconds = time_in_turn(runs, rounds=rounds, steps=1, console=console)
     small, large = (seconds[size] / REPEATS for size in (SMALL, LARGE))
@@ -148,10 +150,10 @@ def measured_link(devices: int, *, rounds: int, console: Console) -> Link:
             f"the link cannot be measured: an all-reduce of {LARGE} bytes takes {large:.2g} s, of "
             f"{SMALL} bytes {small:.2g} s; is the machine busy? More --rounds may help"
         )
-    sent = 2 * (devices - 1) / devices * (LARGE - SMALL)
+    sent = 2 * (count - 1) / count * (LARGE - SMALL)
     return Link(
         bandwidth=sent / (large - small),
-        latency=small / (2 * math.ceil(math.log2(devices))),
+        latency=small / (2 * math.ceil(math.log2(count))),
     )
 
 

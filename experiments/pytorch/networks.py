@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -115,18 +116,10 @@ class TorchResNet(nn.Module):
         return self.fc(self.dropout(x.mean((2, 3))))
 
 
-def torch_resnet14(kind: str, num_classes: int = 3, *, width: int = 16, **options) -> TorchResNet:
-    """`chansel_jax.resnet14`, without dropout unless a rate is given."""
-    return TorchResNet(
-        kind, num_classes=num_classes, blocks=(2, 2, 2), width=width, stem="plain", **options
-    )
-
-
-def torch_resnet18(kind: str, num_classes: int = 1000, *, width: int = 64, **options):
-    """`chansel_jax.resnet18`."""
-    return TorchResNet(
-        kind, num_classes=num_classes, blocks=(2, 2, 2, 2), width=width, stem="pooled", **options
-    )
+def torch_twin(kind: str, config: Any) -> TorchResNet:
+    """`chansel_jax.ResNet(config)`, whose convolutions are of `kind`."""
+    names = ("num_classes", "blocks", "width", "stem", "rank", "use_bias", "dropout_rate")
+    return TorchResNet(kind, **{name: getattr(config, name) for name in names})
 
 
 def _conv(

@@ -64,7 +64,7 @@ def publish(
     console.print()
     for headings, rows in tables:
         console.print(terminal_table(headings, rows))
-    console.print(f"written to {folder}", markup=False)
+    console.print(f"the results are written to {folder}", markup=False)
 
 
 def page(folder: Path, title: str, text: str) -> str:

@@ -141,7 +141,7 @@ def finished(
         network: with the parameters to begin with, as in `train_and_evaluate`.
 
     Raises:
-        CommandError: as `train_and_evaluate` and `measure`; or if the run is there with other
+        OneLineError: as `train_and_evaluate` and `measure`; or if the run is there with other
             settings, images or parameters, or its line or one of its files cannot be read.
         DivergedError: if a loss is not finite.
     """
@@ -195,10 +195,7 @@ def image_digests(settings: DataSettings) -> Mapping[str, str]:
     """Of the images of each split.
 
     Raises:
-        CommandError: if they cannot be had.
+        DataError: if they cannot be had.
     """
-    try:
-        splits = load_data(settings, in_memory=False).splits
-        return {name: split.summary.digest for name, split in splits.items()}
-    except ValueError as error:
-        raise CommandError(error) from error
+    splits = load_data(settings, in_memory=False).splits
+    return {name: split.summary.digest for name, split in splits.items()}

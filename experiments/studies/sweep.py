@@ -12,8 +12,8 @@ from rich.console import Console
 
 from experiments.cli.errors import CommandError
 from experiments.studies.runs import Record, finished
+from experiments.training.loop import DivergedError
 from experiments.training.records import Row
-from experiments.training.run import DivergedError
 from experiments.training.scores import Wanted
 from experiments.training.settings import Settings, build_network
 
@@ -73,7 +73,7 @@ def run_all(
         What came out, and a line for each training whose loss was not finite.
 
     Raises:
-        CommandError: as `finished`, or if an entry has wrong settings, or no loss was finite.
+        OneLineError: as `finished`, or if an entry has wrong settings, or no loss was finite.
     """
     check_networks(entries)
     done: dict[str, list[Record]] = {label: [] for label in entries}

@@ -1,5 +1,6 @@
 """Width against rank, and both against dense networks of equal cost."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
@@ -7,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from chansel_jax.counting import LayerCount, count_network
-from chansel_jax.networks.resnet import CONVS, ResNetConfig
+from chansel_jax.networks.resnet import CONVS, PRESETS
 from experiments.studies.study import Study
 from experiments.studies.sweep import Outcome, entries
 from experiments.training.settings import RECIPES, DataSettings, Settings, with_epochs
@@ -15,7 +16,6 @@ from experiments.training.settings import RECIPES, DataSettings, Settings, with_
 WIDTHS = (16, 24, 32, 44)
 RANKS = (2, 3, 4)
 DENSE_WIDTHS = range(4, 21)
-IMAGE_SIZE = 32
 
 
 def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
@@ -47,8 +47,8 @@ def multiply_adds(conv: str, width: int) -> int:
 
 @functools.cache
 def _layers(conv: str, width: int) -> Sequence[LayerCount]:
-    config = ResNetConfig(CONVS[conv], num_classes=3, blocks=(2, 2, 2), width=width, stem="plain")
-    return count_network(config, IMAGE_SIZE)
+    config = dataclasses.replace(PRESETS["resnet14"], conv=CONVS[conv], width=width)
+    return count_network(config, config.image_size)
 
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:

@@ -100,10 +100,11 @@ def build(settings: Settings, network: ResNet | None = None) -> Experiment:
             `settings.seed`.
 
     Raises:
-        ValueError: if a setting or the data is wrong, or the parameters are of another structure.
-        OtherProcessError: if the data are so in another process.
+        ValueError: if a setting is wrong, or the parameters are of another structure.
+        DataError: if the data cannot be had.
+        OtherProcessError: if they cannot be had in another process.
     """
-    in_memory = settings.input.input == "memory"
+    in_memory = settings.reading.input == "memory"
     dataset = coordination.in_turn(lambda: load_data(settings.data, in_memory))
     recipe = settings.training
     count = len(dataset.splits["train"].labels)
@@ -155,7 +156,7 @@ def load_data(settings: DataSettings, in_memory: bool = True) -> data.Dataset:
     """The images that `settings` name, in memory or where they are stored.
 
     Raises:
-        ValueError: if they cannot be had.
+        DataError: if they cannot be had.
     """
     arguments = dataclasses.asdict(settings)
     train_images = arguments.pop("train_images")

@@ -13,7 +13,7 @@ import numpy as np
 
 from chansel_jax import data
 from chansel_jax.networks.resnet import ResNet
-from chansel_jax.training.checkpoint import CheckpointError, restore_network
+from chansel_jax.training.checkpoint import restore_network
 from experiments.cli.errors import CommandError
 from experiments.training.experiment import load_data
 from experiments.training.settings import Settings, build_network
@@ -61,7 +61,8 @@ def load_run(workdir: Path, epoch: Checkpoint = "best") -> Run:
     """The run in `workdir` with the parameters of the checkpoint of `epoch`.
 
     Raises:
-        CommandError: if there is none, or it cannot be read.
+        CommandError: if there is none, or its `config.json` cannot be read.
+        CheckpointError: if there is no such checkpoint, or it cannot be restored.
     """
     path = workdir / "config.json"
     if not path.is_file():
@@ -78,10 +79,7 @@ def load_run(workdir: Path, epoch: Checkpoint = "best") -> Run:
             "mean": np.asarray(images["mean"], np.float32),
             "std": np.asarray(images["std"], np.float32),
         }
-    try:
-        epoch = restore_network(workdir / "checkpoints", network, epoch)
-    except (ValueError, CheckpointError) as error:
-        raise CommandError(error) from error
+    epoch = restore_network(workdir / "checkpoints", network, epoch)
     return Run(workdir, network, epoch, **described)
 
 
@@ -91,13 +89,11 @@ def load_images(run: Run, data_dir: Path | None) -> tuple[data.Dataset, tuple[st
     They stay on disk: most of them may never be looked at.
 
     Raises:
-        CommandError: if they cannot be had, or are of other classes.
+        DataError: if they cannot be had.
+        CommandError: if they are of other classes.
     """
     settings = dataclasses.replace(run.settings.data, data_dir=data_dir)
-    try:
-        dataset = load_data(settings, in_memory=False)
-    except ValueError as error:
-        raise CommandError(error) from error
+    dataset = load_data(settings, in_memory=False)
     if dataset.class_names != run.class_names:
         raise CommandError(
             f"data_dir={data_dir} has the classes {', '.join(dataset.class_names)}, the run in "

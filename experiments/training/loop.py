@@ -15,8 +15,8 @@ from rich.progress import track
 
 from chansel_jax.training import checkpoint, step
 from chansel_jax.training.processes import together
-from experiments.cli.errors import Interrupted
-from experiments.cli.interruption import noted_signals
+from experiments.cli.ending import noted_signals
+from experiments.cli.errors import CommandError, Interrupted
 from experiments.cli.memory import hand_back_memory
 from experiments.cluster import coordination
 from experiments.training import feed as feeds
@@ -24,6 +24,10 @@ from experiments.training import printing, records
 from experiments.training.experiment import Experiment
 from experiments.training.settings import run_name
 from experiments.training.workdir import WorkdirError
+
+
+class DivergedError(CommandError):
+    """A loss is not finite."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +53,7 @@ def train(experiment: Experiment, workdir: Path, console: Console) -> Progress:
     Raises:
         CheckpointError: if there are checkpoints, and none can be restored.
         WorkdirError: if the run is finished, but its checkpoints have been deleted.
-        FloatingPointError: if a loss is not finite; earlier checkpoints stay.
+        DivergedError: if a loss is not finite; earlier checkpoints stay.
         Interrupted: after SIGINT or SIGTERM, when all is saved.
     """
     epochs = experiment.settings.training.epochs
@@ -147,7 +151,7 @@ def restore(
     progress = Progress(
         found.state, record["history"], found.totals or totals, record.get("seconds", 0.0)
     )
-    console.print(f"resumed after {place(experiment, progress)}")
+    console.print(f"the run is resumed after {place(experiment, progress)}")
     return progress
 
 
@@ -158,7 +162,7 @@ def compiled_feed(
     """The feed of what is left, with the time that its functions took to compile printed."""
     start = time.perf_counter()
     with feeds.open_feed(experiment, progress.state) as feed:
-        console.print(f"compiled in {time.perf_counter() - start:.1f} s")
+        console.print(f"the steps were compiled in {time.perf_counter() - start:.1f} s")
         yield feed
 
 
@@ -179,7 +183,7 @@ def train_epoch(
         console: takes a bar.
 
     Raises:
-        FloatingPointError: if a loss is not finite.
+        DivergedError: if a loss is not finite.
     """
     steps, epoch = experiment.steps_per_epoch, len(progress.history) + 1
     start = time.perf_counter() - progress.seconds
@@ -190,9 +194,9 @@ def train_epoch(
         transient=True,
         disable=not console.is_terminal,
     )
-    for taken, arguments in zip(left, feed.arguments(progress.state), strict=True):
+    for taken in left:
         running = progress.totals
-        state, totals = feed.step(progress.state, progress.totals, *arguments)
+        state, totals = feed.step(progress.state, progress.totals, next(feed.batches))
         # No more than one step waits for another, so that a signal is heeded soon.
         jax.block_until_ready(running)
         progress = Progress(state, progress.history, totals, time.perf_counter() - start)
@@ -212,7 +216,7 @@ def summarise_epoch(
     """Losses and accuracies of the epoch whose last step was taken.
 
     Raises:
-        FloatingPointError: if the validation loss is not finite.
+        DivergedError: if the validation loss is not finite.
     """
     totals, epoch = progress.totals, len(progress.history) + 1
     row = {
@@ -225,7 +229,7 @@ def summarise_epoch(
     }
     if not math.isfinite(row["val_loss"]):
         last_step = epoch * experiment.steps_per_epoch - 1
-        raise FloatingPointError(not_finite("validation loss", last_step, epoch))
+        raise DivergedError(not_finite("validation loss", last_step, epoch))
     return row
 
 
@@ -239,7 +243,7 @@ def save_or_stop(
     """Saves `progress` within an epoch if it is time to, or a signal has come; then it stops.
 
     Raises:
-        FloatingPointError: if a loss was not finite; nothing is saved then.
+        DivergedError: if a loss was not finite; nothing is saved then.
         Interrupted: if a signal has come.
     """
     every = experiment.settings.save_every_steps
@@ -259,8 +263,8 @@ def stopped(experiment: Experiment, progress: Progress, received: int) -> Interr
     if not coordination.is_first():
         return Interrupted()
     return Interrupted(
-        f"stopped by {signal.Signals(received).name} after {place(experiment, progress)}; all is "
-        "saved, and the same command goes on from there"
+        f"the run was stopped by {signal.Signals(received).name} after "
+        f"{place(experiment, progress)}; all is saved, and the same command goes on from there"
     )
 
 
@@ -274,10 +278,10 @@ def place(experiment: Experiment, progress: Progress) -> str:
 
 
 def check_finite(totals: step.Totals, epoch: int) -> None:
-    """Raises `FloatingPointError` if a loss in `totals` was not finite; waits for the last step."""
+    """Raises `DivergedError` if a loss in `totals` was not finite; waits for the last step."""
     bad_step = int(totals.bad_step)
     if bad_step != step.NO_STEP:
-        raise FloatingPointError(not_finite("training loss", bad_step, epoch))
+        raise DivergedError(not_finite("training loss", bad_step, epoch))
 
 
 def not_finite(what: str, step: int, epoch: int) -> str:

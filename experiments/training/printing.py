@@ -80,4 +80,4 @@ def print_summary(summary: Mapping[str, Any], workdir: Path, console: Console) -
         table.add_column(heading, justify="right")
     table.add_row(*cells.values())
     console.print(table)
-    console.print(f"written to {workdir}")
+    console.print(f"the run is written to {workdir}")

@@ -7,20 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
 from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
 from chansel_jax.counting import LayerCount, count_network
-from chansel_jax.data import DataError
 from chansel_jax.digest import digest
 from chansel_jax.files import write_json
 from chansel_jax.networks.resnet import ResNet
 from chansel_jax.ops import lowerings, native
 from chansel_jax.training import checkpoint
-from chansel_jax.training.checkpoint import CheckpointError
-from chansel_jax.training.processes import OtherProcessError
 from experiments.cli.errors import CommandError
 from experiments.cluster import coordination
 from experiments.reporting import machine
@@ -28,17 +24,10 @@ from experiments.training import printing, records
 from experiments.training.experiment import Experiment, build
 from experiments.training.loop import Progress, train
 from experiments.training.settings import Settings, decisive, run_name
-from experiments.training.workdir import WorkdirError, claim
-
-EXPECTED = (WorkdirError, CheckpointError, DataError, OtherProcessError)
-
+from experiments.training.workdir import claim
 
 # What settings are worth in the files of runs that are older than they.
 BEFORE_THEY_WERE = {"settings": decisive(Settings())}
-
-
-class DivergedError(CommandError):
-    """A loss was not finite; one line."""
 
 
 def train_and_evaluate(
@@ -52,18 +41,16 @@ def train_and_evaluate(
         network: with the parameters to begin with, as in `build`.
 
     Raises:
-        CommandError: if a setting or the data is wrong, the workdir holds another run, no
-            checkpoint can be restored, or nothing can be written.
+        ValueError: if a setting is wrong, naming it and its value.
+        OneLineError: if the data is wrong, the workdir holds another run, no checkpoint can be
+            restored, nothing can be written, or another process could not go on.
         DivergedError: if a loss is not finite.
         Interrupted: after SIGINT or SIGTERM, when all is saved.
     """
     workdir = settings.workdir or Path("runs", run_name(settings))
     refuse_workdir_among_images(workdir, settings)
     coordination.check_equal("settings", equal_in_all_processes(settings))
-    try:
-        experiment = build(settings, network)
-    except (ValueError, OtherProcessError) as error:
-        raise CommandError(error) from error
+    experiment = build(settings, network)
     description = experiment.describe()
     coordination.check_equal("images", description)
     try:
@@ -79,10 +66,6 @@ def train_and_evaluate(
             progress = train(experiment, workdir, console)
             summary = summarise(experiment, rows, progress)
             coordination.first_alone(lambda: finish(summary, workdir))
-    except FloatingPointError as error:
-        raise DivergedError(error) from error
-    except EXPECTED as error:
-        raise CommandError(error) from error
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise CommandError(
@@ -95,7 +78,7 @@ def train_and_evaluate(
 def equal_in_all_processes(settings: Settings) -> dict[str, Any]:
     """What processes must agree on to take the same steps, and to do the same between them."""
     others = {name: getattr(settings, name) for name in ("save_every_steps", "resume")}
-    return decisive(settings) | others | {"input": settings.input.input}
+    return decisive(settings) | others | {"input": settings.reading.input}
 
 
 def finish(summary: Mapping[str, Any], workdir: Path) -> None:
@@ -144,14 +127,14 @@ def lowerings_taken(network: ResNet) -> dict[str, list[str]]:
     """What `"auto"` takes on this machine, by the kind of convolution, for those of `network`."""
     found = collections.defaultdict(set)
     for _, layer in nnx.iter_graph(network):
-        dtype = getattr(layer, "dtype", None) or jnp.float32
         if isinstance(layer, SubKernelConv):
-            kernel = jax.ShapeDtypeStruct(layer.kernel.shape, dtype)
-            found["subkernel"].add(lowerings.fastest_dense(lowerings.Case.of_dense(kernel)))
+            kernel = jax.ShapeDtypeStruct(layer.kernel.shape, network.config.dtype)
+            found["subkernel"].add(lowerings.fastest_dense(kernel))
+        elif isinstance(layer, ChannelSelectionConv) and layer.norm is not None:
+            found["chansel"].add(lowerings.fastest_depthwise())
         elif isinstance(layer, ChannelSelectionConv):
-            x = jax.ShapeDtypeStruct((1, 1, 1, layer.in_channels), dtype)
-            fastest = lowerings.fastest_depthwise if layer.norm else lowerings.fastest_layer
-            found["chansel"].add(fastest(lowerings.Case.of(x, layer.depthwise[...])))
+            x = jax.ShapeDtypeStruct((1, 1, 1, layer.in_channels), network.config.dtype)
+            found["chansel"].add(lowerings.fastest_layer(x, layer.depthwise))
     return {conv: sorted(taken) for conv, taken in found.items()}
 
 

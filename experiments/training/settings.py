@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from flax import nnx
 
-from chansel_jax.networks.resnet import CONVS, PRESETS, ResNet
+from chansel_jax.networks.resnet import CONVS, PRESETS, Model, ResNet
 from chansel_jax.training.augmentation import Augmentation
 from chansel_jax.training.optimizer import OptimizerSettings
 from experiments.cluster.joining import ClusterSettings
@@ -28,8 +28,10 @@ INITIALISERS = {
 class NetworkSettings:
     """The network."""
 
-    model: Literal["resnet14", "resnet18"] = "resnet14"
+    model: Model = "resnet14"
     """The original's network for small images, or torchvision's ResNet-18."""
+    blocks: tuple[int, ...] = ()
+    """The stages have these numbers of residual blocks; by default they are the model's own."""
     width: int | None = None
     """Channels of the first stage; by default the model's own (16, 64)."""
     rank: int = 1
@@ -54,18 +56,19 @@ class DataSettings:
     """Silhouettes come with the installation; folder is your own tree of images; the others are
     downloaded once."""
     data_dir: Path | None = None
-    """Where prepared data sets are kept (default: TFDS's own); with --dataset=folder the tree
-    itself, PATH/{train,validation,test}/CLASS/*.png (or train alone, or PATH/CLASS)."""
+    """Prepared data sets are kept here, by default where tensorflow-datasets keeps them; with
+    --dataset=folder it is the tree of images itself, PATH/{train,val,test}/CLASS/*.png (or train
+    alone, or PATH/CLASS). The folder val may also be called validation, valid or eval."""
     image_size: int | None = None
-    """folder: resize and crop every image to this many pixels each way."""
+    """Every image of a folder is resized and cropped to this many pixels each way."""
     classes: tuple[str, ...] = ()
-    """folder: use these classes only, in this order."""
+    """Of a folder only these classes are used, in this order."""
     train_per_class: int | None = None
-    """folder: train on this many images of each class; the rest are for validation."""
+    """This many images of each class of a folder train the network; the rest are for validation."""
     split_seed: int = 0
-    """folder: decides which images are for validation where no folder does."""
+    """This decides which images of a folder are for validation where they are not divided."""
     train_images: int | None = None
-    """Train on this many of the training images only, as many of each class as can be."""
+    """Only this many of the training images are used, of each class as many, give or take one."""
 
     def __post_init__(self):
         if self.train_images is not None and self.train_images < 1:
@@ -73,13 +76,15 @@ class DataSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class InputSettings:
+class ReadingSettings:
     """How the images reach the network; it does not change the result."""
 
     input: Literal["memory", "streaming"] = "memory"
-    """All on every device; or read from disk as they are needed, where memory is too small."""
+    """All images lie on every device, or they are read from disk as they are needed, which suits
+    data sets that are too large for the memory."""
     workers: int = 2
-    """streaming: processes that read and decode; 0 does so in threads of the training's."""
+    """With --input=streaming this many processes read and decode; with 0 the training does it in
+    threads of its own."""
 
     def __post_init__(self):
         if self.workers < 0:
@@ -93,16 +98,17 @@ class TrainingSettings:
     optimization: OptimizerSettings = OptimizerSettings()
     augmentation: Augmentation = Augmentation()
     epochs: int = 20
-    """Passes over the training images."""
+    """The training passes this many times over its images."""
     batch_size: int = 128
-    """Images an update, over all devices."""
+    """Each update is by this many images, over all devices."""
     accumulate: int = 1
-    """Compute a batch in as many parts, one after the other, for less memory; the update is by the
-    mean of their gradients. BatchNorm sees the parts."""
+    """A batch is computed in this many parts, one after the other, which takes less memory; the
+    update is by the mean of their gradients. BatchNorm sees the parts."""
     label_smoothing: float = 0.0
-    """Share of the target spread over all classes; the reported losses are without it."""
+    """This share of the target is spread over all classes; the reported losses are without it."""
     dropout_rate: float | None = None
-    """Share of the pooled features dropped in training; by default the model's own (0.2, 0)."""
+    """This share of the pooled features is dropped in training; by default it is 0.2 for resnet14
+    and 0 for resnet18."""
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "accumulate"):
@@ -137,20 +143,21 @@ class Settings:
     """Trains a network on images, saves it, and reports."""
 
     conv: Conv = "chansel"
-    """Channel selection, or the ordinary dense convolution."""
+    """The network has channel selection, or the ordinary dense convolution."""
     network: NetworkSettings = NetworkSettings()
     data: DataSettings = DataSettings()
-    input: InputSettings = InputSettings()
+    reading: ReadingSettings = ReadingSettings()
     training: TrainingSettings = RECIPES["short"]
     seed: int = 0
-    """Decides initial parameters, order, augmentation and dropout."""
+    """This decides the initial parameters, the order of the images, augmentation and dropout."""
     workdir: Path | None = None
-    """The run's folder; by default runs/DATASET-MODEL-CONV-seedSEED."""
+    """The run lives in this folder; by default it is runs/DATASET-MODEL-CONV-seedSEED."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """Go on with the run in --workdir if there is one; start anew (an older run is renamed, not
-    lost); or fail if there is none."""
+    """auto goes on with the run in --workdir if there is one; never starts anew (an older run is
+    renamed, not lost); must fails if there is none."""
     save_every_steps: int | None = None
-    """Save after as many steps within an epoch too, not at its end and when stopped only."""
+    """The run is saved at the end of each epoch and when it is stopped, and, if this is given,
+    within an epoch whenever so many steps are taken."""
     cluster: ClusterSettings = ClusterSettings()
 
     def __post_init__(self):
@@ -176,10 +183,11 @@ def checked_seeds(seeds: Sequence[int]) -> Sequence[int]:
     Raises:
         ValueError: if not, or if one is none.
     """
+    given = ",".join(map(str, seeds))
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={','.join(map(str, seeds))} must be different, one at least")
-    for seed in seeds:
-        checked_seed(seed)
+        raise ValueError(f"seeds={given} must be different seeds, at least one")
+    if not all(0 <= seed < 2**32 for seed in seeds):
+        raise ValueError(f"seeds={given} must be in [0, 2**32)")
     return seeds
 
 
@@ -190,7 +198,7 @@ def decisive(settings: Settings) -> dict[str, Any]:
     processes trained.
     """
     found = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
-    for name in ("workdir", "resume", "save_every_steps", "input", "cluster"):
+    for name in ("workdir", "resume", "save_every_steps", "reading", "cluster"):
         del found[name]
     del found["data"]["data_dir"]
     return found
@@ -210,18 +218,20 @@ def build_network(settings: Settings, num_classes: int) -> ResNet:
     """
     network = settings.network
     given = {
+        "blocks": network.blocks or None,
         "width": network.width,
         "rank": network.ranks or network.rank,
         "use_bias": network.use_bias,
         "dropout_rate": settings.training.dropout_rate,
         "dtype": jnp.dtype(network.dtype),
     }
-    return PRESETS[network.model](
-        _convolution(settings.conv, network),
-        num_classes,
+    config = dataclasses.replace(
+        PRESETS[network.model],
+        conv=_convolution(settings.conv, network),
+        num_classes=num_classes,
         **{name: value for name, value in given.items() if value is not None},
-        rngs=nnx.Rngs(settings.seed),
     )
+    return ResNet(config, rngs=nnx.Rngs(settings.seed))
 
 
 def _convolution(conv: Conv, network: NetworkSettings) -> Callable[..., nnx.Module]:

@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from chansel_jax.errors import OneLineError
 from chansel_jax.files import write_json
 from chansel_jax.training.checkpoint import CHECKPOINTS, UNFINISHED
 from experiments.cli.differences import differences
 
 
-class WorkdirError(Exception):
-    """The folder holds another run, or none to resume; one line."""
+class WorkdirError(OneLineError):
+    """The folder holds another run, or none to resume, or it cannot be written to."""
 
 
 @contextlib.contextmanager

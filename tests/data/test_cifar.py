@@ -1,10 +1,8 @@
 import collections
-import contextlib
 import dataclasses
 import gzip
 import hashlib
 import io
-import socket
 import tarfile
 
 import numpy as np
@@ -18,7 +16,7 @@ CLASSES = [
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 ]
-FINE_CLASSES = [f"fine{i}" for i in range(100)]
+FINE_CLASSES = [f"fine{i}" for i in range(20)]
 
 
 @dataclasses.dataclass
@@ -82,7 +80,7 @@ def small10():
 
 @pytest.fixture
 def small100():
-    train, test = random_images(np.arange(1000) % 100), random_images(np.arange(100))
+    train, test = random_images(np.arange(200) % 20), random_images(np.arange(20))
     files = {
         "cifar-100-binary/train.bin": records(*train, prefix=b"\x13"),
         "cifar-100-binary/test.bin": records(*test, prefix=b"\x13"),
@@ -91,8 +89,8 @@ def small100():
     }
     archive = dataclasses.replace(
         cifar.CIFAR100,
-        train=dict.fromkeys(cifar.CIFAR100.train, 1000),
-        test=dict.fromkeys(cifar.CIFAR100.test, 100),
+        train=dict.fromkeys(cifar.CIFAR100.train, 200),
+        test=dict.fromkeys(cifar.CIFAR100.test, 20),
     )
     return Small(archive, files, train, test)
 
@@ -167,56 +165,20 @@ def test_split_is_the_same_each_time(server, small10, tmp_path):
     np.testing.assert_array_equal(first.images, second.images)
 
 
-def test_download_shows_its_progress_and_prints_nothing(server, small10, tmp_path, capfd):
+def test_nothing_is_printed(server, small10, tmp_path, capfd):
     load_source(cifar.cifar10(small10.served_by(server)), tmp_path)
-    output = capfd.readouterr()
-    assert "images.tar.gz: 100%" in output.err
-    assert "WARNING" not in output.err
-    assert output.out == ""
+    assert capfd.readouterr() == ("", "")
 
 
-def cut_short(server):
-    server.announced = len(server.body)
-    server.body = server.body[: len(server.body) // 2]
-
-
-def changed(server):
-    server.body = server.body[:-1] + bytes([server.body[-1] ^ 1])
-
-
-def not_found(server):
-    server.status = 404
-
-
-def failing(server):
-    server.status = 500
-
-
-@pytest.mark.parametrize(
-    ("fault", "reason"),
-    [(cut_short, ""), (changed, "SHA-256"), (not_found, "404"), (failing, "500")],
-)
-def test_refused_download_leaves_nothing_and_can_be_repeated(
-    server, small10, tmp_path, fault, reason
-):
+def test_refused_download_leaves_nothing_and_can_be_repeated(server, small10, tmp_path):
     archive = small10.served_by(server)
-    fault(server)
+    server.status = 404
     message = refusal(cifar.cifar10(archive), tmp_path)
-    assert archive.url in message
-    assert reason in message
+    assert message.startswith(f"cannot download {archive.url}: 404 ")
     assert files_under(tmp_path) == []
 
     dataset = load_source(cifar.cifar10(small10.served_by(server)), tmp_path)
     assert_holds(dataset, small10.train, small10.test, validation_per_class=1)
-
-
-def test_no_connection(small10, tmp_path, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/images.tar.gz"
-    message = refusal(cifar.cifar10(dataclasses.replace(small10.archive, url=url)), tmp_path)
-    assert message.startswith(f"cannot download {url}: ")
-    assert files_under(tmp_path) == []
 
 
 def without_file(small):
@@ -274,39 +236,21 @@ def not_gzipped(small):
         (not_gzipped, "not a gzip file"),
     ],
 )
-def test_corrupt_archive_leaves_nothing_and_can_be_repeated(
-    server, small10, tmp_path, corrupt, reason
-):
-    good = small10.packed()
+def test_corrupt_archive_leaves_nothing(server, small10, tmp_path, corrupt, reason):
     archive = small10.served_by(server, corrupt(small10))
     message = refusal(cifar.cifar10(archive), tmp_path)
     assert message.startswith(f"the archive from {archive.url} was corrupt and is removed: ")
     assert reason in message
     assert files_under(tmp_path) == []
 
-    dataset = load_source(cifar.cifar10(small10.served_by(server, good)), tmp_path)
-    assert_holds(dataset, small10.train, small10.test, validation_per_class=1)
 
-
-@pytest.mark.parametrize("name", ["../escaped", "/{}/escaped", "cifar-10-batches-bin/../escaped"])
-def test_members_that_leave_the_folder_are_passed_over(server, small10, tmp_path, name):
-    name = name.format(tmp_path)
-    small10.files[name] = b"content"
+def test_members_that_leave_the_folder_are_passed_over(server, small10, tmp_path):
+    for name in ("../escaped", f"{tmp_path}/escaped", "cifar-10-batches-bin/../escaped"):
+        small10.files[name] = b"content"
     data_dir = tmp_path / "data" / "sets"
     dataset = load_source(cifar.cifar10(small10.served_by(server)), data_dir)
     assert_holds(dataset, small10.train, small10.test, validation_per_class=1)
     assert not list(tmp_path.rglob("escaped"))
-
-
-@pytest.mark.parametrize("damage", [lambda content: content[:1000], lambda content: content[::-1]])
-def test_kept_download_that_has_been_damaged_is_replaced(server, small10, tmp_path, damage):
-    archive = small10.served_by(server)
-    load_source(cifar.cifar10(archive), tmp_path)
-    (kept,) = (tmp_path / "downloads").glob("*images.tar.gz")
-    kept.write_bytes(damage(kept.read_bytes()))
-    load_source(cifar.dog_cat_bird(archive), tmp_path)
-    assert server.requests == 2
-    assert kept.read_bytes() == server.body
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from chansel_jax.data import DataError, load
+from chansel_jax.data.image_files import read_image
 
 SPLITS = {"train/cat": 10, "train/dog": 10, "validation/cat": 2, "validation/dog": 2}
 
@@ -68,6 +69,22 @@ def test_validation_is_a_fifth_of_train(root, write_images, test):
         assert train[label] | validation[label] == expected
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "eval"])
+def test_validation_folder_has_other_names(root, write_images, name):
+    arrays = write_images(
+        root, {"train/cat": 5, "train/dog": 5, f"{name}/cat": 2, f"{name}/dog": 1}
+    )
+    dataset = load("folder", data_dir=root)
+    assert counts(dataset) == {"train": [5, 5], "validation": [2, 1]}
+    expected = [arrays_in(arrays, root / name / class_name) for class_name in ("cat", "dog")]
+    assert by_label(dataset.splits["validation"]) == dict(enumerate(expected))
+
+
+def test_other_names_of_the_validation_folder_may_be_classes(root, write_images):
+    write_images(root, {"invalid": 5, "valid": 5})
+    assert load("folder", data_dir=root).class_names == ("invalid", "valid")
+
+
 def test_classes_without_split_folders(root, write_images):
     arrays = write_images(root, {"dog": 5, "cat": 5})
     dataset = load("folder", data_dir=str(root))
@@ -111,22 +128,25 @@ def decoded(path):
         return np.asarray(image.convert("RGB"))
 
 
-@pytest.mark.parametrize(
-    "extension", ["png", "PNG", "jpg", "JPEG", "webp", "bmp", "gif", "tif", "tiff"]
-)
+EXTENSIONS = ("png", "PNG", "jpg", "JPEG", "webp", "bmp", "gif", "tif", "tiff")
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
-def test_pixels_are_those_that_pillow_decodes(root, write_images, extension, mode):
-    if (extension.lower(), mode) in {("jpg", "P"), ("jpeg", "P")}:
-        mode = "CMYK"  # JPEG has no palettes
-    for path in write_images(root, SPLITS, size=(6, 9)):
-        Image.open(path).convert(mode).save(path.with_suffix(f".{extension}"))
-        if extension != "png":
-            path.rename(path.with_suffix(".txt"))  # is passed over, as the extension decides
-    dataset = load("folder", data_dir=root)
-    for name, split in dataset.splits.items():
-        for label, class_name in enumerate(dataset.class_names):
-            paths = (root / name / class_name).glob(f"*.{extension}")
-            assert by_label(split)[label] == {decoded(path).tobytes() for path in paths}
+def test_pixels_are_those_that_pillow_decodes(root, write_images, mode):
+    expected = {}
+    for path in write_images(root, dict.fromkeys(SPLITS, 2), size=(6, 9)):
+        found = expected.setdefault(path.parent, set())
+        for extension in EXTENSIONS:
+            written = path.with_name(f"{path.stem}-{extension}.{extension}")
+            # JPEG has no palettes
+            stored = "CMYK" if mode == "P" and extension in ("jpg", "JPEG") else mode
+            Image.open(path).convert(stored).save(written)
+            found.add(decoded(written).tobytes())
+        path.rename(path.with_suffix(".txt"))  # is passed over, as the extension decides
+    for name, split in load("folder", data_dir=root).splits.items():
+        images = [expected[root / name / class_name] for class_name in ("cat", "dog")]
+        assert by_label(split) == dict(enumerate(images))
+        assert len(split.labels) == 2 * 2 * len(EXTENSIONS)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -360,9 +380,29 @@ def test_each_choice_is_prepared_by_itself(root, write_images, cache_dir, option
         ),
         ({**SPLITS, "": 1}, {}, "{root}/00.png lies beside the folders train, validation"),
         (
+            {"train/cat": 5, "train/dog": 5, "holdout/cat": 2},
+            {},
+            "{root}/holdout holds images, but is none of train, validation, val, valid, eval, test",
+        ),
+        (
+            {**SPLITS, "val/cat": 2, "val/dog": 2},
+            {},
+            "{root} has the folders validation and val: only one can be used",
+        ),
+        (
+            {"train/cat": 5, "train/dog": 5, "eval": 0, "valid/cat": 2},
+            {},
+            "{root} has the folders valid and eval: only one can be used",
+        ),
+        (
             {"train/cat": 5, "train/dog": 5, "val/cat": 2},
             {},
-            "{root}/val holds images, but is none of train, validation, test",
+            "the class dog of {root}/train is not in {root}/val",
+        ),
+        (
+            {"train/cat": 1, "train/dog": 1, "val/cat": 1, "val/dog": 1, "": 1},
+            {},
+            "{root}/00.png lies beside the folders train, val",
         ),
         (
             {**SPLITS, "train/dog/more/and": 1},
@@ -473,13 +513,21 @@ NO_IMAGES = {
 }
 
 
-@pytest.mark.parametrize("position", [0, 7], ids=["first", "later"])
 @pytest.mark.parametrize("content", NO_IMAGES.values(), ids=NO_IMAGES.keys())
-def test_file_that_is_no_image(root, write_images, cache_dir, content, position):
+def test_file_that_is_no_image(tmp_path, content):
+    path = tmp_path / "00.png"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"^{path} cannot be read as an image: ") as error:
+        read_image(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("position", [0, 7], ids=["first", "later"])
+def test_refused_image_leaves_nothing_and_can_be_replaced(root, write_images, cache_dir, position):
     write_images(root, SPLITS)
     path = root / "train" / "cat" / f"{position:02}.png"
     good = path.read_bytes()
-    path.write_bytes(content)
+    path.write_bytes(good[:-40])
     assert refusal(root).startswith(f"{path} cannot be read as an image: ")
     assert not [path for path in cache_dir.rglob("*") if path.is_file()]
     assert not list(cache_dir.rglob("folder-*"))

@@ -42,15 +42,17 @@ KEYS = [
 ]
 
 
-@pytest.mark.parametrize("key", KEYS, ids=str)
-def test_stored_images_are_indexed_like_arrays(both, key):
+def test_stored_images_are_indexed_like_arrays(both):
     in_memory, stored = (dataset.splits["train"].images for dataset in both)
-    np.testing.assert_array_equal(stored[key], in_memory[key])
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(stored))[key], in_memory[key])
-    if np.ndim(in_memory[key]) == 4:
-        selected = stored.select(key)
-        assert selected.shape == in_memory[key].shape
-        np.testing.assert_array_equal(selected[:], in_memory[key])
+    unpickled = pickle.loads(pickle.dumps(stored))
+    for key in KEYS:
+        expected = in_memory[key]
+        np.testing.assert_array_equal(stored[key], expected, err_msg=str(key))
+        np.testing.assert_array_equal(unpickled[key], expected, err_msg=str(key))
+        if np.ndim(expected) == 4:
+            selected = stored.select(key)
+            assert selected.shape == expected.shape, key
+            np.testing.assert_array_equal(selected[:], expected, err_msg=str(key))
 
 
 def test_images_that_are_not_there_are_no_damage(both):

@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
-from shallow import shallow
 
-from chansel_jax.networks.resnet import PRESETS
 from chansel_jax.training.optimizer import OptimizerSettings
 from experiments.training import run
 from experiments.training.settings import DataSettings, NetworkSettings, Settings, TrainingSettings
@@ -39,17 +37,11 @@ def cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture
-def shallow_networks(monkeypatch):
-    """All networks are built as those of the runs below."""
-    monkeypatch.setitem(PRESETS, "resnet14", shallow)
-
-
 @pytest.fixture(scope="session")
 def settings(images, tmp_path_factory):
     """Of a run of three epochs."""
     return Settings(
-        network=NetworkSettings(width=4),
+        network=NetworkSettings(blocks=(1,), width=4),
         data=DataSettings(dataset="folder", data_dir=images),
         training=TrainingSettings(
             optimization=OptimizerSettings(learning_rate=0.01, warmup_fraction=0.2),
@@ -63,19 +55,17 @@ def settings(images, tmp_path_factory):
 @pytest.fixture(scope="session")
 def whole(settings):
     """That run, uninterrupted: its summary and what was printed."""
-    return train_shallow(settings)
+    return trained(settings)
 
 
 @pytest.fixture(scope="session")
 def dense(settings, tmp_path_factory):
     """The folder of a run of the dense network."""
     workdir = tmp_path_factory.mktemp("dense") / "run"
-    train_shallow(dataclasses.replace(settings, conv="subkernel", workdir=workdir))
+    trained(dataclasses.replace(settings, conv="subkernel", workdir=workdir))
     return workdir
 
 
-def train_shallow(settings):
+def trained(settings):
     console = Console(file=io.StringIO(), width=120)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "resnet14", shallow)
-        return run.train_and_evaluate(settings, console), console.file.getvalue()
+    return run.train_and_evaluate(settings, console), console.file.getvalue()

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from chansel_jax.errors import OneLineError
 from experiments import benchmark
 from experiments.benchmarking import plan, survey
 from experiments.benchmarking.ceilings import Effort
 from experiments.benchmarking.settings import ImageSettings, Settings
-from experiments.cli.errors import CommandError
 
 TINY = {"batch_size": 4, "rounds": 2, "round_seconds": 1e-3}
 
@@ -170,7 +170,7 @@ def test_mismatch_ends_the_benchmark(monkeypatch, tmp_path):
         output=tmp_path,
     )
     named = "JAX chansel grouped and PyTorch chansel eager differ in logits"
-    with pytest.raises(CommandError, match=named):
+    with pytest.raises(OneLineError, match=named):
         run(settings)
     assert not list(tmp_path.iterdir())
 

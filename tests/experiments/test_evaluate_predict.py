@@ -12,14 +12,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from chansel_jax.errors import OneLineError
 from chansel_jax.training.prediction import scores
 from experiments import evaluate, predict
 from experiments.cli.errors import CommandError
 from experiments.training.load import load_images, load_run, settings_from
 from experiments.training.scores import share_or_none
 from experiments.training.settings import Settings
-
-pytestmark = pytest.mark.usefixtures("shallow_networks")
 
 
 @pytest.fixture
@@ -77,7 +76,7 @@ def test_run_that_cannot_be_read(copy, change, message):
     config = json.loads((copy / "config.json").read_text())
     change(config)
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CommandError, match=message) as error:
+    with pytest.raises(OneLineError, match=message) as error:
         load_run(copy)
     assert "\n" not in str(error.value)
 
@@ -88,7 +87,7 @@ def test_no_run(tmp_path):
 
 
 def test_no_such_checkpoint(trained):
-    with pytest.raises(CommandError, match="no checkpoint of epoch 9, only "):
+    with pytest.raises(OneLineError, match="no checkpoint of epoch 9, only "):
         load_run(trained, 9)
 
 
@@ -144,7 +143,7 @@ def test_evaluation_on_other_images_says_so(trained, images, tmp_path, console):
 def test_evaluation_refuses_what_is_not_there(trained, images, tmp_path, console):
     with pytest.raises(CommandError, match="split=test: .* train, validation only"):
         evaluate.evaluate(evaluate.Settings(trained, split="test", data_dir=images), console)
-    with pytest.raises(CommandError, match="--data-dir=PATH"):
+    with pytest.raises(OneLineError, match="--data-dir=PATH"):
         evaluate.evaluate(evaluate.Settings(trained), console)
     for name in ("blue", "green", "violet"):
         (tmp_path / "train" / name).mkdir(parents=True)

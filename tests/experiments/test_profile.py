@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import profile
-from experiments.cli.errors import CommandError
 from experiments.profile import Settings
 
 # Of jaxlib's own types, on Python 3.12.
@@ -71,7 +70,7 @@ def test_times_of_a_real_trace(tmp_path):
     assert "convolutions, matrix products" in by_kind
 
 
-def test_prints_every_part_of_a_step_and_keeps_the_trace(tmp_path, capsys, shallow_networks):
+def test_prints_every_part_of_a_step_and_keeps_the_trace(tmp_path, capsys):
     profile.main(Settings(batch_size=8, steps=2, convs=("chansel",), output=tmp_path / "traces"))
     printed = capsys.readouterr().out
     for part in ("augmentation", "optimizer", "sums (BatchNorm)", "convolutions, matrix products"):
@@ -88,7 +87,7 @@ def test_prints_every_part_of_a_step_and_keeps_the_trace(tmp_path, capsys, shall
 
 
 def test_a_batch_that_does_not_divide_by_the_devices():
-    with pytest.raises(CommandError, match="batch_size=9 must be divisible by the 2 devices"):
+    with pytest.raises(ValueError, match="batch_size=9 must be divisible by the 2 devices"):
         profile.main(Settings(batch_size=9, convs=("chansel",)))
 
 

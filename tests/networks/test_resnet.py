@@ -21,11 +21,9 @@ from chansel_jax import (
 )
 from chansel_jax.networks.resnet import CONVS, PRESETS
 from chansel_jax.torch_weights import from_torch, to_torch
-from experiments.pytorch.networks import TorchResNet, torch_resnet14, torch_resnet18
+from experiments.pytorch.networks import torch_twin
 
 BATCH = 4
-
-TWINS = {"resnet14": torch_resnet14, "resnet18": torch_resnet18}
 
 
 @pytest.fixture
@@ -121,9 +119,8 @@ def nchw(x):
 @pytest.mark.parametrize("kind", CONVS)
 def test_block_is_that_of_torch(x64, kind, strides, train):
     torch.manual_seed(0)
-    shape = {"num_classes": 2, "width": 8, "blocks": (1, 1), "stem": "plain"}
-    twin = randomised(TorchResNet(kind, **shape)).train(train)
-    config = ResNetConfig(conv=unset(kind), dtype=jnp.float64, **shape)
+    config = ResNetConfig(unset(kind), 2, (1, 1), 8, "plain", dtype=jnp.float64)
+    twin = randomised(torch_twin(kind, config)).train(train)
     network = carried(ResNet(config, rngs=nnx.Rngs(0)), twin)
     network.train() if train else network.eval()
     name = f"layer{strides}.0."  # the second stage's block has stride 2 and the shortcut
@@ -146,23 +143,21 @@ def test_block_is_that_of_torch(x64, kind, strides, train):
 
 
 @pytest.mark.parametrize(
-    ("preset", "kind", "options", "size"),
-    [
-        ("resnet14", "subkernel", {}, 16),
-        ("resnet14", "chansel", {}, 16),
-        ("resnet14", "chansel", {"rank": 2, "use_bias": True}, 16),
-        ("resnet18", "subkernel", {}, 48),
-        ("resnet18", "chansel", {"use_bias": True}, 48),
-    ],
+    ("kind", "options"),
+    [("subkernel", {}), ("chansel", {"use_bias": True}), ("chansel", {"rank": 2})],
 )
-def test_networks_are_those_of_torch(x64, preset, kind, options, size):
+@pytest.mark.parametrize("preset", PRESETS)
+def test_networks_are_those_of_torch(x64, preset, kind, options):
+    """With a block that keeps the width and one that doubles it, and what compiles fastest."""
     torch.manual_seed(0)
-    twin = randomised(TWINS[preset](kind, 10, width=8, **options))
-    network = PRESETS[preset](
-        unset(kind), 10, width=8, dropout_rate=0.0, dtype=jnp.float64, rngs=nnx.Rngs(0), **options
+    conv = functools.partial(
+        unset(kind), lowering={"subkernel": "lax", "chansel": "composed"}[kind]
     )
-    carried(network, twin)
-    rng = np.random.default_rng(0)
+    shape = {"num_classes": 10, "blocks": (1, 1), "width": 8, "dropout_rate": 0.0, **options}
+    config = dataclasses.replace(PRESETS[preset], conv=conv, dtype=jnp.float64, **shape)
+    twin = randomised(torch_twin(kind, config))
+    network = carried(ResNet(config, rngs=nnx.Rngs(0)), twin)
+    rng, size = np.random.default_rng(0), config.image_size // 4
     images = rng.standard_normal((BATCH, size, size, 3))
     labels = rng.integers(10, size=BATCH)
 
@@ -198,9 +193,9 @@ def drawn(key, shape, dtype):
 
 
 def small(preset=resnet14, conv=ChannelSelectionConv, **options):
-    """A network of width 4 for the tests of behaviour."""
+    """A network of two blocks and width 4 for the tests of behaviour."""
     conv = functools.partial(conv, kernel_init=drawn)
-    return preset(conv, **{"width": 4, "rngs": nnx.Rngs(0), **options})
+    return preset(conv, **{"blocks": (1, 1), "width": 4, "rngs": nnx.Rngs(0), **options})
 
 
 def image_batch(*shape):
@@ -277,7 +272,9 @@ def test_bfloat16_is_near_float32():
 
 
 def test_width_rank_and_bias_reach_every_convolution():
-    network = nnx.eval_shape(lambda: small(resnet18, width=6, rank=4, use_bias=True))
+    network = nnx.eval_shape(
+        lambda: small(resnet18, blocks=(2,) * 4, width=6, rank=4, use_bias=True)
+    )
     convs = {
         ".".join(map(str, path)): layer
         for path, layer in nnx.iter_modules(network)
@@ -289,7 +286,7 @@ def test_width_rank_and_bias_reach_every_convolution():
     ranks = {name: 3 if "stem" in name else 1 if "shortcut" in name else 4 for name in convs}
     assert {name: layer.rank for name, layer in convs.items()} == ranks
     assert [block.conv1.out_channels for block in network.blocks] == [6, 6, 12, 12, 24, 24, 48, 48]
-    assert [block.conv1.strides[0] for block in network.blocks] == [1, 1, 2, 1, 2, 1, 2, 1]
+    assert [block.conv1.window.strides[0] for block in network.blocks] == [1, 1, 2, 1, 2, 1, 2, 1]
     assert [block.shortcut is not None for block in network.blocks] == [0, 0, 1, 0, 1, 0, 1, 0]
 
 
@@ -313,8 +310,7 @@ def test_a_partial_of_a_convolution_is_a_convolution():
 
 
 def test_presets():
-    network = nnx.eval_shape(lambda: resnet14(rngs=nnx.Rngs(0)))
-    assert network.config == ResNetConfig(
+    assert PRESETS["resnet14"] == ResNetConfig(
         conv=ChannelSelectionConv,
         num_classes=3,
         blocks=(2, 2, 2),
@@ -322,10 +318,27 @@ def test_presets():
         stem="plain",
         dropout_rate=0.2,
     )
-    network = nnx.eval_shape(lambda: resnet18(SubKernelConv, 10, rngs=nnx.Rngs(0)))
-    assert network.config == ResNetConfig(
-        conv=SubKernelConv, num_classes=10, blocks=(2, 2, 2, 2), width=64, stem="pooled"
+    assert PRESETS["resnet18"] == ResNetConfig(
+        conv=ChannelSelectionConv,
+        num_classes=1000,
+        blocks=(2, 2, 2, 2),
+        width=64,
+        stem="pooled",
     )
+    assert [preset.image_size for preset in PRESETS.values()][:2] == [32, 224]
+
+
+@pytest.mark.parametrize("build", [resnet14, resnet18])
+def test_builders_build_their_preset_with_changes(build):
+    preset = PRESETS[build.__name__]
+    assert nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))).config == preset
+    changed = dataclasses.replace(preset, conv=SubKernelConv, num_classes=10, width=8)
+    network = nnx.eval_shape(lambda: build(SubKernelConv, 10, width=8, rngs=nnx.Rngs(0)))
+    assert network.config == changed
+    with pytest.raises(ValueError, match="width=0"):
+        build(width=0, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="depth"):
+        build(depth=3, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(
@@ -346,14 +359,14 @@ def test_presets():
     ],
 )
 def test_wrong_argument(name, value, others):
-    config = nnx.eval_shape(lambda: small()).config
+    config = PRESETS["resnet14"]
     with pytest.raises(ValueError) as error:
         dataclasses.replace(config, **{**others, name: value})
     assert f"{name}={value!r}" in str(error.value)
 
 
 def test_wrong_number_of_blocks():
-    config = nnx.eval_shape(lambda: small()).config
+    config = PRESETS["resnet14"]
     with pytest.raises(ValueError, match="blocks=0"):
         dataclasses.replace(config, blocks=(2, 0))
 
@@ -361,8 +374,7 @@ def test_wrong_number_of_blocks():
 def test_other_derivatives_on_one_cpu(monkeypatch):
     """As the README says: no convolution of the network in a lowering of C++."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    conv = functools.partial(ChannelSelectionConv, lowering="composed")
-    network = resnet14(conv, num_classes=3, width=4, rngs=nnx.Rngs(0))
+    network = small(conv=functools.partial(ChannelSelectionConv, lowering="composed"))
     network.stem.conv.lowering = "lax"
     network.eval()
     images = jnp.ones((2, 8, 8, 3))

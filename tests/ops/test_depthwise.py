@@ -1,30 +1,12 @@
-"""The depthwise part against numbers worked out by hand and against a loop over windows."""
+"""The depthwise part against numbers worked out by hand; `test_shifted.py` has many windows."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from chansel_jax.ops.depthwise import depthwise_conv
-from chansel_jax.ops.window import padding_pairs
 
 LOWERINGS = ("grouped", "shifted")
-
-
-def convolved_by_loops(x, kernel, strides, pads, dilation):
-    """What `depthwise_conv` defines, one output element after the other, in float64."""
-    x = np.pad(np.asarray(x, np.float64), ((0, 0), *pads, (0, 0)))
-    n, height, width, _ = x.shape
-    k_h, k_w, rank, out_channels = kernel.shape
-    extent_h, extent_w = (k_h - 1) * dilation[0] + 1, (k_w - 1) * dilation[1] + 1
-    rows = range(0, height - extent_h + 1, strides[0])
-    columns = range(0, width - extent_w + 1, strides[1])
-    y = np.zeros((n, len(rows), len(columns), out_channels))
-    for i, top in enumerate(rows):
-        for j, left in enumerate(columns):
-            window = x[:, top : top + extent_h : dilation[0], left : left + extent_w : dilation[1]]
-            grouped = window.reshape(n, k_h, k_w, out_channels, rank)
-            y[:, i, j] = np.einsum("nhwor,hwro->no", grouped, np.asarray(kernel, np.float64))
-    return y
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
@@ -35,30 +17,6 @@ def test_by_hand(lowering):
     y = depthwise_conv(x, kernel, padding="VALID", lowering=lowering)
     # 1·1 + 0.1·10 + 2·3 + 0.5·20 = 18 and -1·2 + 4·0 + 0·5 + 3·1 = 1
     np.testing.assert_allclose(y, [[[[18.0, 1.0]]]], rtol=1e-6)
-
-
-@pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize(
-    ("kernel_size", "strides", "padding", "dilation", "rank"),
-    [
-        ((3, 3), (1, 1), "SAME", (1, 1), 1),
-        ((3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), 2),
-        ((1, 1), (2, 1), "VALID", (1, 1), 1),
-        ((2, 5), (1, 2), ((0, 3), (2, 1)), (1, 1), 3),
-        ((3, 2), (3, 1), "SAME", (2, 1), 2),
-        ((2, 3), (1, 1), ((4, 0), (0, 5)), (1, 3), 1),
-    ],
-)
-def test_against_loops(kernel_size, strides, padding, dilation, rank, lowering):
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 9, 8, 3 * rank), np.float32)
-    kernel = rng.standard_normal((*kernel_size, rank, 3), np.float32)
-    y = depthwise_conv(
-        x, kernel, strides=strides, padding=padding, dilation=dilation, lowering=lowering
-    )
-    pads = padding_pairs(padding, (9, 8), kernel_size, strides, dilation)
-    expected = convolved_by_loops(x, kernel, strides, pads, dilation)
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)

@@ -1,6 +1,7 @@
 """The window's geometry against XLA's, and the spellings of its arguments."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from chansel_jax.ops.window import output_size, padding_pairs, padding_spec, pair, positive
+from chansel_jax.ops.window import Window, padding_spec, pair, positive
 
 
 def pairs(low: int, high: int):
@@ -39,22 +40,23 @@ def xla_output_size(size, kernel_size, strides, padding, dilation):
 @given(pairs(1, 20), pairs(1, 7), pairs(1, 4), paddings, pairs(1, 3))
 def test_output_size_is_that_of_xla(size, kernel_size, strides, padding, dilation):
     expected = xla_output_size(size, kernel_size, strides, padding_spec(padding), dilation)
+    window = Window.of(strides, padding, dilation)
     if min(expected) < 1:
         with pytest.raises(ValueError, match="is smaller than"):
-            output_size(size, kernel_size, strides, padding, dilation)
+            window.output_size(size, kernel_size)
     else:
-        assert output_size(size, kernel_size, strides, padding, dilation) == expected
+        assert window.output_size(size, kernel_size) == expected
 
 
 @settings(deadline=None, max_examples=100)
 @given(pairs(1, 20), pairs(1, 7), pairs(1, 4), st.sampled_from(["SAME", "VALID"]), pairs(1, 3))
 def test_named_paddings_are_the_pairs_they_stand_for(size, kernel_size, strides, name, dilation):
-    window = (size, kernel_size, strides)
-    pads = padding_pairs(name, *window, dilation)
-    assert padding_pairs(pads, *window, dilation) == pads
-    expected = xla_output_size(*window, name, dilation)
+    pads = Window(strides, name, dilation).padding_pairs(size, kernel_size)
+    window = Window(strides, pads, dilation)
+    assert window.padding_pairs(size, kernel_size) == pads
+    expected = xla_output_size(size, kernel_size, strides, name, dilation)
     assume(min(expected) >= 1)
-    assert output_size(*window, pads, dilation) == expected
+    assert window.output_size(size, kernel_size) == expected
 
 
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 50), st.integers(0, 50))
@@ -66,10 +68,23 @@ def test_spellings_of_a_padding(top, bottom, left, right):
 
 
 def test_same_with_stride_2_is_not_padding_1():
-    window = {"size": (32, 32), "kernel_size": (3, 3), "strides": (2, 2), "dilation": (1, 1)}
-    assert padding_pairs("SAME", **window) == ((0, 1), (0, 1))
-    assert padding_pairs(1, **window) == ((1, 1), (1, 1))
-    assert output_size(padding="SAME", **window) == output_size(padding=1, **window) == (16, 16)
+    same, one = Window.of(2, "SAME"), Window.of(2, 1)
+    assert same.padding_pairs((32, 32), (3, 3)) == ((0, 1), (0, 1))
+    assert one.padding_pairs((32, 32), (3, 3)) == ((1, 1), (1, 1))
+    assert same.output_size((32, 32), (3, 3)) == one.output_size((32, 32), (3, 3)) == (16, 16)
+
+
+def test_a_window_has_one_form_whatever_it_was_spelled_like():
+    assert Window.of(2, [1, 0]) == Window((2, 2), ((1, 1), (0, 0)), (1, 1))
+    assert Window.of() == Window((1, 1), "SAME", (1, 1))
+    assert hash(Window.of([1, 2])) == hash(Window.of((1, 2)))
+
+
+@pytest.mark.parametrize("wrong", [{"strides": 0}, {"padding": -1}, {"dilation": (1,)}])
+def test_a_wrong_window_names_the_argument(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}")):
+        Window.of(**wrong)
 
 
 def test_an_integer_stands_for_rows_and_columns():
@@ -102,4 +117,4 @@ def test_wrong_padding(value):
 
 def test_image_smaller_than_the_kernel():
     with pytest.raises(ValueError, match=r"\(H, W\)=\(4, 9\).*kernel_size=\(3, 3\)"):
-        output_size((4, 9), (3, 3), (1, 1), "VALID", (2, 2))
+        Window.of(1, "VALID", 2).output_size((4, 9), (3, 3))

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from shallow import shallow
 
+from chansel_jax import resnet14
 from chansel_jax.training.prediction import make_predict, predict_all
 
 MEAN, STD = np.float32([120, 100, 80]), np.float32([60, 50, 40])
@@ -16,8 +16,8 @@ MEAN, STD = np.float32([120, 100, 80]), np.float32([60, 50, 40])
 
 @functools.cache
 def network():
-    network = shallow(width=4, rngs=nnx.Rngs(0))
-    network.dense.bias[...] = jnp.array([0.5, 0.0, -0.5])
+    network = resnet14(blocks=(1,), width=4, rngs=nnx.Rngs(0))
+    network.classifier.bias[...] = jnp.array([0.5, 0.0, -0.5])
     return network
 
 

@@ -8,7 +8,6 @@ import optax
 import pytest
 import torch
 from flax import nnx
-from shallow import shallow
 
 from chansel_jax import ChannelSelectionConv, SubKernelConv, resnet14
 from chansel_jax.data import Split
@@ -29,7 +28,7 @@ from chansel_jax.training.step import (
     make_train_step,
     put_split,
 )
-from experiments.pytorch.networks import torch_resnet14
+from experiments.pytorch.networks import torch_twin
 
 STILL = Augmentation(crop_padding=0, flip=False)
 
@@ -41,8 +40,8 @@ def split():
     return Split(images, rng.integers(0, 3, 37).astype(np.int32))
 
 
-def small_network(conv=ChannelSelectionConv, network=shallow, dropout_rate=0.0):
-    return network(conv, width=4, dropout_rate=dropout_rate, rngs=nnx.Rngs(0))
+def small_network(conv=ChannelSelectionConv, blocks=(1,), dropout_rate=0.0):
+    return resnet14(conv, blocks=blocks, width=4, dropout_rate=dropout_rate, rngs=nnx.Rngs(0))
 
 
 def one_device():
@@ -119,13 +118,13 @@ def test_step_consumes_its_state(run):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     assert int(totals.count) == 0  # these can still be asked for
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(new))
-    nnx.state(run.network, nnx.Param)["dense"]["bias"][...].block_until_ready()  # still there
+    nnx.state(run.network, nnx.Param)["classifier"]["bias"][...].block_until_ready()  # still there
 
 
 @pytest.mark.parametrize("conv", [ChannelSelectionConv, SubKernelConv])
 def test_three_steps_of_sgd_equal_pytorch(split, conv):
-    network = small_network(conv, resnet14)
-    twin = torch_resnet14("chansel" if conv is ChannelSelectionConv else "subkernel", width=4)
+    network = small_network(conv, (2, 2, 2))
+    twin = torch_twin("chansel" if conv is ChannelSelectionConv else "subkernel", network.config)
     twin.load_state_dict({k: torch.tensor(v) for k, v in to_torch(network).items()}, strict=False)
     twin.double()  # in float32 its convolutions are less exact on some processors than the bounds
     settings = OptimizerSettings(optimizer="sgd", weight_decay=0.1, undecayed=())
@@ -150,7 +149,7 @@ def test_three_steps_of_sgd_equal_pytorch(split, conv):
         torch_optimizer.zero_grad()
         torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1).backward()
         torch_optimizer.step()
-    expected = small_network(conv, resnet14)
+    expected = small_network(conv, (2, 2, 2))
     from_torch(expected, twin.state_dict())
     params = nnx.to_pure_dict(nnx.state(expected, nnx.Param))
     chex.assert_trees_all_close(state.params, params, atol=1e-5)

@@ -8,7 +8,6 @@ same bit for bit for any number of threads.
 
 import ctypes
 import functools
-import importlib.machinery
 import math
 import re
 from pathlib import Path
@@ -17,7 +16,7 @@ import jax
 import jaxlib
 import numpy as np
 
-from chansel_jax.ops.window import Padding, output_size, padding_pairs, pair
+from chansel_jax.ops.window import Pair, Window
 
 DTYPES = ("float32", "float64", "bfloat16")
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
@@ -61,10 +60,7 @@ def channel_selection(
     x: jax.Array,
     pointwise: jax.Array,
     depthwise: jax.Array,
-    *,
-    strides: int | tuple[int, int] = 1,
-    padding: Padding = "SAME",
-    dilation: int | tuple[int, int] = 1,
+    window: Window,
 ) -> jax.Array:
     """`chansel_jax.ops.selection.channel_selection` in C++, on CPUs.
 
@@ -77,9 +73,7 @@ def channel_selection(
         x: `(N, H, W, C_in)`, of a dtype among `DTYPES`.
         pointwise: `(C_in, C_out·R)`, of the dtype of `x`.
         depthwise: `(K_h, K_w, R, C_out)`, of the dtype of `x`.
-        strides: steps between outputs in rows and columns. Default 1.
-        padding: as `chansel_jax.ops.window.padding_spec` has it. Default `"SAME"`.
-        dilation: distance between a kernel's elements. Default 1.
+        window: strides, padding and dilation.
 
     Returns:
         `(N, H_out, W_out, C_out)`, of the dtype of `x`.
@@ -92,26 +86,17 @@ def channel_selection(
         TypeError: under `jax.jvp`, and for second derivatives.
     """
     _check_dtypes(x=x, pointwise=pointwise, depthwise=depthwise)
-    x, window = _canonical(x, depthwise.shape[:2], pointwise.shape, strides, padding, dilation)
+    x, window = _canonical(x, depthwise.shape[:2], pointwise.shape, window)
     return _channel_selection(x, pointwise, depthwise, window)
 
 
-def dense_conv(
-    x: jax.Array,
-    kernel: jax.Array,
-    *,
-    strides: int | tuple[int, int] = 1,
-    padding: Padding = "SAME",
-    dilation: int | tuple[int, int] = 1,
-) -> jax.Array:
+def dense_conv(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     """`chansel_jax.ops.dense.dense_conv` in C++, on CPUs; all else as for `channel_selection`.
 
     Args:
         x: `(N, H, W, C_in)`, of a dtype among `DTYPES`.
         kernel: `(K_h, K_w, C_in, C_out)`, of the dtype of `x`.
-        strides: steps between outputs in rows and columns. Default 1.
-        padding: as `chansel_jax.ops.window.padding_spec` has it. Default `"SAME"`.
-        dilation: distance between a kernel's elements. Default 1.
+        window: strides, padding and dilation.
 
     Returns:
         `(N, H_out, W_out, C_out)`, of the dtype of `x`.
@@ -124,7 +109,7 @@ def dense_conv(
         TypeError: under `jax.jvp`, and for second derivatives.
     """
     _check_dtypes(x=x, kernel=kernel)
-    x, window = _canonical(x, kernel.shape[:2], kernel.shape[2:], strides, padding, dilation)
+    x, window = _canonical(x, kernel.shape[:2], kernel.shape[2:], window)
     return _dense_conv(x, kernel, window)
 
 
@@ -137,33 +122,33 @@ def _check_dtypes(**arrays: jax.Array) -> None:
         )
 
 
-def _canonical(x, kernel_size, channels, strides, padding, dilation):
-    """`x`, and the window as strides, pairs of padding, and dilation.
+def _canonical(
+    x: jax.Array, kernel_size: Pair, channels: Pair, window: Window
+) -> tuple[jax.Array, Window]:
+    """What of `x` is looked at, and the window with its padding as pairs.
 
     Raises:
         ValueError: if the window does not fit, or sizes in bytes might exceed 64 bits.
     """
-    strides, dilation = pair("strides", strides), pair("dilation", dilation)
     size = x.shape[1:3]
-    pads = padding_pairs(padding, size, kernel_size, strides, dilation)
-    output_size(size, kernel_size, strides, padding, dilation)  # raises where it does not fit
+    window.output_size(size, kernel_size)  # raises where it does not fit
+    pads = window.padding_pairs(size, kernel_size)
     padded = [pixels + sum(pad) for pixels, pad in zip(size, pads, strict=True)]
     if math.prod(padded) * max(channels) > MOST_NUMBERS:
         raise ValueError(
-            f"padding={padding!r}: an image of {padded[0]} × {padded[1]} pixels, padded, and "
-            f"{max(channels)} channels is more than any memory holds"
+            f"padding={window.padding!r}: an image of {padded[0]} × {padded[1]} pixels, padded, "
+            f"and {max(channels)} channels is more than any memory holds"
         )
-    strides = tuple(map(min, strides, padded))  # farther steps find no second output either
+    strides = tuple(map(min, window.strides, padded))  # farther steps find no second output either
     if kernel_size == (1, 1) and pads == ((0, 0), (0, 0)):
         # Only the pixels that are looked at, instead of sums over all.
         x, strides = x[:, :: strides[0], :: strides[1]], (1, 1)
-    return x, (strides, pads, dilation)
+    return x, Window(strides, pads, window.dilation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _channel_selection(x, pointwise, depthwise, window):
-    strides, pads, dilation = window
-    size = output_size(x.shape[1:3], depthwise.shape[:2], strides, pads, dilation)
+    size = window.output_size(x.shape[1:3], depthwise.shape[:2])
     shape = (x.shape[0], *size, depthwise.shape[3])
     return _call("chansel_forward", jax.ShapeDtypeStruct(shape, x.dtype), window)(
         x, pointwise, depthwise
@@ -197,8 +182,7 @@ _channel_selection.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _dense_conv(x, kernel, window):
-    strides, pads, dilation = window
-    size = output_size(x.shape[1:3], kernel.shape[:2], strides, pads, dilation)
+    size = window.output_size(x.shape[1:3], kernel.shape[:2])
     shape = (x.shape[0], *size, kernel.shape[3])
     return _call("chansel_dense_forward", jax.ShapeDtypeStruct(shape, x.dtype), window)(x, kernel)
 
@@ -231,12 +215,12 @@ def _like(arrays) -> list[jax.ShapeDtypeStruct]:
 
 
 def _call(name: str, result, window):
-    strides, ((top, _), (left, _)), dilation = window
+    (top, _), (left, _) = window.padding
     return functools.partial(
         jax.ffi.ffi_call(name, result, vmap_method="sequential"),
-        strides=np.array(strides, np.int64),
+        strides=np.array(window.strides, np.int64),
         padding=np.array((top, left), np.int64),
-        dilation=np.array(dilation, np.int64),
+        dilation=np.array(window.dilation, np.int64),
     )
 
 
@@ -249,10 +233,8 @@ def _compiled() -> ctypes.CDLL:
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """The library, its handlers registered with XLA; or why there is none."""
-    folder = Path(__file__).parent
-    paths = [folder / f"_handlers{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    path = next(filter(Path.exists, paths), None)
-    if path is None:
+    path = Path(__file__).with_name("_handlers.so")
+    if not path.exists():
         return "it was not compiled; install a C++ compiler, then install the package again"
     try:
         library = ctypes.CDLL(str(path))

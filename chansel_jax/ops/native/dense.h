@@ -54,15 +54,15 @@ class DenseLayer {
     return std::clamp(rows, std::min<int64_t>(4, g.h), g.h);
   }
 
-  // y[:, first:last] of one image.
-  void Forward(const S* x, const C* panels, int64_t first, int64_t last, S* y) const {
+  // y[:, first:end] of one image.
+  void Forward(const S* x, const C* panels, int64_t first, int64_t end, S* y) const {
     Scratch<C>& scratch = ThreadScratch<C>();
-    const C* tile = FillImage(x, first, last, scratch);
+    const C* tile = FillImage(x, first, end, scratch);
     WriteRows<S, C>(
-        (last - first) * g.out_w, g.out, padded_out, scratch.line, y + first * g.out_w * g.out,
+        (end - first) * g.out_w, g.out, padded_out, scratch.line, y + first * g.out_w * g.out,
         [&](C* lines) {
           ForPanels<C>(padded_out, [&](auto vectors, int64_t c) {
-            for (int64_t i = 0; i < last - first; ++i) {
+            for (int64_t i = 0; i < end - first; ++i) {
               ProductPanel<kBlock, vectors>(
                   OutputRuns(tile + i * g.stride_h * tile_width * g.in), 0, g.out_w,
                   panels + c * taps * g.in, lines + i * g.out_w * padded_out + c, padded_out);
@@ -71,17 +71,17 @@ class DenseLayer {
         });
   }
 
-  // dx[:, first:last] of one image.
-  void DataGradient(const S* dy, const C* panels, int64_t first, int64_t last, S* dx) const {
+  // dx[:, first:end] of one image.
+  void DataGradient(const S* dy, const C* panels, int64_t first, int64_t end, S* dx) const {
     Scratch<C>& scratch = ThreadScratch<C>();
     int64_t first_out = g.FirstOutput(first);
-    const C* tile = FillTile(dy, g.out_h, g.out_w, g.out, first_out, g.EndOfOutputs(last),
+    const C* tile = FillTile(dy, g.out_h, g.out_w, g.out, first_out, g.EndOfOutputs(end),
                              {gradient_width, gradient_left, g.out}, scratch.output_gradient);
     WriteRows<S, C>(
-        (last - first) * g.w, g.in, padded_in, scratch.line, dx + first * g.w * g.in,
+        (end - first) * g.w, g.in, padded_in, scratch.line, dx + first * g.w * g.in,
         [&](C* lines) {
           ForPanels<C>(padded_in, [&](auto vectors, int64_t c) {
-            for (int64_t row = first; row < last; ++row) {
+            for (int64_t row = first; row < end; ++row) {
               // Columns that are a stride apart meet the same taps.
               for (int64_t phase = 0; phase < std::min(g.stride_w, g.w); ++phase) {
                 ProductPanel<kBlock, vectors>(
@@ -94,12 +94,12 @@ class DenseLayer {
         });
   }
 
-  // What the outputs [:, first:last] of one image add to the kernel's gradient (taps * in,
+  // What the outputs [:, first:end] of one image add to the kernel's gradient (taps * in,
   // padded_out).
-  void AddKernelGradient(const S* x, const S* dy, int64_t first, int64_t last, C* sum) const {
+  void AddKernelGradient(const S* x, const S* dy, int64_t first, int64_t end, C* sum) const {
     Scratch<C>& scratch = ThreadScratch<C>();
-    const C* tile = FillImage(x, first, last, scratch);
-    int64_t pixels = (last - first) * g.out_w;
+    const C* tile = FillImage(x, first, end, scratch);
+    int64_t pixels = (end - first) * g.out_w;
     const S* from = dy + first * g.out_w * g.out;
     const C* gradient;
     if (g.out == padded_out) {
@@ -113,7 +113,7 @@ class DenseLayer {
     for (const Run<C>* run = runs.first; run < runs.first + runs.count; ++run) {
       const Lines<C> lines{run->a,
                            gradient,
-                           last - first,
+                           end - first,
                            g.out_w,
                            g.stride_h * tile_width * g.in,
                            runs.pitch,
@@ -170,13 +170,13 @@ class DenseLayer {
     return {runs.data(), int64_t(runs.size()), g.out};
   }
 
-  // The input rows that outputs first ... last - 1 read, with zeros around the image.
-  const C* FillImage(const S* x, int64_t first, int64_t last, Scratch<C>& scratch) const {
-    int64_t top = first * g.stride_h - g.top, end = top + g.InputRows(last - first);
+  // The input rows that outputs first ... end - 1 read, with zeros around the image.
+  const C* FillImage(const S* x, int64_t first, int64_t end, Scratch<C>& scratch) const {
+    int64_t top = first * g.stride_h - g.top, input_end = top + g.InputRows(end - first);
     if constexpr (std::is_same_v<S, C>) {
-      if (tile_width == g.w && top >= 0 && end <= g.h) return x + top * g.w * g.in;
+      if (tile_width == g.w && top >= 0 && input_end <= g.h) return x + top * g.w * g.in;
     }
-    return FillTile(x, g.h, g.w, g.in, top, end, {tile_width, g.left, g.in}, scratch.image);
+    return FillTile(x, g.h, g.w, g.in, top, input_end, {tile_width, g.left, g.in}, scratch.image);
   }
 
   const Geometry g;
@@ -189,8 +189,8 @@ void DenseForward(const Geometry& g, const S* x, const S* kernel, S* y, const Pa
   const std::vector<C> panels = layer.Panels(kernel);
   const RowUnits units{g.n, g.out_h, layer.OutputRowsPerUnit(kTileBytes)};
   parallel(units.Count(), [&](int64_t unit) {
-    auto [image, first, last] = units.At(unit);
-    layer.Forward(x + image * g.InputSize(), panels.data(), first, last,
+    auto [image, first, end] = units.At(unit);
+    layer.Forward(x + image * g.InputSize(), panels.data(), first, end,
                   y + image * g.OutputSize());
   });
 }
@@ -202,8 +202,8 @@ void DenseDataGradient(const Geometry& g, const S* kernel, const S* dy, S* dx,
   const std::vector<C> panels = layer.TransposedPanels(kernel);
   const RowUnits units{g.n, g.h, layer.InputRowsPerUnit()};
   parallel(units.Count(), [&](int64_t unit) {
-    auto [image, first, last] = units.At(unit);
-    layer.DataGradient(dy + image * g.OutputSize(), panels.data(), first, last,
+    auto [image, first, end] = units.At(unit);
+    layer.DataGradient(dy + image * g.OutputSize(), panels.data(), first, end,
                        dx + image * g.InputSize());
   });
 }
@@ -215,9 +215,9 @@ void DenseKernelGradient(const Geometry& g, const S* x, const S* dy, S* dkernel,
   const RowUnits units{g.n, g.out_h, layer.OutputRowsPerUnit(kLinesBytes)};
   std::vector<C> sum = SumOverGroups<C>(
       units.Count(), layer.KernelSize(), parallel, [&](int64_t unit, C* sum) {
-        auto [image, first, last] = units.At(unit);
+        auto [image, first, end] = units.At(unit);
         layer.AddKernelGradient(x + image * g.InputSize(), dy + image * g.OutputSize(), first,
-                                last, sum);
+                                end, sum);
       });
   layer.StoreKernel(sum.data(), dkernel);
 }

@@ -64,13 +64,13 @@ struct Geometry {
     return std::clamp(rows, std::min<int64_t>(4, out_h), out_h);
   }
 
-  // The first output row that input rows from `first` on meet, and that behind the last one that
-  // input rows up to `last` - 1 meet.
+  // The first output row that input rows from `first` on meet, and the end of those that input rows
+  // before `end` meet.
   int64_t FirstOutput(int64_t first) const {
     return std::max<int64_t>(0, CeilDiv(first + top - (kernel_h - 1) * dilation_h, stride_h));
   }
-  int64_t EndOfOutputs(int64_t last) const {
-    return std::min(out_h, (last - 1 + top) / stride_h + 1);
+  int64_t EndOfOutputs(int64_t end) const {
+    return std::min(out_h, (end - 1 + top) / stride_h + 1);
   }
 
   // The output row that reads input row `row` by row `a` of the kernel, or -1.
@@ -86,7 +86,7 @@ struct RowUnits {
   int64_t images, height, rows;
 
   struct Unit {
-    int64_t image, first, last;
+    int64_t image, first, end;
   };
 
   int64_t PerImage() const { return CeilDiv(height, std::max<int64_t>(1, rows)); }

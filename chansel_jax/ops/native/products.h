@@ -86,14 +86,14 @@ struct TileShape {
   int64_t width, left, channels;
 };
 
-// Rows first ... last - 1 of an image (height, pixels, channels) with zeros around it.
+// Rows first ... end - 1 of an image (height, pixels, channels) with zeros around it.
 template <typename S, typename C>
 const C* FillTile(const S* image, int64_t height, int64_t pixels, int64_t channels, int64_t first,
-                  int64_t last, TileShape shape, std::vector<C>& scratch) {
+                  int64_t end, TileShape shape, std::vector<C>& scratch) {
   int64_t width = shape.width * shape.channels;
-  C* tile = Grow(scratch, std::max<int64_t>(0, last - first) * width);
+  C* tile = Grow(scratch, std::max<int64_t>(0, end - first) * width);
   C* row = tile;
-  for (int64_t i = first; i < last; ++i, row += width) {
+  for (int64_t i = first; i < end; ++i, row += width) {
     if (i < 0 || i >= height) {
       std::fill(row, row + width, C(0));
       continue;
@@ -260,16 +260,16 @@ std::vector<C> SumOverGroups(int64_t units, int64_t size, const Parallel& parall
   groups = std::max<int64_t>(1, groups);  // whose sums are zero if there are no units
   std::vector<C> partial(groups * size);
   parallel(groups, [&](int64_t group) {
-    int64_t last = (group + 1) * units / groups;
-    for (int64_t unit = group * units / groups; unit < last; ++unit) {
+    int64_t end = (group + 1) * units / groups;
+    for (int64_t unit = group * units / groups; unit < end; ++unit) {
       add(unit, partial.data() + group * size);
     }
   });
   constexpr int64_t kSlice = 4096;
   parallel(CeilDiv(size, kSlice), [&](int64_t slice) {
-    int64_t last = std::min(size, (slice + 1) * kSlice);
+    int64_t end = std::min(size, (slice + 1) * kSlice);
     for (int64_t group = 1; group < groups; ++group) {
-      for (int64_t i = slice * kSlice; i < last; ++i) partial[i] += partial[group * size + i];
+      for (int64_t i = slice * kSlice; i < end; ++i) partial[i] += partial[group * size + i];
     }
   });
   return partial;

@@ -31,11 +31,11 @@ class SelectionLayer {
     return std::clamp(rows, std::min<int64_t>(4, g.h), g.h);
   }
 
-  // y[:, first:last] of one image.
-  void Forward(const S* x, int64_t first, int64_t last, S* y) const {
+  // y[:, first:end] of one image.
+  void Forward(const S* x, int64_t first, int64_t end, S* y) const {
     Scratch<C>& scratch = ThreadScratch<C>();
-    FillSums(x, first * g.stride_h - g.top, g.InputRows(last - first), scratch);
-    for (int64_t i = first; i < last; ++i) {
+    FillSums(x, first * g.stride_h - g.top, g.InputRows(end - first), scratch);
+    for (int64_t i = first; i < end; ++i) {
       const C* tile = scratch.sums.data() + (i - first) * g.stride_h * tile_width * sums;
       WriteRows<S, C>(g.out_w, g.out, padded_out, scratch.line, y + i * g.out_w * g.out,
                       [&](C* line) {
@@ -46,17 +46,17 @@ class SelectionLayer {
     }
   }
 
-  // dx[:, first:last] of one image, and what these rows add to the gradients of both kernels:
+  // dx[:, first:end] of one image, and what these rows add to the gradients of both kernels:
   // pointwise_sum (in, sums) and depthwise_sum (kernel_h, kernel_w, sums).
-  void Backward(const S* x, const S* dy, int64_t first, int64_t last, S* dx, C* pointwise_sum,
+  void Backward(const S* x, const S* dy, int64_t first, int64_t end, S* dx, C* pointwise_sum,
                 C* depthwise_sum) const {
     Scratch<C>& scratch = ThreadScratch<C>();
-    FillSums(x, first, last - first, scratch);
+    FillSums(x, first, end - first, scratch);
     int64_t first_out = g.FirstOutput(first);
-    FillTile(dy, g.out_h, g.out_w, g.out, first_out, g.EndOfOutputs(last),
+    FillTile(dy, g.out_h, g.out_w, g.out, first_out, g.EndOfOutputs(end),
              {GradientWidth(), GradientLeft(), padded_out}, scratch.output_gradient);
-    C* dz = Grow(scratch.sums_gradient, (last - first) * g.w * sums);
-    for (int64_t row = first; row < last; ++row) {
+    C* dz = Grow(scratch.sums_gradient, (end - first) * g.w * sums);
+    for (int64_t row = first; row < end; ++row) {
       const C* z = scratch.sums.data() + (row - first) * tile_width * sums;
       C* dz_row = dz + (row - first) * g.w * sums;
       const C* const* dy_rows = GradientRows(row, first_out, scratch);
@@ -66,7 +66,7 @@ class SelectionLayer {
         AddDepthwiseGradient(dy_rows, column, z + column, depthwise_sum);
       }
     }
-    int64_t pixels = (last - first) * g.w;
+    int64_t pixels = (end - first) * g.w;
     const C* image = AsCompute(x + first * g.w * g.in, pixels * g.in, scratch.image);
     AddOuterProduct(Lines<C>{image, dz, 1, pixels, 0, g.in, 0, sums}, g.in, sums, pointwise_sum);
     WriteRows<S, C>(pixels, g.in, padded_in, scratch.image_gradient, dx + first * g.w * g.in,
@@ -288,8 +288,8 @@ void SelectionForward(const Geometry& g, const S* x, const S* pointwise, const S
   const SelectionLayer<S, C> layer(g, pointwise, depthwise);
   const RowUnits units{g.n, g.out_h, layer.OutputRowsPerUnit()};
   parallel(units.Count(), [&](int64_t unit) {
-    auto [image, first, last] = units.At(unit);
-    layer.Forward(x + image * g.InputSize(), first, last, y + image * g.OutputSize());
+    auto [image, first, end] = units.At(unit);
+    layer.Forward(x + image * g.InputSize(), first, end, y + image * g.OutputSize());
   });
 }
 
@@ -302,8 +302,8 @@ void SelectionBackward(const Geometry& g, const S* x, const S* pointwise, const 
   std::vector<C> sum = SumOverGroups<C>(
       units.Count(), layer.PointwiseSize() + layer.DepthwiseSize(), parallel,
       [&](int64_t unit, C* sum) {
-        auto [image, first, last] = units.At(unit);
-        layer.Backward(x + image * g.InputSize(), dy + image * g.OutputSize(), first, last,
+        auto [image, first, end] = units.At(unit);
+        layer.Backward(x + image * g.InputSize(), dy + image * g.OutputSize(), first, end,
                        dx + image * g.InputSize(), sum, sum + layer.PointwiseSize());
       });
   layer.StorePointwise(sum.data(), dpointwise);

@@ -17,19 +17,13 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from chansel_jax import functional
-from chansel_jax.data import Split
-from chansel_jax.networks.resnet import CONVS, PRESETS, ResNet
+from chansel_jax.networks.resnet import CONVS, ResNet
 from chansel_jax.torch_weights import from_torch, to_torch
 from chansel_jax.training import devices
 from chansel_jax.training.augmentation import Augmentation
+from chansel_jax.training.batches import Batch, TrainingOrder, take
 from chansel_jax.training.optimizer import OptimizerSettings, make_optimizer, make_schedule
-from chansel_jax.training.step import (
-    epoch_order,
-    init_state,
-    init_totals,
-    make_train_step,
-    put_split,
-)
+from chansel_jax.training.step import init_state, init_totals, make_train_step
 from experiments.benchmarking.cases import (
     Case,
     Contestant,
@@ -42,6 +36,7 @@ from experiments.benchmarking.cases import (
 from experiments.benchmarking.ceilings import Ceilings, Effort, best_rate, numpy_copy_rate
 from experiments.benchmarking.contestants.runner import FIRST_UPDATE, Runner, first_update
 from experiments.benchmarking.contestants.weights import uninitialised
+from experiments.benchmarking.work import network_config
 from experiments.cli.memory import hand_back_memory
 
 # The factors of float32 products are rounded on GPUs unless forbidden.
@@ -75,14 +70,13 @@ def conv_of(contestant: Contestant) -> Callable[..., nnx.Module]:
 def make_network(task: Task) -> ResNet:
     """The network with the weights of `task`; without dropout where outputs are compared."""
     case = task.case
-    make = functools.partial(
-        PRESETS[case.model],
-        conv_of(task.contestant),
-        case.num_classes,
+    config = dataclasses.replace(
+        network_config(case, task.contestant.conv),
+        conv=conv_of(task.contestant),
         dtype=_dtype(case),
         **({} if case.what == "epoch" else {"dropout_rate": 0.0}),
     )
-    network = uninitialised(make)
+    network = uninitialised(config)
     from_torch(network, task.weights)
     return network
 
@@ -261,42 +255,40 @@ class _Epoch(_JaxRunner):
         data = task.train_images
         self.network, self.optimizer = make_network(task), make_adamw(task.recipe)
         self.steps = len(data.labels) // task.case.batch_size
-        split = Split(data.images, data.labels)
-        self.split = put_split(split, data.mean, data.std, self.mesh)
+        self.split = devices.replicate(Batch(data.images, data.labels), self.mesh)
+        self.statistics = devices.replicate((data.mean, data.std), self.mesh)
         self.restart()
 
     def restart(self):
-        self.state = init_state(self.network, self.optimizer, self.task.case.seed, self.mesh)
+        case = self.task.case
+        self.state = init_state(self.network, self.optimizer, case.seed, self.mesh)
+        count, key = len(self.split.labels), np.asarray(self.state.key)
+        self.order = TrainingOrder(key, count, case.batch_size, self.steps)
 
     def warm_up(self):
         images = jax.device_put(image_batch(self.task.case)[0], self.sharded)
         forward = jax.jit(_forward(self.network))
         logits = forward(self.state.params, self.state.batch_stats, images)
         step = make_train_step(
-            self.network,
-            self.optimizer,
-            mesh=self.mesh,
-            batch_size=self.task.case.batch_size,
-            steps_per_epoch=self.steps,
-            augmentation=Augmentation(),
+            self.network, self.optimizer, mesh=self.mesh, augmentation=Augmentation()
         )
-        totals, order = init_totals(self.mesh), self._order()
-        self.step = self.compiled(step, self.state, totals, self.split, order)
+        totals, batch = init_totals(self.mesh), self._batch(0)
+        self.step = self.compiled(step, self.state, totals, batch, *self.statistics)
         return self.compile_seconds, {"logits": np.asarray(logits)}
 
     def run(self, steps):
         for _ in range(steps):
-            order, totals = self._order(), init_totals(self.mesh)
-            for _ in range(self.steps):
-                self.state, totals = self.step(self.state, totals, self.split, order)
+            first, totals = int(self.state.step), init_totals(self.mesh)
+            for number in range(first, first + self.steps):
+                batch = self._batch(number)
+                self.state, totals = self.step(self.state, totals, batch, *self.statistics)
             # What was learned is fetched, as at the end of an epoch of training.
             jax.device_get(totals)
             hand_back_memory()
         jax.block_until_ready(self.state)
 
-    def _order(self) -> jax.Array:
-        epoch = self.state.step // self.steps
-        return epoch_order(self.state.key, epoch, len(self.split.labels))
+    def _batch(self, step: int) -> Batch:
+        return take(self.split, self.order(step), self.mesh)
 
 
 RUNNERS = {"step": _Step, "forward": _Forward, "layer": _Layer, "epoch": _Epoch}

@@ -28,11 +28,8 @@ from experiments.benchmarking.cases import (
 )
 from experiments.benchmarking.ceilings import Ceilings, Effort, best_rate
 from experiments.benchmarking.contestants.runner import FIRST_UPDATE, Runner, first_update
-from experiments.pytorch.networks import WeightedSumConv2d, torch_resnet14, torch_resnet18
+from experiments.pytorch.networks import TorchResNet, WeightedSumConv2d
 from experiments.pytorch.pipeline import make_loader, normalise
-
-NETWORKS = {"resnet14": torch_resnet14, "resnet18": torch_resnet18}
-DROPOUT_RATES = {"resnet14": 0.2, "resnet18": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +116,10 @@ class _TorchRunner(Runner):
 
     def make_module(self) -> nn.Module:
         """The network; its weights are loaded afterwards."""
-        case = self.task.case
-        rate = DROPOUT_RATES[case.model] if case.what == "epoch" else 0.0
-        return NETWORKS[case.model](self.task.contestant.conv, case.num_classes, dropout_rate=rate)
+        case, shape = self.task.case, dict(self.task.torch_network)
+        if case.what != "epoch":
+            shape["dropout_rate"] = 0.0
+        return TorchResNet(self.task.contestant.conv, num_classes=case.num_classes, **shape)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Where products are taken in bfloat16, if that is the case's dtype."""

@@ -1,16 +1,14 @@
 """The weights that all contestants of a case share, in PyTorch's names and layouts."""
 
-import functools
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chansel_jax.networks.resnet import CONVS, PRESETS, ResNet
+from chansel_jax.networks.resnet import ResNet, ResNetConfig
 from chansel_jax.torch_weights import to_torch
 from experiments.benchmarking.cases import Case, Conv
+from experiments.benchmarking.work import network_config
 
 
 def make_weights(case: Case, conv: Conv) -> dict[str, np.ndarray]:
@@ -24,7 +22,7 @@ def network_weights(case: Case, conv: Conv) -> dict[str, np.ndarray]:
     But biases, scales and running statistics differ from each other and from 0 and 1, or a mistake
     in carrying them across would not show in the outputs.
     """
-    network = uninitialised(functools.partial(PRESETS[case.model], CONVS[conv], case.num_classes))
+    network = uninitialised(network_config(case, conv))
     rng = np.random.default_rng(case.seed)
     return {name: _drawn(name, array.shape, rng) for name, array in to_torch(network).items()}
 
@@ -39,9 +37,9 @@ def _drawn(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.nd
     return rng.uniform(0.8, 1.2, shape).astype(np.float32)
 
 
-def uninitialised(make: Callable[..., ResNet]) -> ResNet:
-    """What `make(rngs=…)` builds, filled with zeros: to draw numbers in JAX takes seconds."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+def uninitialised(config: ResNetConfig) -> ResNet:
+    """The network of `config`, filled with zeros: to draw numbers in JAX takes seconds."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: ResNet(config, rngs=nnx.Rngs(0))))
     return nnx.merge(graph, jax.tree.map(_zeros, state))
 
 

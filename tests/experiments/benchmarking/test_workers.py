@@ -14,6 +14,7 @@ from experiments.benchmarking import rounds
 from experiments.benchmarking.cases import Case, Contestant, LayerShape, Machine, Recipe, Task
 from experiments.benchmarking.contestants.runner import Prepared
 from experiments.benchmarking.contestants.weights import make_weights
+from experiments.benchmarking.plan import torch_network
 from experiments.benchmarking.rounds import Schedule, run_case
 from experiments.benchmarking.workers import WorkerError, WorkerHandle, worker_environment
 
@@ -23,7 +24,8 @@ RECIPE = Recipe(0.01, 0.1)
 
 def make_task(framework, conv, variant, case=CASE):
     contestant = Contestant(framework, conv, variant)
-    return Task(case, contestant, Machine("cpu", 2), RECIPE, make_weights(case, conv))
+    weights, network = make_weights(case, conv), torch_network(case.model)
+    return Task(case, contestant, Machine("cpu", 2), RECIPE, weights, network)
 
 
 # One worker

@@ -6,15 +6,20 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Literal
 
 import jax
 import numpy as np
 import pytest
 
+import experiments
+from experiments.cli import ending
 from experiments.cli.command import make_output, run
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import parse
+
+ROOT = Path(experiments.__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +112,7 @@ def test_pair_of_fixed_length_stays_as_it_is():
     [
         ("--counts=1,two", "--counts: invalid literal for int() with base 10: 'two'"),
         ("--counts=1.5", "--counts: invalid literal for int() with base 10: '1.5'"),
-        ("--counts=0", "counts=(0,) must not be zero"),
+        ("--counts=0", "--counts=(0,) must not be zero"),
         ("--kinds=biases,kernels", "--kinds: 'kernels' is none of biases, norms"),
         ("--rate=fast", "--rate"),
         ("--nmaes=cat", "--nmaes"),
@@ -149,7 +154,19 @@ def test_main_gets_the_settings(monkeypatch, capsys):
     "error, code, line",
     [
         (CommandError("no such run"), 1, "error: no such run\n"),
-        (CommandError(ValueError("rank=0 is wrong")), 1, "error: rank=0 is wrong\n"),
+        (CommandError("no\n run"), 1, "error: no run\n"),
+        (
+            CommandError("rate=2 is wrong with flag=True"),
+            1,
+            "error: --rate=2 is wrong with --flag\n",
+        ),
+        (CommandError("cats: rate=2"), 1, "error: cats: --rate=2\n"),
+        (CommandError("a/rate=2 is --rate=2"), 1, "error: a/rate=2 is --rate=2\n"),
+        (ValueError("rate=0.5 must be"), 1, "error: --rate=0.5 must be\n"),
+        (ValueError("flag=False: no"), 1, "error: --no-flag: no\n"),
+        (ValueError("counts=2 must be"), 1, "error: --counts=2 must be\n"),
+        (ValueError("count=2 must be"), 1, "error: --counts=2 must be\n"),
+        (ValueError("count=(1, 2): no"), 1, "error: --counts=1,2: no\n"),
         (OSError("disk\n  full\n"), 1, "error: disk full\n"),
         (FileNotFoundError(2, "Missing", "a/b"), 1, "error: [Errno 2] Missing: 'a/b'\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
@@ -202,12 +219,51 @@ def test_wrong_flag_ends_with_2_before_main_runs(monkeypatch, capsys):
     assert (stopped.value.code, got) == (2, [])
 
 
-def test_bug_keeps_its_traceback(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        ZeroDivisionError(),
+        ValueError("rate=0.25 must be"),  # the user gave 0.5
+        ValueError("count=20 must be"),  # ... 1 and 2
+        ValueError("axis=3 must be"),
+        ValueError("shapes differ"),
+    ],
+    ids=str,
+)
+def test_bug_keeps_its_traceback(error, monkeypatch):
     def main(_):
-        raise ZeroDivisionError
+        raise error
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(error)) as raised:
         run_with(monkeypatch, main)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(CommandError("no run"), "error: no run"), (ZeroDivisionError(), "ZeroDivisionError")],
+)
+def test_error_ends_one_of_several_processes_at_once(error, line, monkeypatch, capsys):
+    def main(_):
+        raise error
+
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(ending, "GRACE", 0)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as stopped:
+        run_with(monkeypatch, main)
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == line
+
+
+def test_without_its_packages_a_command_says_what_to_install():
+    # -S: Python leaves out the folder of what is installed.
+    command = [sys.executable, "-S", "-m", "experiments.train"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        'error: the commands need more packages: pip install -e ".[experiments]"\n'
+    )
 
 
 # Output

@@ -1,5 +1,7 @@
 """Runs of several processes, on the loopback interface."""
 
+import dataclasses
+import io
 import json
 import os
 import shutil
@@ -9,13 +11,13 @@ import sys
 import time
 
 import pytest
-import shallow
-import shallow_scaling
-from clusters import environment, processes
+from clusters import environment, processes, train_command
+from rich.console import Console
 
-from experiments.cli.errors import EXIT_INTERRUPTED, EXIT_SAVED
+from experiments.cli.ending import EXIT_INTERRUPTED, EXIT_SAVED
 from experiments.cluster import coordination, joining
 from experiments.training.experiment import load_data
+from experiments.training.run import train_and_evaluate
 
 DEVICES = 8
 
@@ -30,28 +32,9 @@ def test_one_process_is_the_first_and_waits_for_none():
     assert [coordination.shared_maximum(lambda: next(numbers))() for _ in range(2)] == [None, 15]
 
 
-UNREAD = """
-import sys
-from experiments import cluster
-console = coordination.console()
-for i in range(2 * 10**4):  # more than a pipe holds
-    console.print(i)
-print("done", file=sys.stderr)
-"""
-
-
-def test_that_nobody_reads_what_is_printed_ends_nothing():
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", UNREAD], **pipes, text=True) as process:
-        assert process.stdout.readline() == "0\n"
-        process.stdout.close()
-        assert process.stderr.read() == "done\n"
-    assert process.returncode == 0
-
-
 def two_processes(settings, workdir, *words, devices=DEVICES, **of_the_last):
     """Of a run over so many devices in all."""
-    return processes([*shallow.command(settings, workdir), *words], 2, devices, **of_the_last)
+    return processes([*train_command(settings, workdir), *words], 2, devices, **of_the_last)
 
 
 def rows(workdir):
@@ -70,14 +53,15 @@ def test_processes_stop_together_and_one_goes_on_with_the_same_losses(settings, 
     assert "stopped by SIGTERM after " in outputs[0][1]
     assert "4 × cpu" not in outputs[0][0] and f"{DEVICES} × cpu" in outputs[0][0]
     assert "stopped" not in outputs[1][1] and "epoch" not in outputs[1][0]  # one speaks
-    again = train(settings, workdir, devices=1)
-    assert "resumed after" in again.stdout
+    console = Console(file=io.StringIO())
+    train_and_evaluate(dataclasses.replace(settings, workdir=workdir), console)
+    assert "resumed after" in console.file.getvalue()
     assert_same_losses(workdir, settings.workdir)
 
 
 def train(settings, workdir, devices):
     done = subprocess.run(
-        shallow.command(settings, workdir), env=environment(devices), capture_output=True, text=True
+        train_command(settings, workdir), env=environment(devices), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -90,30 +74,24 @@ def assert_same_losses(workdir, other):
         assert row["val_loss"] == pytest.approx(expected["val_loss"], abs=3e-4)
 
 
-def test_devices_give_the_same_losses_and_may_change_in_between(settings, whole, tmp_path):
-    """Two devices (this process's), eight, and one that goes on where eight were."""
-    eight = tmp_path / "eight"
-    train(settings, eight, devices=DEVICES)
-    assert_same_losses(eight, settings.workdir)
-    take_back_an_epoch(eight)
-    assert "resumed after epoch 2 of 3" in train(settings, eight, devices=1).stdout
-    assert_same_losses(eight, settings.workdir)
-
-
 def take_back_an_epoch(workdir):
     shutil.rmtree(workdir / "checkpoints" / "3")
     (workdir / "summary.json").unlink()
 
 
-def test_two_processes_of_four_devices_go_on_where_one_device_was(settings, whole, tmp_path):
+def test_devices_give_the_same_losses_and_may_change_in_between(settings, whole, tmp_path):
+    """Two devices (this process's); eight; two processes of four; and one where these were."""
     workdir = tmp_path / "run"
-    train(settings, workdir, devices=1)
+    train(settings, workdir, devices=DEVICES)
     assert_same_losses(workdir, settings.workdir)
     take_back_an_epoch(workdir)
     with two_processes(settings, workdir) as both:
         outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert "resumed after epoch 2 of 3" in outputs[0][0]
+    assert_same_losses(workdir, settings.workdir)
+    take_back_an_epoch(workdir)
+    assert "resumed after epoch 2 of 3" in train(settings, workdir, devices=1).stdout
     assert_same_losses(workdir, settings.workdir)
 
 
@@ -128,27 +106,31 @@ def test_processes_that_differ_are_told(settings, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def two_folders(settings, tmp_path):
-    """What two processes say that have folders of their own, as on machines that share none."""
-    mine, other = tmp_path / "run", tmp_path / "elsewhere"
-    with two_processes(settings, mine, devices=2, last=[f"--workdir={other}"]) as both:
-        outputs = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [1, 1]
-    return [errors for _, errors in outputs]
+def test_processes_must_agree_on_the_folder_and_its_checkpoints(
+    settings, whole, tmp_path, monkeypatch
+):
+    """On machines that share none, process 0 alone has made its folder; or they hold other runs."""
 
+    def compared(workdir, first):
+        """What a process with that folder tells the others."""
+        told = {}
+        with monkeypatch.context() as patch:
+            patch.setattr(coordination, "is_first", lambda: first)
+            patch.setattr(coordination, "check_equal", told.__setitem__)
+            given = dataclasses.replace(settings, workdir=workdir)
+            train_and_evaluate(given, Console(quiet=True))
+        return told
 
-def test_processes_with_other_folders_are_told(settings, tmp_path):
-    for errors in two_folders(settings, tmp_path):
-        assert "error: process 1 has other files in its --workdir" in errors
-    assert not (tmp_path / "elsewhere").exists()
-
-
-def test_processes_with_other_checkpoints_are_told(settings, whole, tmp_path):
-    for name in ("run", "elsewhere"):
-        shutil.copytree(settings.workdir, tmp_path / name)
-    take_back_an_epoch(tmp_path / "run")
-    for errors in two_folders(settings, tmp_path):
-        assert "error: process 1 has other checkpoints in its --workdir" in errors
+    shutil.copytree(settings.workdir, tmp_path / "whole")
+    shutil.copytree(settings.workdir, tmp_path / "part")
+    take_back_an_epoch(tmp_path / "part")
+    files, checkpoints = (
+        f"{what} in its --workdir, which all must share," for what in ("files", "checkpoints")
+    )
+    told = compared(tmp_path / "whole", True)
+    assert told[files] == {"config": True} and told[checkpoints] == {"checkpoints": [[2, 3], []]}
+    assert compared(tmp_path / "part", True)[checkpoints] == {"checkpoints": [[2], []]}
+    assert compared(tmp_path / "none", False)[files] == {"config": False}
 
 
 def test_failure_of_another_process_ends_the_first(settings, tmp_path):
@@ -216,8 +198,8 @@ def test_failure_of_the_first_process_ends_the_others(settings, tmp_path):
     ("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, EXIT_INTERRUPTED)]
 )
 def test_signal_where_nothing_is_to_be_saved_ends_all_processes(tmp_path, number, code):
-    command = [sys.executable, shallow_scaling.__file__, "--batch-size=2", "--rounds=100000"]
-    command.append(f"--output={tmp_path / 'report'}")
+    command = [sys.executable, "-m", "experiments.scaling", "--blocks=1", "--batch-size=2"]
+    command += ["--rounds=100000", f"--output={tmp_path / 'report'}"]
     with processes(command, count=2, devices=2) as both:
         while "virtual devices" not in both[0].stdout.readline():
             assert both[0].poll() is None

@@ -11,9 +11,8 @@ from experiments.cli.errors import CommandError
 from experiments.studies import runs
 from experiments.studies.runs import finished, read_records, record_of, write_record
 from experiments.training.scores import Wanted
-from experiments.training.settings import NetworkSettings
 
-pytestmark = pytest.mark.usefixtures("shallow_networks", "whole")
+pytestmark = pytest.mark.usefixtures("whole")
 QUIET = Console(quiet=True)
 
 
@@ -62,7 +61,8 @@ def test_a_finished_run_needs_its_line_only(there, settings, trained):
 
 
 def test_a_line_of_other_settings_or_images_is_refused(there, settings, trained):
-    changed = dataclasses.replace(settings, seed=1, network=NetworkSettings(width=8))
+    network = dataclasses.replace(settings.network, width=8)
+    changed = dataclasses.replace(settings, seed=1, network=network)
     message = r"whole in .* other settings \(width: 4 → 8; seed: 0 → 1\): take another --output"
     with pytest.raises(CommandError, match=message):
         finished(there, "whole", changed, QUIET)

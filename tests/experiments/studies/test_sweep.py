@@ -7,7 +7,7 @@ from experiments.cli.errors import CommandError
 from experiments.studies import sweep
 from experiments.studies.runs import Record
 from experiments.studies.sweep import Outcome, named, overfitting_epoch, run_all
-from experiments.training.run import DivergedError
+from experiments.training.loop import DivergedError
 from experiments.training.settings import NetworkSettings, Settings
 
 
@@ -70,7 +70,6 @@ def test_a_network_that_cannot_be_is_refused_before_any_training(tmp_path):
         run_all(entries, (0,), tmp_path, None)
 
 
-@pytest.mark.usefixtures("shallow_networks")
 def test_every_network_from_one_seed_before_the_next(monkeypatch, tmp_path):
     order = []
 
@@ -91,7 +90,6 @@ def test_every_network_from_one_seed_before_the_next(monkeypatch, tmp_path):
     assert not diverged
 
 
-@pytest.mark.usefixtures("shallow_networks")
 def test_what_diverges_is_left_out_and_the_rest_trained(monkeypatch, tmp_path):
     def train(output, name, settings, console, wanted):
         if settings.conv == "subkernel" and settings.seed != 9:

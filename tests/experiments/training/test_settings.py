@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
+from chansel_jax import resnet14
 from chansel_jax.counting import LayerCount
 from chansel_jax.data import DATASETS, Dataset, Split
 from chansel_jax.networks.resnet import CONVS, PRESETS
@@ -29,7 +30,6 @@ from experiments.training.settings import (
     Settings,
     TrainingSettings,
     build_network,
-    checked_seeds,
     run_name,
 )
 
@@ -98,13 +98,6 @@ def test_outermost_good_value_is_taken(settings_type, name, value):
     assert getattr(settings_type(**{name: value}), name) == value
 
 
-@pytest.mark.parametrize("seeds", [(), (1, 1), (-1,)])
-def test_seeds_are_different_and_in_range(seeds):
-    assert checked_seeds((0, 3)) == (0, 3)
-    with pytest.raises(ValueError, match="seeds?=.* must be"):
-        checked_seeds(seeds)
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_gives_what_no_flag_does(recipe):
     settings = parse(Settings, "train", [f"--recipe={recipe}", "--batch-size=8"], RECIPES)
@@ -169,16 +162,17 @@ def test_flags_of_all_groups_reach_the_settings():
 @pytest.mark.parametrize("model", PRESETS)
 @pytest.mark.parametrize("conv", CONVS)
 def test_network_by_default_is_the_preset(model, conv):
-    preset = nnx.eval_shape(lambda: PRESETS[model](CONVS[conv], 5, rngs=nnx.Rngs(0)))
+    preset = dataclasses.replace(PRESETS[model], conv=CONVS[conv], num_classes=5)
     network = built(5, model=model, conv=conv)
-    assert network.config == preset.config
+    assert network.config == preset
     assert network.config.dropout_rate == {"resnet14": 0.2, "resnet18": 0}[model]
-    assert network.dense.out_features == 5
+    assert network.classifier.out_features == 5
 
 
 @pytest.mark.parametrize(
     "name, value, expected",
     [
+        ("blocks", (1, 3), (1, 3)),
         ("width", 8, 8),
         ("rank", 3, 3),
         ("use_bias", True, True),
@@ -189,14 +183,6 @@ def test_network_by_default_is_the_preset(model, conv):
 )
 def test_network_honours_each_setting_and_changes_nothing_else(name, value, expected):
     assert built(**{name: value}).config == dataclasses.replace(built().config, **{name: expected})
-
-
-@pytest.mark.parametrize(
-    "name, value", [("width", -1), ("width", 0), ("rank", 0), ("rank", 10), ("dropout_rate", 1.0)]
-)
-def test_network_refuses_a_bad_setting_by_its_name(name, value):
-    with pytest.raises(ValueError, match=f"{name}={value}"):
-        built(**{name: value})
 
 
 def test_initialisation_and_norm_reach_the_convolutions():
@@ -213,10 +199,10 @@ def test_initialisation_and_norm_reach_the_convolutions():
 def test_seed_decides_the_initial_parameters():
     @functools.partial(jax.jit, static_argnums=0)
     def kernel(seed):
-        return build_network(Settings(seed=seed), 3).dense.kernel[...]
+        return build_network(Settings(seed=seed), 3).classifier.kernel[...]
 
     zero, one = kernel(0), kernel(1)
-    expected = jax.jit(lambda: PRESETS["resnet14"](rngs=nnx.Rngs(0)).dense.kernel[...])()
+    expected = jax.jit(lambda: resnet14(rngs=nnx.Rngs(0)).classifier.kernel[...])()
     np.testing.assert_array_equal(zero, expected)
     assert not np.array_equal(zero, one)
 
@@ -277,12 +263,12 @@ def test_header_names_devices_versions_and_sizes(console):
 def test_layers_are_listed_with_their_total(console):
     rows = [
         LayerCount("stem.conv", "subkernel", (32, 32, 16), 448, 442368),
-        LayerCount("dense", "dense", (3,), 1195, 1192),
+        LayerCount("classifier", "linear", (3,), 1195, 1192),
     ]
     printing.print_layers(rows, "resnet14", console)
     lines = [line.split() for line in printed(console).splitlines()]
     assert ["stem.conv", "subkernel", "32", "×", "32", "×", "16", "448", "442,368"] in lines
-    assert ["dense", "dense", "3", "1,195", "1,192"] in lines
+    assert ["classifier", "linear", "3", "1,195", "1,192"] in lines
     assert ["total", "1,643", "443,560"] in lines
 
 

@@ -1,14 +1,75 @@
-"""Signals that ask a run to stop, noted so that it can save first."""
+"""How the process of a command ends: its exit codes, its last words, and signals."""
 
+import atexit
 import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
+from typing import NoReturn
 
-# The last is of a terminal that is closed.
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_SAVED = 75  # "try again later" in BSD's sysexits.h
+EXIT_INTERRUPTED = 130
+
+# The last is sent when a terminal is closed.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+GRACE = 2  # seconds
+
+
+def say(line: str) -> None:
+    """Prints a line on the standard error at once, or does nothing if nobody can read it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def print_error(error: Exception | str) -> None:
+    """Prints an error as one line, at once."""
+    say(f"error: {' '.join(str(error).split())}")
+
+
+def end_at_once(code: int) -> NoReturn:
+    """Ends the process: nothing is closed, and no thread or other process is waited for.
+
+    Threads that read images in C++ crash if Python ends before them, and JAX's own way out has each
+    process of a run wait for all the others, for minutes.
+    """
+    os._exit(code)
+
+
+def end_before_others(code: int) -> NoReturn:
+    """Ends the process as `end_at_once` does, and with process 0 the others of its run.
+
+    They are left the time to say what they have to.
+    """
+    time.sleep(GRACE)
+    end_at_once(code)
+
+
+def handle_interrupts() -> None:
+    """From here to the end Ctrl-C raises KeyboardInterrupt; then it ends the process at once."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        return
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # the package has set it, see there
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def interrupts_end_process() -> Iterator[None]:
+    """Within it Ctrl-C ends the process at once, also where Python's handler gets no turn."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
@@ -62,9 +123,9 @@ def _ended_by_the_second_of(numbers: Collection[int], say: Callable[[str], None]
                 continue
             seen += 1
             if seen == 2:
-                os._exit(128 + number)
+                end_at_once(128 + number)
             name = signal.Signals(number).name
-            line = f"{name}: stops between two steps, and saves; a second one ends it at once"
+            line = f"{name}: the run stops between two steps, and saves; a second one ends it now"
             # In another thread again, for the next signal not to wait until somebody reads it.
             threading.Thread(target=say, args=(line,), daemon=True).start()
 

@@ -7,11 +7,11 @@ import threading
 
 import pytest
 
-from experiments.cli.interruption import noted_signals
+from experiments.cli.ending import noted_signals
 
 SCRIPT = """
 import hashlib, signal, sys, time
-from experiments.interruption import noted_signals
+from experiments.cli.ending import noted_signals
 with noted_signals(lambda line: SAY) as received:
     print(received(), flush=True)
     while received() is None:
@@ -34,7 +34,7 @@ def test_first_signal_is_noted_and_the_second_ends_the_process(first, second, wa
         assert process.stdout.readline() == "None\n"
         process.send_signal(first)
         assert process.stdout.readline() == f"{first.name}\n"
-        assert process.stderr.readline().startswith(f"{first.name}: stops between two steps")
+        assert process.stderr.readline().startswith(f"{first.name}: the run stops between")
         process.send_signal(second)
         assert process.wait(timeout=10) == 128 + second
 

@@ -1,0 +1,21 @@
+"""What commands print to."""
+
+import os
+import sys
+
+import jax
+from rich.console import Console
+
+
+class _PatientConsole(Console):
+    """Goes quiet when nobody reads what it prints, as of `| head`; a run is not to end for that."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # Python flushes the standard output once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def make_console() -> Console:
+    """The console of a command; of several processes only process 0 prints."""
+    return _PatientConsole(highlight=False, soft_wrap=True, quiet=jax.process_index() != 0)

@@ -1,0 +1,33 @@
+"""What commands print to."""
+
+import subprocess
+import sys
+
+import jax
+
+from experiments.cli.console import make_console
+
+UNREAD = """
+import sys
+from experiments.cli.console import make_console
+console = make_console()
+for i in range(100):
+    console.print("x" * 1000)  # in all more than a pipe holds
+print("done", file=sys.stderr)
+"""
+
+
+def test_that_nobody_reads_what_is_printed_ends_nothing():
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", UNREAD], **pipes, text=True) as process:
+        assert process.stdout.readline() == "x" * 1000 + "\n"
+        process.stdout.close()
+        assert process.stderr.read() == "done\n"
+    assert process.returncode == 0
+
+
+def test_only_process_0_prints(monkeypatch, capsys):
+    make_console().print("first")
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    make_console().print("second")
+    assert capsys.readouterr().out == "first\n"

@@ -1,0 +1,3 @@
+"""Stands before PyTorch in processes that can do without it."""
+
+raise ImportError("PyTorch is kept out of this process")
