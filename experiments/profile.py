@@ -29,14 +29,9 @@ from chansel_jax.networks.resnet import CONVS, PRESETS, Model, ResNet, ResNetCon
 from chansel_jax.ops import native
 from chansel_jax.training import devices
 from chansel_jax.training.augmentation import Augmentation
+from chansel_jax.training.batches import Batch, put_batch
 from chansel_jax.training.optimizer import OptimizerSettings, make_optimizer, make_schedule
-from chansel_jax.training.step import (
-    epoch_order,
-    init_state,
-    init_totals,
-    make_train_step,
-    put_split,
-)
+from chansel_jax.training.step import init_state, init_totals, make_train_step
 from experiments.cli.command import make_output, run
 from experiments.cli.console import make_console
 from experiments.cli.flags import typed
@@ -123,26 +118,20 @@ def profile_step(settings: Settings, conv: str, folder: Path) -> Profile:
     optimizer_settings = OptimizerSettings()
     schedule = make_schedule(optimizer_settings, epochs=1, steps_per_epoch=1000)
     optimizer = make_optimizer(optimizer_settings, schedule)
+    devices.check_batch_size(settings.batch_size, mesh)
     split = random_split(config, settings.batch_size)
-    step = make_train_step(
-        network,
-        optimizer,
-        mesh=mesh,
-        batch_size=settings.batch_size,
-        steps_per_epoch=1,
-        augmentation=Augmentation(),
-    )
+    step = make_train_step(network, optimizer, mesh=mesh, augmentation=Augmentation())
     state = init_state(network, optimizer, 0, mesh)
     totals = init_totals(mesh)
-    split = put_split(split, split.summary.mean, split.summary.std, mesh)
-    order = epoch_order(state.key, 0, settings.batch_size)
-    step = step.lower(state, totals, split, order).compile()
+    batch = put_batch(Batch(split.images, split.labels), mesh)
+    statistics = devices.replicate((split.summary.mean, split.summary.std), mesh)
+    step = step.lower(state, totals, batch, *statistics).compile()
 
     def take_steps(count: int, one_at_a_time: bool = False) -> float:
         nonlocal state, totals
         start = time.perf_counter()
         for _ in range(count):
-            state, totals = step(state, totals, split, order)
+            state, totals = step(state, totals, batch, *statistics)
             if one_at_a_time:
                 jax.block_until_ready(state)
         jax.block_until_ready(state)

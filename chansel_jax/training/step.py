@@ -1,9 +1,8 @@
 """The training step, the evaluation and their state: pure functions under `jax.jit`.
 
 Everything runs over a mesh of all devices of all processes, data-parallel: batches are sharded, the
-state is replicated, BatchNorm sees the whole batch. Images are uint8, a whole data set on the
-devices or one batch at a time. Which images a step takes, how they are cropped and mirrored, and
-what dropout drops depend on the seed and the step alone.
+state is replicated, BatchNorm sees the whole batch. How the images of a batch are cropped and
+mirrored, and what dropout drops, depends on the seed and the step alone.
 """
 
 import dataclasses
@@ -15,13 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax import lax
 from jax.sharding import Mesh
 
-from chansel_jax.data import Split
 from chansel_jax.functional import Tree, apply_function, network_tree
 from chansel_jax.training.augmentation import Augmentation, cutout, normalise, random_crop_flip
-from chansel_jax.training.devices import batch_sharding, check_batch_size, everywhere, replicate
+from chansel_jax.training.devices import everywhere, replicate
 
 NO_STEP = np.iinfo(np.int32).max
 
@@ -75,49 +72,6 @@ class Totals:
         )
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["images", "labels", "mean", "std"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class DeviceSplit:
-    """A split of a data set on every device of a mesh.
-
-    Attributes:
-        images: `(N, H, W, C)` uint8.
-        labels: `(N,)` int32.
-        mean: `(C,)` float32, the channels' means over the training images.
-        std: `(C,)` float32, their standard deviations.
-    """
-
-    images: jax.Array
-    labels: jax.Array
-    mean: jax.Array
-    std: jax.Array
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["images", "labels"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """What a step takes.
-
-    Attributes:
-        images: `(N, H, W, C)` uint8.
-        labels: `(N,)` int32.
-    """
-
-    images: jax.Array
-    labels: jax.Array
-
-
-def put_split(split: Split, mean: np.ndarray, std: np.ndarray, mesh: Mesh) -> DeviceSplit:
-    """`split` on every device of `mesh`, with the statistics that normalise it."""
-    return replicate(DeviceSplit(split.images, split.labels, mean, std), mesh)
-
-
 def init_state(
     network: nnx.Module, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
 ) -> TrainState:
@@ -135,64 +89,11 @@ def init_state(
 
 def init_totals(mesh: Mesh) -> Totals:
     """Totals of no image, on every device."""
-    return replicate(_zero_totals(), mesh)
-
-
-@functools.partial(jax.jit, static_argnames="count")
-def epoch_order(key: jax.Array, epoch: int, count: int) -> jax.Array:
-    """The order `(count,)` int32 in which an epoch, counted from 0, visits `count` images.
-
-    Args:
-        key: that of the `TrainState`.
-        epoch: which one.
-        count: of the training images.
-    """
-    order_key, _ = jax.random.split(jax.random.wrap_key_data(key))
-    key = jax.random.fold_in(order_key, epoch)
-    return jax.random.permutation(key, count).astype(jnp.int32)
+    totals = Totals(jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.int32(NO_STEP))
+    return replicate(totals, mesh)
 
 
 def make_train_step(
-    network: nnx.Module,
-    optimizer: optax.GradientTransformation,
-    *,
-    mesh: Mesh,
-    batch_size: int,
-    steps_per_epoch: int,
-    augmentation: Augmentation,
-    label_smoothing: float = 0.0,
-) -> Callable[[TrainState, Totals, DeviceSplit, jax.Array], tuple[TrainState, Totals]]:
-    """The jitted step `(state, totals, split, order) -> (state, totals)`.
-
-    It takes the `batch_size` images that are next in `order`, and consumes (donates) `state`. The
-    totals hold the cross-entropy without label smoothing.
-
-    Args:
-        network: gives the structure; its arrays are not used.
-        optimizer: updates the parameters.
-        mesh: the devices, from `data_mesh`.
-        batch_size: images a step over all devices.
-        steps_per_epoch: steps before a new `order` begins.
-        augmentation: how the images are varied.
-        label_smoothing: share of the target spread evenly over all classes.
-
-    Raises:
-        ValueError: if `batch_size` is not divisible by the devices.
-    """
-    check_batch_size(batch_size, mesh)
-    update = _update_function(network, optimizer, augmentation, label_smoothing)
-
-    def train_step(state, totals, split, order):
-        first = state.step % steps_per_epoch * batch_size
-        index = lax.dynamic_slice_in_dim(order, first, batch_size)
-        index = lax.with_sharding_constraint(index, batch_sharding(mesh))
-        batch = Batch(split.images[index], split.labels[index])
-        return update(state, totals, batch, split.mean, split.std)
-
-    return jax.jit(train_step, donate_argnums=0, out_shardings=everywhere(mesh))
-
-
-def make_batch_step(
     network: nnx.Module,
     optimizer: optax.GradientTransformation,
     *,
@@ -202,22 +103,20 @@ def make_batch_step(
 ) -> Callable[..., tuple[TrainState, Totals]]:
     """The jitted step `(state, totals, batch, mean, std) -> (state, totals)`.
 
-    As that of `make_train_step`, for images that are not on the devices: it is given its `Batch`,
-    sharded as `batch_sharding` says, and the channels' statistics `(C,)`.
+    It consumes (donates) `state`. Its `Batch` is sharded as `batch_sharding` says; `mean` and `std`
+    are the channels' statistics `(C,)` float32 over the training images. The totals hold the
+    cross-entropy without label smoothing.
+
+    Args:
+        network: gives the structure; its arrays are not used.
+        optimizer: updates the parameters.
+        mesh: the devices, from `data_mesh`.
+        augmentation: how the images are varied.
+        label_smoothing: share of the target spread evenly over all classes.
     """
-    update = _update_function(network, optimizer, augmentation, label_smoothing)
-    return jax.jit(update, donate_argnums=0, out_shardings=everywhere(mesh))
-
-
-def _update_function(
-    network: nnx.Module,
-    optimizer: optax.GradientTransformation,
-    augmentation: Augmentation,
-    label_smoothing: float,
-) -> Callable[..., tuple[TrainState, Totals]]:
     apply = apply_function(network, train=True)
 
-    def update(state, totals, batch, mean, std):
+    def train_step(state, totals, batch, mean, std):
         _, steps_key = jax.random.split(jax.random.wrap_key_data(state.key))
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(steps_key, state.step))
         with jax.named_scope("augmentation"):  # scopes are what a profile shows
@@ -256,59 +155,24 @@ def _update_function(
         )
         return state, totals
 
-    return update
+    return jax.jit(train_step, donate_argnums=0, out_shardings=everywhere(mesh))
 
 
-def make_evaluate(
-    network: nnx.Module, *, mesh: Mesh, batch_size: int
-) -> Callable[[TrainState, DeviceSplit], Totals]:
-    """The jitted evaluation `(state, split) -> totals` over every image of a split.
+def make_evaluate(network: nnx.Module, *, mesh: Mesh) -> Callable[..., Totals]:
+    """The jitted function `(state, totals, batch, count, mean, std) -> totals`.
 
-    The last batch is padded and the padding masked, so that no image is left out or counted twice.
-
-    Raises:
-        ValueError: if `batch_size` is not divisible by the devices.
+    It consumes (donates) `totals`, and adds the first `count` images of a `Batch`, which is sharded
+    as `batch_sharding` says; the others only fill it up.
     """
-    check_batch_size(batch_size, mesh)
-    add = _count_function(network)
-
-    def evaluate(state, split):
-        count = len(split.labels)
-
-        def add_batch(number, totals):
-            index = number * batch_size + jnp.arange(batch_size)
-            index = lax.with_sharding_constraint(index, batch_sharding(mesh))
-            taken = jnp.minimum(index, count - 1)
-            batch = Batch(split.images[taken], split.labels[taken])
-            return add(state, totals, batch, index < count, split.mean, split.std)
-
-        return lax.fori_loop(0, -(-count // batch_size), add_batch, _zero_totals())
-
-    return jax.jit(evaluate, out_shardings=everywhere(mesh))
-
-
-def make_batch_evaluate(network: nnx.Module, *, mesh: Mesh) -> Callable[..., Totals]:
-    """The jitted function `(state, totals, batch, mask, mean, std) -> totals`.
-
-    It adds those images of a `Batch` where `mask` `(N,)` is True; both are sharded as
-    `batch_sharding` says.
-    """
-    return jax.jit(_count_function(network), donate_argnums=1, out_shardings=everywhere(mesh))
-
-
-def _count_function(network: nnx.Module) -> Callable[..., Totals]:
     apply = apply_function(network, train=False)
 
-    def add(state, totals, batch, mask, mean, std):
+    def evaluate(state, totals, batch, count, mean, std):
         images = normalise(batch.images, mean, std)
         logits, _ = apply(state.params, state.batch_stats, images, None)
+        mask = jnp.arange(len(batch.labels)) < count
         return totals.add(*_losses_and_correct(logits, batch.labels), mask)
 
-    return add
-
-
-def _zero_totals() -> Totals:
-    return Totals(jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.int32(NO_STEP))
+    return jax.jit(evaluate, donate_argnums=1, out_shardings=everywhere(mesh))
 
 
 def _losses_and_correct(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -8,17 +8,13 @@ import jax
 import numpy as np
 
 from chansel_jax.training import devices, streaming
+from chansel_jax.training.batches import Batch, GivenOrder, TrainingOrder, take
 from chansel_jax.training.step import (
-    Batch,
     Totals,
     TrainState,
-    epoch_order,
     init_totals,
-    make_batch_evaluate,
-    make_batch_step,
     make_evaluate,
     make_train_step,
-    put_split,
 )
 from experiments.training.experiment import Experiment
 
@@ -28,90 +24,89 @@ class Feed:
     """The images of a run, with the functions that take them.
 
     Attributes:
-        step: `(state, totals, *arguments) -> (state, totals)`, compiled; it consumes the state.
-        arguments: of the steps that are left in the epoch of a state.
+        batches: of the steps that are left of the run.
+        step: `(state, totals, batch) -> (state, totals)`, compiled; it consumes the state.
         evaluate: the validation totals of a state.
     """
 
-    step: Callable[..., tuple[TrainState, Totals]]
-    arguments: Callable[[TrainState], Iterator[tuple]]
+    batches: Iterator[Batch]
+    step: Callable[[TrainState, Totals, Batch], tuple[TrainState, Totals]]
     evaluate: Callable[[TrainState], Totals]
 
 
-def open_feed(experiment: Experiment, state: TrainState) -> contextlib.AbstractContextManager[Feed]:
-    """The images of a run that goes on from `state`, within a `with`."""
-    in_memory = experiment.settings.reading.input == "memory"
-    return (memory_feed if in_memory else streaming_feed)(experiment, state)
+# The batches of the steps that are left, and a function that opens all of the validation images,
+# each batch with how many images are new in it.
+Batches = tuple[
+    Iterator[Batch], Callable[[], contextlib.AbstractContextManager[Iterator[tuple[Batch, int]]]]
+]
 
 
 @contextlib.contextmanager
-def memory_feed(experiment: Experiment, state: TrainState) -> Iterator[Feed]:
-    """All images on every device; a step takes those that are next in the epoch's order."""
-    train_split, validation = (
-        put_split(experiment.dataset.splits[name], *experiment.statistics, experiment.mesh)
+def open_feed(experiment: Experiment, state: TrainState) -> Iterator[Feed]:
+    """The images of a run that goes on from `state`, within a `with`."""
+    mesh, size = experiment.mesh, experiment.images_per_step
+    statistics = devices.replicate(experiment.statistics, mesh)
+    step = make_train_step(experiment.network, experiment.optimizer, **experiment.step_options())
+    add = make_evaluate(experiment.network, mesh=mesh)
+    totals = init_totals(mesh)
+    batch = abstract_batch(experiment.dataset.splits["train"].images.shape[1:], size, mesh)
+    step = step.lower(state, totals, batch, *statistics).compile()
+    add = add.lower(state, totals, batch, np.int32(size), *statistics).compile()
+    in_memory = experiment.settings.reading.input == "memory"
+    opened = (batches_in_memory if in_memory else batches_read_ahead)(experiment, state)
+    with opened as (batches, validation):
+
+        def evaluate(state):
+            totals = init_totals(mesh)
+            with validation() as batches:
+                for batch, count in batches:
+                    totals = add(state, totals, batch, count, *statistics)
+            return totals
+
+        yield Feed(batches, lambda *arguments: step(*arguments, *statistics), evaluate)
+
+
+@contextlib.contextmanager
+def batches_in_memory(experiment: Experiment, state: TrainState) -> Iterator[Batches]:
+    """All images on every device, which gathers those of each batch."""
+    mesh, splits = experiment.mesh, experiment.dataset.splits
+    train, validation = (
+        devices.replicate(Batch(splits[name].images, splits[name].labels), mesh)
         for name in ("train", "validation")
     )
+    order, steps = training_order(experiment, state)
+    given = GivenOrder(len(validation.labels), experiment.images_per_step)
 
-    def arguments(state):
-        first = int(state.step)
-        steps = experiment.steps_per_epoch
-        order = epoch_order(state.key, first // steps, len(train_split.labels))
-        for _ in range(first % steps, steps):
-            yield train_split, order
+    def validation_batches():
+        batches = ((take(validation, given(n), mesh), given.new(n)) for n in range(len(given)))
+        return contextlib.nullcontext(batches)
 
-    step = make_train_step(
-        experiment.network,
-        experiment.optimizer,
-        batch_size=experiment.images_per_step,
-        steps_per_epoch=experiment.steps_per_epoch,
-        **experiment.step_options(),
-    )
-    evaluate = make_evaluate(
-        experiment.network, mesh=experiment.mesh, batch_size=experiment.images_per_step
-    )
-    totals = init_totals(experiment.mesh)
-    order = epoch_order(state.key, 0, len(train_split.labels))
-    step = step.lower(state, totals, train_split, order).compile()
-    evaluate = evaluate.lower(state, validation).compile()
-    yield Feed(step, arguments, lambda state: evaluate(state, validation))
+    yield (take(train, order(step), mesh) for step in steps), validation_batches
 
 
 @contextlib.contextmanager
-def streaming_feed(experiment: Experiment, state: TrainState) -> Iterator[Feed]:
-    """Batches that Grain reads ahead, in the order of the other feed."""
-    splits, mesh = experiment.dataset.splits, experiment.mesh
-    size, steps = experiment.images_per_step, experiment.steps_per_epoch
-    statistics = devices.replicate(experiment.statistics, mesh)
-    order = streaming.TrainingOrder(np.asarray(state.key), len(splits["train"].labels), size, steps)
-    step = make_batch_step(experiment.network, experiment.optimizer, **experiment.step_options())
-    count = make_batch_evaluate(experiment.network, mesh=mesh)
-    totals = init_totals(mesh)
-    batch = abstract_batch(splits["train"].images.shape[1:], size, mesh)
-    step = step.lower(state, totals, batch, *statistics).compile()
-    mask = jax.ShapeDtypeStruct((size,), bool, sharding=devices.batch_sharding(mesh))
-    count = count.lower(state, totals, batch, mask, *statistics).compile()
+def batches_read_ahead(experiment: Experiment, state: TrainState) -> Iterator[Batches]:
+    """The same, which Grain reads."""
+    mesh, splits = experiment.mesh, experiment.dataset.splits
+    order, steps = training_order(experiment, state)
+    workers = experiment.settings.reading.workers
+    with streaming.training_batches(splits["train"], order, mesh, steps, workers) as batches:
+        yield (
+            batches,
+            lambda: streaming.evaluation_batches(splits["validation"], mesh, order.batch_size),
+        )
 
-    def evaluate(state):
-        totals = init_totals(mesh)
-        with streaming.evaluation_batches(splits["validation"], mesh, size) as batches:
-            for batch, mask in batches:
-                totals = count(state, totals, batch, mask, *statistics)
-        return totals
 
-    with streaming.training_batches(
-        splits["train"],
-        order,
-        mesh,
-        first_step=int(state.step),
-        steps=steps * experiment.settings.training.epochs,
-        workers=experiment.settings.reading.workers,
-    ) as batches:
-
-        def arguments(state):
-            for _ in range(int(state.step) % steps, steps):
-                yield next(batches), *statistics
-
-        yield Feed(step, arguments, evaluate)
+def training_order(experiment: Experiment, state: TrainState) -> tuple[TrainingOrder, range]:
+    """Which images each step takes, and the steps that are left of the run."""
+    order = TrainingOrder(
+        np.asarray(state.key),
+        len(experiment.dataset.splits["train"].labels),
+        experiment.images_per_step,
+        experiment.steps_per_epoch,
+    )
+    all_steps = experiment.steps_per_epoch * experiment.settings.training.epochs
+    return order, range(int(state.step), all_steps)
 
 
 def abstract_batch(image_shape: tuple[int, ...], size: int, mesh: jax.sharding.Mesh) -> Batch:

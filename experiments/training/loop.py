@@ -111,12 +111,12 @@ def recorded(
     if not coordination.is_first():
         yield lambda _: None
         return
-    with records.MetricsWriter(workdir, history) as metrics:
+    with records.metrics_written(workdir, history) as append:
 
         def write(longer):
             nonlocal history
             history = longer
-            metrics.write(history[-1])
+            append(history[-1])
 
         def draw():
             if history:
@@ -194,9 +194,9 @@ def train_epoch(
         transient=True,
         disable=not console.is_terminal,
     )
-    for taken, arguments in zip(left, feed.arguments(progress.state), strict=True):
+    for taken in left:
         running = progress.totals
-        state, totals = feed.step(progress.state, progress.totals, *arguments)
+        state, totals = feed.step(progress.state, progress.totals, next(feed.batches))
         # No more than one step waits for another, so that a signal is heeded soon.
         jax.block_until_ready(running)
         progress = Progress(state, progress.history, totals, time.perf_counter() - start)
