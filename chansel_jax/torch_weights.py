@@ -15,7 +15,6 @@ import numpy as np
 from flax import nnx
 
 from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
-from chansel_jax.networks.resnet import ResNet
 
 # What turns a layer's path in a `ResNet` into its name in a state dict, applied in this order. The
 # number of a block has become that of its stage and its own within the stage before.
@@ -48,11 +47,12 @@ _VARIABLES = {
 }
 
 
-def from_torch(network: ResNet, state_dict: Mapping[str, Any]) -> None:
+def from_torch(network: nnx.Module, state_dict: Mapping[str, Any]) -> None:
     """Loads parameters and running statistics into `network`, in place.
 
     Args:
-        network: built with the configuration the arrays belong to.
+        network: a `ResNet` built with the configuration the arrays belong to, or a single
+            convolution, whose arrays have no `NAME.` in front.
         state_dict: a PyTorch module's `state_dict()`, or the same in NumPy arrays. Convolutions
             are `NAME.weight` `(C_out, C_in, K_h, K_w)` or, where they are channel selection,
             `NAME.fc.weight` `(C_out·R, C_in)` and `NAME.conv2d.weight` `(C_out, R, K_h, K_w)`; the
@@ -85,7 +85,7 @@ def from_torch(network: ResNet, state_dict: Mapping[str, Any]) -> None:
         entry.variable[...] = jnp.asarray(array, entry.variable.dtype)
 
 
-def to_torch(network: ResNet) -> dict[str, np.ndarray]:
+def to_torch(network: nnx.Module) -> dict[str, np.ndarray]:
     """Parameters and running statistics as a PyTorch module's `load_state_dict` takes them.
 
     Returns:
@@ -115,9 +115,9 @@ class _Entry:
         return tuple(self.variable.shape[axis] for axis in self.axes)
 
 
-def _entries(network: ResNet) -> Iterator[_Entry]:
+def _entries(network: nnx.Module) -> Iterator[_Entry]:
     for path, layer in nnx.iter_modules(network):
-        name = _layer_name(path, network.config.blocks)
+        name = _layer_name(path, network)
         if type(layer) not in _VARIABLES and _has_parameters(layer):
             raise ValueError(
                 f"{name} is a {type(layer).__name__}, which has no PyTorch counterpart"
@@ -125,12 +125,13 @@ def _entries(network: ResNet) -> Iterator[_Entry]:
         for attribute, leaf, axes in _VARIABLES.get(type(layer), ()):
             variable = getattr(layer, attribute)
             if variable is not None:
-                yield _Entry(f"{name}.{leaf}", variable, axes)
+                yield _Entry(f"{name}.{leaf}" if path else leaf, variable, axes)
 
 
-def _layer_name(path: tuple[str | int, ...], blocks: tuple[int, ...]) -> str:
+def _layer_name(path: tuple[str | int, ...], network: nnx.Module) -> str:
     if path[:1] == ("blocks",) and len(path) > 1:
-        stages = [f"layer{stage}.{i}" for stage, n in enumerate(blocks, 1) for i in range(n)]
+        sizes = enumerate(network.config.blocks, 1)
+        stages = [f"layer{stage}.{i}" for stage, n in sizes for i in range(n)]
         path = (stages[path[1]], *path[2:])
     name = ".".join(map(str, path))
     for pattern, replacement in _LAYER_NAMES:

@@ -25,7 +25,7 @@ from experiments.cli.command import make_output, run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import typed
-from experiments.reporting import machine
+from experiments.reporting import machine, plots
 
 
 def main(settings: Settings) -> None:
@@ -109,14 +109,11 @@ def default_output(settings: Settings, surveyed: Survey) -> Path:
 
 
 def write(results: dict[str, Any], output: Path) -> None:
-    """Replaces the files in `output`, each at once; the figures first."""
+    """Replaces the files in `output`, each at once; the numbers first."""
     write_json(output / "results.json", results)
-    for name, fill in (
-        ("results.md", lambda path: path.write_text(report.markdown(results), encoding="utf-8")),
-        ("chart.png", lambda path: chart.draw(results, path)),
-    ):
-        with replaced(output / name) as partial:
-            fill(partial)
+    with replaced(output / "results.md") as partial:
+        partial.write_text(report.markdown(results), encoding="utf-8")
+    plots.save(chart.draw(results), output / "chart.png")
 
 
 if __name__ == "__main__":

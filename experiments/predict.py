@@ -14,14 +14,13 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
 
 from chansel_jax.data import DataError
 from chansel_jax.data.image_files import read_image
 from chansel_jax.files import replaced
 from chansel_jax.training.prediction import BATCH_SIZE, make_predict
 from experiments.cli.command import run
-from experiments.cli.console import make_console
+from experiments.cli.console import make_console, tracked
 from experiments.cli.errors import CommandError
 from experiments.training.load import Checkpoint, Run, load_run
 
@@ -157,13 +156,7 @@ def predictions(
 
     starts = range(0, len(files), BATCH_SIZE)
     with ThreadPoolExecutor() as pool:
-        for start in track(
-            starts,
-            description="predicting",
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        ):
+        for start in tracked(starts, "predicting", console):
             paths = files[start : start + BATCH_SIZE]
             readable, images = [], []
             for path, image in zip(paths, pool.map(read, paths), strict=True):

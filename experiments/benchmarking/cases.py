@@ -77,6 +77,11 @@ class Case:
             return self.dtype
         return f"{self.layer}, {'forward + backward' if self.backward else 'forward'}, {self.dtype}"
 
+    @property
+    def output(self) -> str:
+        """What the result of a forward pass is called."""
+        return "logits" if self.layer is None else "output"
+
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:

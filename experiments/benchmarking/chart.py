@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -25,32 +24,38 @@ MARGIN = 1.12  # for the number behind the longest bar
 BAR_INCHES, PANEL_INCHES, WIDTH_INCHES = 0.27, 0.75, 8.0
 
 
-def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Writes a PNG: a panel for each case, a bar for each contestant."""
-    panels = [(case, _shown(case)) for case in results["cases"]]
-    columns = 2 if results["what"] == "layer" else 1
-    panels = _in_rows(panels) if columns == 2 else panels
-    rows = -(-len(panels) // columns)
-    most = max(len(bars) for _, bars in panels)
+def draw(results: Mapping[str, Any]) -> Figure:
+    """A panel for each case, a bar for each contestant; of a layer, the backward pass on the right.
+
+    Args:
+        results: as in `results.json`.
+    """
+    passes = [[c for c in results["cases"] if c["backward"] == b] for b in (False, True)]
+    columns = [[(case, _shown(case)) for case in cases] for cases in passes if cases]
+    every = [bars for column in columns for _, bars in column]
+    rows, most = len(columns[0]), max(map(len, every))
     figure = Figure(
         figsize=(
-            WIDTH_INCHES * (1.5 if columns == 2 else 1),
+            WIDTH_INCHES * (1 + len(columns)) / 2,
             rows * (PANEL_INCHES + BAR_INCHES * most) + 1.0,
         ),
         layout="constrained",
     )
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    unit, scale = unit_of([bar for _, bars in panels for bar in bars])
-    for axes, (case, bars) in zip(grid, panels, strict=False):
-        draw_bars(axes, bars, scale)
-        axes.set_title(_title(case), fontsize=9, loc="left")
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
-    for axes in grid[max(0, len(panels) - columns) :]:
-        axes.set_xlabel(f"{unit}, median and 5th to 95th percentile")
+    grid = figure.subplots(rows, len(columns), squeeze=False)
+    unit, scale = unit_of([bar for bars in every for bar in bars])
+    for panels, column in zip(grid.T, columns, strict=True):
+        for axes, (case, bars) in zip(panels, column, strict=True):
+            draw_bars(axes, bars, scale)
+            title = case["title"] if case["what"] == "layer" else DTYPES[case["dtype"]]
+            axes.set_title(title, fontsize=9, loc="left")
+        panels[-1].set_xlabel(f"{unit}, median and 5th to 95th percentile")
     figure.suptitle(f"{headline(results)}\n{results['machine']['device']}", fontsize=11)
-    figure.legend(handles=_legend(panels), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=120, format="png")
+    present = {(bar["framework"], bar["conv"]) for bars in every for bar in bars}
+    handles = [
+        Patch(color=c, label=" ".join(kind)) for kind, c in COLOURS.items() if kind in present
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    return figure
 
 
 def draw_bars(axes: Axes, bars: Sequence[Mapping[str, Any]], scale: float) -> None:
@@ -94,31 +99,7 @@ def _shown(case: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """All contestants; of many small panels' ones in PyTorch only the fastest of a convolution."""
     if case["what"] != "layer":
         return case["contestants"]
-    shown, seen = [], set()
     # The fastest come first.
-    for each in case["contestants"]:
-        if each["framework"] == "JAX" or each["conv"] not in seen:
-            shown.append(each)
-        if each["framework"] == "PyTorch":
-            seen.add(each["conv"])
-    return shown
-
-
-def _in_rows(panels: Sequence[tuple]) -> list[tuple]:
-    """Forward of a layer on the left, with backward on the right."""
-    forward = [panel for panel in panels if not panel[0]["backward"]]
-    backward = [panel for panel in panels if panel[0]["backward"]]
-    return [panel for pair in zip(forward, backward, strict=True) for panel in pair]
-
-
-def _title(case: Mapping[str, Any]) -> str:
-    return case["title"] if case["what"] == "layer" else DTYPES[case["dtype"]]
-
-
-def _legend(panels: Sequence[tuple]) -> list[Patch]:
-    present = {(bar["framework"], bar["conv"]) for _, bars in panels for bar in bars}
-    return [
-        Patch(color=colour, label=" ".join(pair))
-        for pair, colour in COLOURS.items()
-        if pair in present
-    ]
+    torch = [each for each in case["contestants"] if each["framework"] == "PyTorch"]
+    fastest = list({each["conv"]: each for each in reversed(torch)}.values())
+    return [e for e in case["contestants"] if e["framework"] == "JAX" or e in fastest]

@@ -1,6 +1,5 @@
 """The results as tables: on the terminal, and in Markdown to be pasted."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,11 +8,11 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from experiments.benchmarking.cases import LayerShape
+from experiments.reporting import report
 from experiments.reporting.machine import BUSY_LIMIT
-from experiments.reporting.report import LAYOUT
-from experiments.reporting.report import table as markdown_table
 
 Figures = Mapping[str, Any]
+Table = tuple[str, list[str], list[list[str]]]  # title, headings and rows
 
 UNITS = {
     "step": "a training step",
@@ -27,19 +26,8 @@ DTYPES = {
     "bfloat16": "bfloat16 (float32 parameters)",
 }
 
-
-# A terminal narrower than this is shown no `Table.optional` columns.
-WIDE_COLUMNS = 110
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Cells of text; the first column is of names, the others of numbers."""
-
-    title: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    optional: Sequence[str] = ()
+# A terminal narrower than this is not shown these columns.
+WIDE_COLUMNS, OPTIONAL = 110, ("GMAC/s", "GB/s")
 
 
 def print_report(results: Figures, console: Console) -> None:
@@ -48,7 +36,7 @@ def print_report(results: Figures, console: Console) -> None:
         console.print(line, markup=False)
     for table in tables(results):
         console.print()
-        console.print(_rich(table, console.width))
+        console.print(_fitted(table, console.width))
     for line in failures(results):
         console.print(line, markup=False)
 
@@ -59,8 +47,7 @@ def markdown(results: Figures) -> str:
     shown = tables(results)
     if results["what"] == "layer":
         shown += [_case_table(case) for case in results["cases"]]
-    for table in shown:
-        parts.append(f"{table.title}:\n\n{markdown_table(table.headings, table.rows)}")
+    parts += [f"{title}:\n\n{report.table(*table)}" for title, *table in shown]
     if found := failures(results):
         parts.append("\n".join(f"- {line}" for line in found))
     parts.append("\n".join(f"- {line}" for line in context(results)))
@@ -164,20 +151,18 @@ def _case_table(case: Figures) -> Table:
             ]
         )
     title = f"{UNITS[case['what']].capitalize()} in {DTYPES[case['dtype']]}"
-    if case["what"] == "layer":
-        title = case["title"]
-    return Table(title, headings, rows, optional=("GMAC/s", "GB/s"))
+    return case["title"] if case["what"] == "layer" else title, headings, rows
 
 
 def _run_table(case: Figures, epochs: int) -> Table:
-    rows, runs = [], 0
+    rows = []
     for each in case["contestants"]:
         seconds, mean, std = (each["epoch"][name] for name in ("run_seconds", "mean", "std"))
-        runs = len(seconds)
         deviation = "" if std is None else f" ± {std:.2g}"
         rows.append([each["name"], *map(three_digits, seconds), three_digits(mean) + deviation])
+    runs = max((len(row) - 2 for row in rows), default=0)
     headings = ["run", *(str(run + 1) for run in range(runs)), "s an epoch"]
-    return Table(f"Seconds of {epochs} epochs in {DTYPES[case['dtype']]}", headings, rows)
+    return f"Seconds of {epochs} epochs in {DTYPES[case['dtype']]}", headings, rows
 
 
 def _ratio_table(case: Figures) -> Table:
@@ -185,35 +170,33 @@ def _ratio_table(case: Figures) -> Table:
         [f"{ratio['numerator']} / {ratio['denominator']}", _spread(ratio, 1)]
         for ratio in case["ratios"]
     ]
-    return Table(f"Ratios of time in {DTYPES[case['dtype']]}", ["", "ratio"], rows)
+    return f"Ratios of time in {DTYPES[case['dtype']]}", ["", "ratio"], rows
 
 
 def _layer_tables(results: Figures) -> list[Table]:
-    groups: dict[tuple[str, bool], list[Figures]] = {}
+    groups: dict[tuple[str, str], list[Figures]] = {}
     for case in results["cases"]:
-        groups.setdefault((case["dtype"], case["backward"]), []).append(case)
+        passes = "forward + backward" if case["backward"] else "forward"
+        groups.setdefault((passes, DTYPES[case["dtype"]]), []).append(case)
     found = []
-    for (dtype, backward), cases in groups.items():
-        passes = "forward + backward" if backward else "forward"
+    for (passes, dtype), cases in groups.items():
         headings = ["", *(str(LayerShape(**case["layer"])) for case in cases)]
-        columns = [
-            {c["name"]: three_digits(c["seconds"]["median"] * 1e3) for c in case["contestants"]}
-            for case in cases
+        times = [
+            {c["name"]: c["seconds"]["median"] * 1e3 for c in case["contestants"]} for case in cases
         ]
-        found.append(Table(f"ms {passes}, {DTYPES[dtype]}", headings, _matrix(columns)))
-        columns = [
-            {ratio["name"]: three_digits(ratio["median"]) for ratio in case["ratios"]}
-            for case in cases
-        ]
-        if any(columns):
-            title = f"Ratios of time, {passes}, {DTYPES[dtype]}"
-            found.append(Table(title, headings, _matrix(columns)))
+        found.append((f"ms {passes}, {dtype}", headings, _matrix(times)))
+        ratios = [{ratio["name"]: ratio["median"] for ratio in case["ratios"]} for case in cases]
+        if any(ratios):
+            found.append((f"Ratios of time, {passes}, {dtype}", headings, _matrix(ratios)))
     return found
 
 
-def _matrix(columns: Sequence[Mapping[str, str]]) -> list[list[str]]:
+def _matrix(columns: Sequence[Mapping[str, float]]) -> list[list[str]]:
     names = sorted({name for column in columns for name in column})
-    return [[name, *(column.get(name, "–") for column in columns)] for name in names]
+    return [
+        [name, *(three_digits(column[name]) if name in column else "–" for column in columns)]
+        for name in names
+    ]
 
 
 def _spread(figures: Figures, scale: float) -> str:
@@ -239,19 +222,15 @@ def _rounds(results: Figures) -> str:
     return f"{results['rounds']} rounds"
 
 
-def _rich(table: Table, width: int) -> RichTable:
-    rich = RichTable(title=table.title, **LAYOUT)
-    left_out = set(table.optional) if width < WIDE_COLUMNS else set()
-    shown = [i for i, heading in enumerate(table.headings) if heading not in left_out]
-    natural = sum(
-        2 + max(map(len, column)) for column in zip(table.headings, *table.rows, strict=True)
-    )
-    for i in shown:
-        heading = table.headings[i]
-        if natural > width:
-            # The names need the room more.
-            heading = heading.replace(" ", "\n")
-        rich.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
-    for row in table.rows:
-        rich.add_row(*(row[i] for i in shown))
+def _fitted(table: Table, width: int) -> RichTable:
+    title, headings, rows = table
+    natural = sum(2 + max(map(len, column)) for column in zip(headings, *rows, strict=True))
+    if natural > width:  # the names need the room more
+        headings = [heading.replace(" ", "\n") for heading in headings]
+    shown = [i for i, h in enumerate(headings) if width >= WIDE_COLUMNS or h not in OPTIONAL]
+    headings, *rows = ([line[i] for i in shown] for line in (headings, *rows))
+    rich = report.terminal_table(headings, rows)
+    rich.title = title
+    for i, column in enumerate(rich.columns):
+        column.no_wrap, column.overflow = i > 0, "ellipsis"  # names are wrapped at spaces
     return rich

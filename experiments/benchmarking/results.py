@@ -1,18 +1,17 @@
 """The figures of a benchmark, from the seconds of its rounds; as nested JSON."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments.benchmarking.cases import Case, Contestant
+from experiments.benchmarking.cases import Case
 from experiments.benchmarking.ceilings import Ceilings
 from experiments.benchmarking.rounds import CaseResult, Schedule, Timing
 from experiments.benchmarking.work import Work
 
 Figures = dict[str, Any]
-Pick = Callable[[Sequence[Timing]], Timing | None]
 
 
 def spread(values: Sequence[float]) -> Figures:
@@ -101,28 +100,32 @@ def epoch_figures(seconds: Sequence[float], runs: int) -> Figures:
 
 def ratios(timings: Sequence[Timing], default_lowering: str) -> list[Figures]:
     """Those pairs of contestants that answer a question, round by round."""
-    chansel = _first(
-        _exactly(Contestant("JAX", "chansel", default_lowering)), _fastest("JAX", "chansel")
-    )
-    picked = chansel(timings)
-    own = picked.contestant.name if picked else ""
-    subkernel = _fastest("JAX", "subkernel")
-    torch_chansel = _fastest("PyTorch", "chansel")
-    torch_subkernel = _fastest("PyTorch", "subkernel")
-    grouped = _exactly(Contestant("JAX", "chansel", "grouped"))
-    lax_subkernel = _exactly(Contestant("JAX", "subkernel", "lax"))
-    pairs: list[tuple[str, Pick, Pick]] = [
+
+    def fastest(framework: str, conv: str, variant: str | None = None) -> Timing | None:
+        alike = [
+            timing
+            for timing in timings
+            for contestant in [timing.contestant]
+            if (contestant.framework, contestant.conv) == (framework, conv)
+            and variant in (None, contestant.variant)
+        ]
+        return min(alike, key=lambda timing: np.median(timing.seconds), default=None)
+
+    chansel = fastest("JAX", "chansel", default_lowering) or fastest("JAX", "chansel")
+    own = chansel.contestant.name if chansel else ""
+    subkernel = fastest("JAX", "subkernel")
+    torch_chansel, torch_subkernel = fastest("PyTorch", "chansel"), fastest("PyTorch", "subkernel")
+    found = {}
+    for name, numerator, denominator in [
         (f"{own} / fastest JAX subkernel", chansel, subkernel),
-        (f"{own} / JAX subkernel lax", chansel, lax_subkernel),
+        (f"{own} / JAX subkernel lax", chansel, fastest("JAX", "subkernel", "lax")),
         (f"{own} / fastest PyTorch chansel", chansel, torch_chansel),
         (f"{own} / fastest PyTorch subkernel", chansel, torch_subkernel),
-        (f"{own} / JAX chansel grouped", chansel, grouped),
+        (f"{own} / JAX chansel grouped", chansel, fastest("JAX", "chansel", "grouped")),
         ("fastest JAX subkernel / fastest PyTorch subkernel", subkernel, torch_subkernel),
         ("PyTorch chansel / subkernel, fastest each", torch_chansel, torch_subkernel),
-    ]
-    found = {}
-    for name, numerator, denominator in ((name, a(timings), b(timings)) for name, a, b in pairs):
-        if numerator and denominator and numerator.contestant != denominator.contestant:
+    ]:
+        if numerator and denominator and numerator is not denominator:
             both = numerator.contestant, denominator.contestant
             found.setdefault(both, {"name": name, **ratio(numerator, denominator)})
     return list(found.values())
@@ -136,23 +139,3 @@ def ratio(numerator: Timing, denominator: Timing) -> Figures:
         "denominator": denominator.contestant.name,
         **spread([a / b for a, b in pairs]),
     }
-
-
-def _exactly(contestant: Contestant) -> Pick:
-    return lambda timings: next((t for t in timings if t.contestant == contestant), None)
-
-
-def _fastest(framework: str, conv: str) -> Pick:
-    """The one of lowest median, of a framework and a convolution."""
-
-    def pick(timings: Sequence[Timing]) -> Timing | None:
-        alike = [
-            t for t in timings if (t.contestant.framework, t.contestant.conv) == (framework, conv)
-        ]
-        return min(alike, key=lambda timing: np.median(timing.seconds), default=None)
-
-    return pick
-
-
-def _first(*picks: Pick) -> Pick:
-    return lambda timings: next(filter(None, (pick(timings) for pick in picks)), None)

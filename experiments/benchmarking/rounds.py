@@ -4,15 +4,14 @@ import contextlib
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.console import Console
-from rich.progress import track
 
 from experiments.benchmarking.cases import Case, Contestant, Task
 from experiments.benchmarking.comparison import check_outputs
-from experiments.benchmarking.contestants.runner import Prepared
 from experiments.benchmarking.workers import WorkerError, WorkerHandle
+from experiments.cli.console import tracked
 
 MOST_STEPS = 1000
 
@@ -75,17 +74,26 @@ def run_case(tasks: Sequence[Task], schedule: Schedule, console: Console) -> Cas
     Raises:
         MismatchError: if two contestants do not compute the same.
     """
-    case = tasks[0].case
+    case, by_contestant = tasks[0].case, {task.contestant: task for task in tasks}
+    console.print(f"{case.title}: {len(tasks)} contestant{'s' * (len(tasks) > 1)}")
     with contextlib.ExitStack() as stack:
-        field = _Field(console, stack)
-        prepared = field.prepare(tasks)
+        field = _Field(console)
+        for contestant, task in by_contestant.items():
+            worker = WorkerHandle(contestant.framework, task.machine.threads)
+            stack.callback(worker.close)
+            field.workers[contestant] = worker
+        # Frameworks are imported side by side, and nothing is timed before all are.
+        field.each("starting", lambda worker, _: worker.hear())
+        prepared = field.each(
+            "compiling", lambda worker, c: worker.ask("prepare", by_contestant[c])
+        )
         needed = check_outputs(case, {c: p.outputs for c, p in prepared.items()})
         steps = {c: steps_per_round(p.step_seconds, schedule) for c, p in prepared.items()}
         compile_seconds = {c: p.compile_seconds for c, p in prepared.items()}
         # Outputs may be large.
         del prepared
-        seconds = field.time(steps, schedule, case)
-        memory = field.each(lambda worker, _: worker.ask("peak_memory"), "peak memory")
+        seconds = field.time(steps, schedule, case.seed)
+        memory = field.each("peak memory", lambda worker, _: worker.ask("peak_memory"))
     timings = tuple(
         Timing(c, tuple(seconds[c]), steps[c], compile_seconds[c], memory[c], needed[c])
         for c in memory
@@ -100,36 +108,26 @@ def steps_per_round(step_seconds: float, schedule: Schedule) -> int:
     return min(MOST_STEPS, max(1, round(schedule.round_seconds / max(step_seconds, 1e-9))))
 
 
+@dataclasses.dataclass
 class _Field:
     """The workers of a case that still run; one that fails is closed and its reason kept."""
 
-    def __init__(self, console: Console, stack: contextlib.ExitStack):
-        self.console, self.stack = console, stack
-        self.workers: dict[Contestant, WorkerHandle] = {}
-        self.failures: dict[Contestant, str] = {}
-
-    def prepare(self, tasks: Sequence[Task]) -> dict[Contestant, Prepared]:
-        """Starts all workers, then makes one after the other ready."""
-        by_contestant = {task.contestant: task for task in tasks}
-        contestants = "1 contestant" if len(tasks) == 1 else f"{len(tasks)} contestants"
-        self.console.print(f"{tasks[0].case.title}: {contestants}")
-        for contestant, task in by_contestant.items():
-            worker = WorkerHandle(contestant.framework, task.machine.threads)
-            self.workers[contestant] = self.stack.enter_context(worker)
-        # Frameworks are imported side by side, and nothing is timed before all are.
-        self.each(lambda worker, _: worker.ready(), "starting")
-        return self.each(lambda worker, c: worker.ask("prepare", by_contestant[c]), "compiling")
+    console: Console
+    workers: dict[Contestant, WorkerHandle] = dataclasses.field(default_factory=dict)
+    failures: dict[Contestant, str] = dataclasses.field(default_factory=dict)
 
     def time(
-        self, steps: dict[Contestant, int], schedule: Schedule, case: Case
+        self, steps: dict[Contestant, int], schedule: Schedule, seed: int
     ) -> dict[Contestant, list[float]]:
         """Seconds a step of every round, of those contestants that ran to the end."""
         seconds = {contestant: [] for contestant in self.workers}
-        shuffler = random.Random(case.seed)
-        for index in self.tracked(range(schedule.runs * schedule.rounds), "rounds"):
-            if schedule.restarts and index % schedule.rounds == 0:
-                self.each(lambda worker, _: worker.ask("restart"))
+        shuffler = random.Random(seed)
+        for index in self.tracked("rounds", range(schedule.runs * schedule.rounds)):
             order = list(self.workers)
+            if schedule.restarts and index % schedule.rounds == 0:
+                for contestant in order:
+                    self.attempt(contestant, lambda worker, _: worker.ask("restart"))
+                order = list(self.workers)
             shuffler.shuffle(order)
             for contestant in order:
                 took = self.attempt(
@@ -140,12 +138,11 @@ class _Field:
         return seconds
 
     def each(
-        self, function: Callable[[WorkerHandle, Contestant], object], description: str = ""
+        self, description: str, function: Callable[[WorkerHandle, Contestant], object]
     ) -> dict:
         """What `function` returns for each contestant that it succeeds for."""
-        results = {}
-        for contestant in self.tracked(list(self.workers), description):
-            results[contestant] = self.attempt(contestant, function)
+        contestants = self.tracked(description, list(self.workers))
+        results = {contestant: self.attempt(contestant, function) for contestant in contestants}
         return {c: result for c, result in results.items() if c in self.workers}
 
     def attempt(
@@ -160,15 +157,8 @@ class _Field:
             self.console.print(f"{contestant.name} could not run: {error}")
             return None
 
-    def tracked(self, sequence: Sequence, description: str) -> Sequence:
+    def tracked(self, description: str, sequence: Sequence) -> Iterable:
         """`sequence`, with a bar on a terminal, and a line elsewhere."""
-        hidden = not description or not self.console.is_terminal
-        if hidden and description:
+        if not self.console.is_terminal:
             self.console.print(f"  {description}: {len(sequence)}")
-        return track(
-            sequence,
-            description=description,
-            console=self.console,
-            transient=True,
-            disable=hidden,
-        )
+        return tracked(sequence, description, self.console)

@@ -1,5 +1,6 @@
 """What the machine is, asked of workers: the parent itself starts no GPU."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -63,8 +64,8 @@ def survey(settings: Settings, console: Console) -> Survey:
             f"warning: something else keeps the {len(cores)} cores {busy:.0%} busy; the timings "
             "will be worse for it, PyTorch's most of all"
         )
-    with WorkerHandle("JAX", len(cores)) as worker:
-        worker.ready()
+    with contextlib.closing(WorkerHandle("JAX", len(cores))) as worker:
+        worker.hear()
         described = worker.ask("describe")
         machine = make_machine(settings, described["platform"], len(cores))
         runtimes: dict[Framework, str] = {"JAX": described["runtime"]}
@@ -72,12 +73,12 @@ def survey(settings: Settings, console: Console) -> Survey:
         measured = [worker.ask("measure", machine, effort, dtypes)]
     if settings.torch != ():
         try:
-            with WorkerHandle("PyTorch", len(cores)) as worker:
-                worker.ready()
-                runtimes["PyTorch"] = worker.ask("describe")["runtime"]
+            with contextlib.closing(WorkerHandle("PyTorch", len(cores))) as worker:
+                worker.hear()
+                runtime = worker.ask("describe")["runtime"]
                 measured.append(worker.ask("measure", machine, effort, dtypes))
+            runtimes["PyTorch"] = runtime
         except WorkerError as error:
-            runtimes.pop("PyTorch", None)
             missing = str(error).startswith(("ImportError", "ModuleNotFoundError"))
             hint = '; to install it: pip install -e ".[torch]"' if missing else ""
             console.print(

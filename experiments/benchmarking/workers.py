@@ -23,9 +23,9 @@ class WorkerError(OneLineError):
 
 
 class WorkerHandle:
-    """A worker process with one framework; `ready` waits until it can be asked.
+    """A worker process with one framework; the first that it lets `hear` is that this is imported.
 
-    Close it in the end, as a context manager does.
+    Close it in the end.
 
     Args:
         framework: what it will import.
@@ -36,15 +36,11 @@ class WorkerHandle:
         # It lives as long as the process, until `close`.
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._connection, theirs = multiprocessing.Pipe()
+        module, descriptor = "experiments.benchmarking.contestants.worker", theirs.fileno()
         with theirs:
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "experiments.benchmarking.contestants.worker",
-                    str(theirs.fileno()),
-                ],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-m", module, str(descriptor)],
+                pass_fds=[descriptor],
                 env=worker_environment(os.environ, framework, threads),
                 stdin=subprocess.DEVNULL,
                 stdout=self._errors,
@@ -52,20 +48,8 @@ class WorkerHandle:
                 # Interruptions are the parent's to handle, and helpers it started end with it.
                 start_new_session=True,
             )
+        self.pid = self._process.pid
         self.tell("load", framework)
-
-    @property
-    def pid(self) -> int:
-        """The process's number."""
-        return self._process.pid
-
-    def ready(self) -> None:
-        """Waits until the framework is imported.
-
-        Raises:
-            WorkerError: if it cannot be.
-        """
-        self.hear()
 
     def ask(self, request: str, *arguments: Any) -> Any:
         """The worker's answer.
@@ -78,11 +62,8 @@ class WorkerHandle:
 
     def tell(self, request: str, *arguments: Any) -> None:
         """Sends a request whose answer `hear` will fetch."""
-        try:
+        with contextlib.suppress(OSError):  # it is dead; why, `hear` finds out
             self._connection.send((request, arguments))
-        except OSError:
-            # It is dead; why, `hear` finds out.
-            return
 
     def hear(self) -> Any:
         """The answer to the oldest request that was sent.
@@ -93,19 +74,16 @@ class WorkerHandle:
         for _ in range(int(PATIENCE_SECONDS / POLL_SECONDS)):
             # What its own helpers hold open does not end with it, so a dead worker is looked for.
             ended = self._process.poll() is not None
-            try:
+            with contextlib.suppress(EOFError, OSError):
                 if self._connection.poll(0 if ended else POLL_SECONDS):
-                    kind, value = self._connection.recv()
-                    break
-            except (EOFError, OSError):
-                ended = True
-            if ended:
-                raise WorkerError(self._cause_of_death())
-        else:
-            raise WorkerError(f"no answer in {PATIENCE_SECONDS:.0f} s")
-        if kind == "failure":
-            raise WorkerError(value)
-        return value
+                    succeeded, value = self._connection.recv()
+                    if not succeeded:
+                        raise WorkerError(value)
+                    return value
+                if not ended:
+                    continue
+            raise WorkerError(self._cause_of_death())
+        raise WorkerError(f"no answer in {PATIENCE_SECONDS:.0f} s")
 
     def close(self) -> None:
         """Ends the process and all that it started."""
@@ -122,12 +100,6 @@ class WorkerHandle:
         said = next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return f"its process died of {how}" + (f": {said}" if said else "")
-
-    def __enter__(self) -> "WorkerHandle":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def worker_environment(

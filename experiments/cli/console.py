@@ -2,9 +2,11 @@
 
 import os
 import sys
+from collections.abc import Iterable, Sequence
 
 import jax
 from rich.console import Console
+from rich.progress import track
 
 
 class _PatientConsole(Console):
@@ -19,3 +21,9 @@ class _PatientConsole(Console):
 def make_console() -> Console:
     """The console of a command; of several processes only process 0 prints."""
     return _PatientConsole(highlight=False, soft_wrap=True, quiet=jax.process_index() != 0)
+
+
+def tracked(sequence: Sequence, description: str, console: Console) -> Iterable:
+    """`sequence`, with a bar while it lasts, on a terminal alone."""
+    hidden = not console.is_terminal
+    return track(sequence, description, console=console, transient=True, disable=hidden)

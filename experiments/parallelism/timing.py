@@ -14,7 +14,6 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import track
 
 from chansel_jax.networks.resnet import CONVS, ResNet, ResNetConfig
 from chansel_jax.training import devices
@@ -23,6 +22,7 @@ from chansel_jax.training.batches import Batch
 from chansel_jax.training.optimizer import OptimizerSettings, make_optimizer, make_schedule
 from chansel_jax.training.processes import gathered
 from chansel_jax.training.step import TrainState, init_state, init_totals, make_train_step
+from experiments.cli.console import tracked
 from experiments.cli.errors import CommandError
 from experiments.parallelism.allreduce import Link, all_reduces
 
@@ -116,13 +116,7 @@ def time_in_turn(
     for run in runs.values():
         _slowest(run, WARM_UP)
     seconds: dict[Key, list[float]] = {key: [] for key in runs}
-    for _ in track(
-        range(rounds),
-        description="rounds",
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ):
+    for _ in tracked(range(rounds), "rounds", console):
         for key, run in runs.items():
             seconds[key].append(_slowest(run, steps) / steps)
     return {key: statistics.median(values) for key, values in seconds.items()}

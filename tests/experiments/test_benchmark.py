@@ -198,18 +198,3 @@ def test_help_names_every_setting():
     for field in dataclasses.fields(Settings):
         if field.name != "images":
             assert f"--{field.name.replace('_', '-')}" in done.stdout
-
-
-@pytest.mark.parametrize(
-    "argument, code, named",
-    [
-        ("--what=everything", 2, "--what"),
-        ("--dtypes=tf32", 1, "error: dtypes=tf32: TF32 exists on GPUs only"),
-    ],
-)
-def test_wrong_flag_ends_with_a_line_that_names_it(argument, code, named):
-    done = run_command(argument)
-    assert done.returncode == code
-    assert named in " ".join(done.stderr.split())
-    if code == 1:
-        assert len(done.stderr.splitlines()) == 1

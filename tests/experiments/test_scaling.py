@@ -177,7 +177,6 @@ def test_what_several_devices_send_is_measured():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"devices": (64,)}, "devices=64 must be at most the 2"),
         ({"devices": (1,)}, "devices=1: it takes two"),
         ({"batch_size": 127}, "batch_size=127 must be divisible by 2"),
     ],

@@ -6,7 +6,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,20 +34,13 @@ from experiments.benchmarking.cases import (
     layer_batch,
 )
 from experiments.benchmarking.ceilings import Ceilings, Effort, best_rate, numpy_copy_rate
-from experiments.benchmarking.contestants.runner import FIRST_UPDATE, Runner, first_update
+from experiments.benchmarking.contestants.runner import Runner, first_update, gradients
 from experiments.benchmarking.contestants.weights import uninitialised
 from experiments.benchmarking.work import network_config
 from experiments.cli.memory import hand_back_memory
 
 # The factors of float32 products are rounded on GPUs unless forbidden.
 PRECISIONS = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "default"}
-
-# A layer's parameters by their names in PyTorch, with the axes that `chansel_jax.torch_weights`
-# permutes for a whole network.
-LAYER_WEIGHTS = {
-    "chansel": {"fc.weight": ("pointwise", (1, 0)), "conv2d.weight": ("depthwise", (2, 3, 1, 0))},
-    "subkernel": {"weight": ("kernel", (2, 3, 1, 0))},
-}
 
 ADAM_B1 = 0.9
 
@@ -81,6 +74,31 @@ def make_network(task: Task) -> ResNet:
     return network
 
 
+def make_layer(task: Task) -> nnx.Module:
+    """The layer with the weights of `task`."""
+    shape = task.case.layer
+    layer = conv_of(task.contestant)(
+        shape.in_channels,
+        shape.out_channels,
+        shape.kernel_size,
+        strides=shape.stride,
+        padding=shape.padding,
+        use_bias=False,
+        dtype=_dtype(task.case),
+        rngs=nnx.Rngs(0),
+    )
+    from_torch(layer, task.weights)
+    return layer
+
+
+def by_torch_name(module: nnx.Module, params: Any) -> dict[str, np.ndarray]:
+    """A tree of the shape of the parameters of `module`, in PyTorch's names and layouts."""
+    holder = nnx.clone(module)
+    nnx.update(holder, params)
+    running = ("running_mean", "running_var")
+    return {name: array for name, array in to_torch(holder).items() if not name.endswith(running)}
+
+
 def make_adamw(recipe: Recipe) -> optax.GradientTransformation:
     """The optimiser of `experiments.train` at a constant learning rate."""
     settings = OptimizerSettings(
@@ -109,40 +127,54 @@ class _JaxRunner(Runner):
         self.compile_seconds = time.perf_counter() - start
         return compiled
 
-    def wait(self, arrays: Any) -> None:
-        """Waits for one of many calls that do not depend on each other.
-
-        PyTorch computes in the caller's thread on CPUs, and one call after the other on GPUs; JAX
-        would compute several at once on CPUs.
-        """
-        if self.task.machine.platform == "cpu":
-            jax.block_until_ready(arrays)
-
     def peak_memory(self) -> int:
         statistics = self.mesh.devices.flat[0].memory_stats()
         return statistics["peak_bytes_in_use"] if statistics else super().peak_memory()
 
 
-class _Forward(_JaxRunner):
-    """The logits of a batch in evaluation."""
+class _Calls(_JaxRunner):
+    """Calls that do not depend on each other: of a network in evaluation, or of one layer."""
 
     def __init__(self, task: Task):
         super().__init__(task)
-        self.network = make_network(task)
-        self.state = jax.device_put(_network_state(self.network), self.replicated)
-        self.images = jax.device_put(image_batch(task.case)[0], self.sharded)
+        case = task.case
+        self.module = make_network(task) if case.layer is None else make_layer(task)
+        self.module.eval()
+        self.graph, state = nnx.split(self.module)
+        inputs = image_batch(case) if case.layer is None else layer_batch(case)
+        inputs = jax.device_put(inputs[: 1 + case.backward], self.sharded)
+        if case.layer is not None:
+            inputs = [array.astype(_dtype(case)) for array in inputs]
+        state = jax.device_put(nnx.to_pure_dict(state), self.replicated)
+        self.arguments = (state, *inputs)
 
     def warm_up(self):
-        forward = jax.jit(_forward(self.network))
-        self.forward = self.compiled(forward, *self.state, self.images)
-        return self.compile_seconds, {"logits": np.asarray(self.forward(*self.state, self.images))}
+        def forward(state, x):
+            return nnx.merge(self.graph, state)(x)
+
+        def forward_backward(state, x, dy):
+            y, pull = jax.vjp(forward, state, x)
+            return y, pull(dy)
+
+        case = self.task.case
+        function = jax.jit(forward_backward if case.backward else forward)
+        self.function = self.compiled(function, *self.arguments)
+        result = self.function(*self.arguments)
+        if not case.backward:
+            return self.compile_seconds, {case.output: np.asarray(result, np.float32)}
+        y, (dstate, dx) = result
+        found = {"the input": np.asarray(dx, np.float32), **by_torch_name(self.module, dstate)}
+        return self.compile_seconds, {case.output: np.asarray(y, np.float32)} | gradients(found)
 
     def run(self, steps):
-        logits = None
+        result = None
         for _ in range(steps):
-            logits = self.forward(*self.state, self.images)
-            self.wait(logits)
-        jax.block_until_ready(logits)
+            result = self.function(*self.arguments)
+            # PyTorch computes in the caller's thread on CPUs, and one call after the other on GPUs;
+            # JAX would compute several at once on CPUs.
+            if self.task.machine.platform == "cpu":
+                jax.block_until_ready(result)
+        jax.block_until_ready(result)
 
 
 class _Step(_JaxRunner):
@@ -164,85 +196,19 @@ class _Step(_JaxRunner):
             out_shardings=self.replicated,
         )
         self.step = self.compiled(step, self.state, *self.batch)
-        before = self._by_torch_name(self.state.params)
+        before = by_torch_name(self.network, self.state.params)
         self.run(1)
         outputs["loss"] = np.asarray(self.loss)
         # The step does not return its gradients; the optimiser's first moment holds them.
-        moments = self._by_torch_name(optax.tree.get(self.state.opt_state, "mu"))
-        for name, moment in moments.items():
-            outputs[f"gradient of {name}"] = moment / (1 - ADAM_B1)
-        outputs[FIRST_UPDATE] = first_update(before, self._by_torch_name(self.state.params))
-        return self.compile_seconds, outputs
+        moments = by_torch_name(self.network, optax.tree.get(self.state.opt_state, "mu"))
+        outputs |= gradients({name: moment / (1 - ADAM_B1) for name, moment in moments.items()})
+        after = by_torch_name(self.network, self.state.params)
+        return self.compile_seconds, outputs | first_update(before, after)
 
     def run(self, steps):
         for _ in range(steps):
             self.state, self.loss = self.step(self.state, *self.batch)
         jax.block_until_ready(self.state)
-
-    def _by_torch_name(self, params: Any) -> dict[str, np.ndarray]:
-        """A tree of the parameters' shape, in PyTorch's names and layouts."""
-        holder = nnx.clone(self.network)
-        nnx.update(holder, params)
-        running = ("running_mean", "running_var")
-        arrays = to_torch(holder)
-        return {name: array for name, array in arrays.items() if not name.endswith(running)}
-
-
-class _Layer(_JaxRunner):
-    """One layer, forward or with the gradients of input and weights."""
-
-    def __init__(self, task: Task):
-        super().__init__(task)
-        shape, dtype = task.case.layer, _dtype(task.case)
-        layer = conv_of(task.contestant)(
-            shape.in_channels,
-            shape.out_channels,
-            shape.kernel_size,
-            strides=shape.stride,
-            padding=shape.padding,
-            use_bias=False,
-            dtype=dtype,
-            rngs=nnx.Rngs(0),
-        )
-        self.names = LAYER_WEIGHTS[task.contestant.conv]
-        self.graph, state = nnx.split(layer)
-        params = {
-            name: jnp.asarray(task.weights[torch_name].transpose(axes))
-            for torch_name, (name, axes) in self.names.items()
-        }
-        self.params = jax.device_put(nnx.to_pure_dict(state) | params, self.replicated)
-        x, dy = (jnp.asarray(array, dtype) for array in layer_batch(task.case))
-        self.x, self.dy = jax.device_put((x, dy), self.sharded)
-
-    def warm_up(self):
-        def forward(params, x):
-            return nnx.merge(self.graph, params)(x)
-
-        def forward_backward(params, x, dy):
-            y, pull = jax.vjp(forward, params, x)
-            return y, pull(dy)
-
-        backward = self.task.case.backward
-        self.arguments = (self.params, self.x, self.dy) if backward else (self.params, self.x)
-        function = jax.jit(forward_backward if backward else forward)
-        self.function = self.compiled(function, *self.arguments)
-        return self.compile_seconds, self._outputs(self.function(*self.arguments))
-
-    def run(self, steps):
-        result = None
-        for _ in range(steps):
-            result = self.function(*self.arguments)
-            self.wait(result)
-        jax.block_until_ready(result)
-
-    def _outputs(self, result: Any) -> Mapping[str, np.ndarray]:
-        if not self.task.case.backward:
-            return {"output": np.asarray(result, np.float32)}
-        y, (dparams, dx) = result
-        outputs = {"output": y, "gradient of the input": dx}
-        for torch_name, (name, axes) in self.names.items():
-            outputs[f"gradient of {torch_name}"] = dparams[name].transpose(np.argsort(axes))
-        return {name: np.asarray(array, np.float32) for name, array in outputs.items()}
 
 
 class _Epoch(_JaxRunner):
@@ -291,7 +257,7 @@ class _Epoch(_JaxRunner):
         return take(self.split, self.order(step), self.mesh)
 
 
-RUNNERS = {"step": _Step, "forward": _Forward, "layer": _Layer, "epoch": _Epoch}
+RUNNERS = {"step": _Step, "forward": _Calls, "layer": _Calls, "epoch": _Epoch}
 
 
 def make_step(network: nnx.Module, optimizer: optax.GradientTransformation) -> Callable:
@@ -354,11 +320,6 @@ def _product_rate(effort: Effort, dtype: str) -> float:
 
 def _dtype(case: Case) -> Any:
     return jnp.bfloat16 if case.dtype == "bfloat16" else jnp.float32
-
-
-def _network_state(network: nnx.Module) -> tuple[Any, Any]:
-    _, params, batch_stats, _ = nnx.split(network, nnx.Param, nnx.BatchStat, ...)
-    return nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
 
 
 def _forward(network: nnx.Module) -> Callable:

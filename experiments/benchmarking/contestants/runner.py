@@ -18,6 +18,9 @@ from experiments.cli.memory import hand_back_memory
 WARM_UP_STEPS = 5
 
 FIRST_UPDATE = "first update"
+GRADIENT = "gradient"
+
+Arrays = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,40 +36,57 @@ class Prepared:
 
     compile_seconds: float | None
     step_seconds: float
-    outputs: Mapping[str, np.ndarray]
+    outputs: Arrays
 
 
-def first_update(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> np.ndarray:
-    """What the optimiser added to all parameters, as one vector."""
-    return np.concatenate([(after[name] - before[name]).ravel() for name in sorted(before)])
+def gradients(arrays: Arrays) -> dict[str, np.ndarray]:
+    """Gradients, given by what they are of, as outputs."""
+    return {f"{GRADIENT} of {name}": array for name, array in arrays.items()}
+
+
+def first_update(before: Arrays, after: Arrays) -> dict[str, np.ndarray]:
+    """What the optimiser added to all parameters, as one vector among the outputs."""
+    added = [(after[name] - before[name]).ravel() for name in sorted(before)]
+    return {FIRST_UPDATE: np.concatenate(added)}
 
 
 def resident_peak() -> int:
     """The most bytes that this process had in memory."""
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else ():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
+    if (told := _told_by("/proc/self/status", "VmHWM")) is not None:
+        return told
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def available_memory() -> int | None:
-    """Bytes that the machine has left; None if it cannot be told."""
-    path = Path("/proc/meminfo")
+def make_room() -> bool:
+    """Hands free memory back while this process waits, if the next one might not find enough.
+
+    Only then: a step takes longer for some steps after its memory was given away. Returns whether
+    it was.
+    """
+    available = _told_by("/proc/meminfo", "MemAvailable")
+    short = available is not None and available < 2 * resident_peak()
+    if short:
+        hand_back_memory()
+    return short
+
+
+def _told_by(file: str, name: str) -> int | None:
+    """The bytes that a file of the kernel's gives for `name`; None if it does not."""
+    path = Path(file)
     for line in path.read_text().splitlines() if path.exists() else ():
-        if line.startswith("MemAvailable:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return None
 
 
 class Runner(abc.ABC):
-    """One contestant, running."""
+    """One contestant, running; `restart` begins training anew where epochs are timed."""
 
     warm_up_steps = WARM_UP_STEPS
 
     @abc.abstractmethod
-    def warm_up(self) -> tuple[float | None, Mapping[str, np.ndarray]]:
+    def warm_up(self) -> tuple[float | None, Arrays]:
         """Compiles; returns the seconds that took and the outputs to compare."""
 
     @abc.abstractmethod
@@ -78,20 +98,16 @@ class Runner(abc.ABC):
         compile_seconds, outputs = self.warm_up()
         self.reset_peak_memory()
         self.run(self.warm_up_steps)
-        return Prepared(compile_seconds, self._timed(1), outputs)
+        prepared = Prepared(compile_seconds, self._timed(1), outputs)
+        self.cold = make_room()
+        return prepared
 
     def round(self, steps: int, untimed: int) -> float:
-        """Seconds a step over `steps` steps, after `untimed` ones that warm the caches."""
-        self.run(untimed)
-        return self._timed(steps) / steps
-
-    def restart(self) -> None:
-        """Begins training anew.
-
-        Raises:
-            NotImplementedError: unless epochs are timed.
-        """
-        raise NotImplementedError("only epochs begin anew")
+        """Seconds a step over `steps` steps, after at least `untimed` that warm the caches."""
+        self.run(max(untimed, self.warm_up_steps) if self.cold else untimed)
+        seconds = self._timed(steps) / steps
+        self.cold = make_room()
+        return seconds
 
     def reset_peak_memory(self) -> None:
         """Forgets what compilation needed; where that cannot be, the peak includes it."""

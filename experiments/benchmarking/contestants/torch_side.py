@@ -27,7 +27,7 @@ from experiments.benchmarking.cases import (
     layer_batch,
 )
 from experiments.benchmarking.ceilings import Ceilings, Effort, best_rate
-from experiments.benchmarking.contestants.runner import FIRST_UPDATE, Runner, first_update
+from experiments.benchmarking.contestants.runner import Runner, first_update, gradients
 from experiments.pytorch.networks import TorchResNet, WeightedSumConv2d
 from experiments.pytorch.pipeline import make_loader, normalise
 
@@ -96,6 +96,24 @@ def make_adamw(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
 
 
+def make_module(task: Task) -> nn.Module:
+    """The network, without dropout where outputs are compared, or the layer; weights follow."""
+    case, conv, arguments = task.case, task.contestant.conv, dict(task.torch_network)
+    if case.layer is None:
+        if case.what != "epoch":
+            arguments["dropout_rate"] = 0.0
+        return TorchResNet(conv, num_classes=case.num_classes, **arguments)
+    shape = case.layer
+    return {"chansel": WeightedSumConv2d, "subkernel": nn.Conv2d}[conv](
+        shape.in_channels,
+        shape.out_channels,
+        shape.kernel_size,
+        stride=shape.stride,
+        padding=shape.padding,
+        bias=False,
+    )
+
+
 class _TorchRunner(Runner):
     """What all contestants in PyTorch share: layout, compilation, autocast, synchronisation."""
 
@@ -103,7 +121,7 @@ class _TorchRunner(Runner):
         self.task = task
         self.variant = VARIANTS[task.contestant.variant]
         self.device = torch.device("cuda" if task.machine.platform == "gpu" else "cpu")
-        self.module = self.make_module()
+        self.module = make_module(task)
         state = {name: torch.from_numpy(array.copy()) for name, array in task.weights.items()}
         # Of all that a module keeps, only `num_batches_tracked` may be missing: nothing uses it.
         missing, unexpected = self.module.load_state_dict(state, strict=False)
@@ -113,13 +131,6 @@ class _TorchRunner(Runner):
         self.model = self.module
         if self.variant.compile_mode is not None:
             self.model = torch.compile(self.module, mode=self.variant.compile_mode)
-
-    def make_module(self) -> nn.Module:
-        """The network; its weights are loaded afterwards."""
-        case, shape = self.task.case, dict(self.task.torch_network)
-        if case.what != "epoch":
-            shape["dropout_rate"] = 0.0
-        return TorchResNet(self.task.contestant.conv, num_classes=case.num_classes, **shape)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Where products are taken in bfloat16, if that is the case's dtype."""
@@ -152,6 +163,14 @@ class _TorchRunner(Runner):
         self.module.train()
         return _to_numpy(logits)
 
+    def parameters(self) -> dict[str, np.ndarray]:
+        """The parameters by name."""
+        return {name: _to_numpy(value) for name, value in self.module.named_parameters()}
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        """Their gradients by name."""
+        return {name: _to_numpy(value.grad) for name, value in self.module.named_parameters()}
+
     def put(self, array: np.ndarray) -> torch.Tensor:
         """Images `(N, H, W, C)` as PyTorch's `(N, C, H, W)` on the device, in the layout."""
         tensor = torch.from_numpy(array).permute(0, 3, 1, 2)
@@ -167,24 +186,38 @@ class _TorchRunner(Runner):
         return torch.cuda.max_memory_allocated() if cuda else super().peak_memory()
 
 
-class _Forward(_TorchRunner):
-    """The logits of a batch in evaluation."""
+class _Calls(_TorchRunner):
+    """Calls that do not depend on each other: of a network in evaluation, or of one layer."""
 
     def __init__(self, task: Task):
         super().__init__(task)
         self.module.eval()
-        self.images = self.put(image_batch(task.case)[0])
+        case = task.case
+        inputs = image_batch(case) if case.layer is None else layer_batch(case)
+        self.x, *self.dy = (self.put(array) for array in inputs[: 1 + case.backward])
+        if case.layer is not None and case.dtype == "bfloat16":
+            self.x, *self.dy = (tensor.bfloat16() for tensor in (self.x, *self.dy))
+        self.x.requires_grad_(case.backward)
 
     def warm_up(self):
-        compile_seconds = self.first_call()
-        return compile_seconds, {"logits": _to_numpy(self.logits)}
+        compile_seconds, case = self.first_call(), self.task.case
+        outputs = {case.output: _channels_last(self.y)}
+        if case.backward:
+            outputs |= gradients({"the input": _channels_last(self.x.grad), **self.gradients()})
+        return compile_seconds, outputs
 
     def run(self, steps):
-        with torch.inference_mode():
+        backward = self.task.case.backward
+        with contextlib.nullcontext() if backward else torch.inference_mode():
             for _ in range(steps):
+                if backward:
+                    self.module.zero_grad(set_to_none=True)
+                    self.x.grad = None
                 self.begin_step()
                 with self.autocast():
-                    self.logits = self.model(self.images)
+                    self.y = self.model(self.x)
+                if backward:
+                    self.y.backward(*self.dy)
         self.synchronise()
 
 
@@ -219,65 +252,14 @@ class _Step(_Training):
 
     def warm_up(self):
         outputs = {"logits": self.eager_logits(self.images)}
-        before = self._parameters()
+        before = self.parameters()
         compile_seconds = self.first_call()
-        outputs["loss"] = _to_numpy(self.loss)
-        for name, parameter in self.module.named_parameters():
-            outputs[f"gradient of {name}"] = _to_numpy(parameter.grad)
-        outputs[FIRST_UPDATE] = first_update(before, self._parameters())
-        return compile_seconds, outputs
+        outputs |= {"loss": _to_numpy(self.loss)} | gradients(self.gradients())
+        return compile_seconds, outputs | first_update(before, self.parameters())
 
     def run(self, steps):
         for _ in range(steps):
             self.loss, _ = self.step(self.images, self.labels)
-        self.synchronise()
-
-    def _parameters(self) -> dict[str, np.ndarray]:
-        return {name: _to_numpy(value) for name, value in self.module.named_parameters()}
-
-
-class _Layer(_TorchRunner):
-    """One layer, forward or with the gradients of input and weights."""
-
-    def __init__(self, task: Task):
-        super().__init__(task)
-        x, dy = (self.put(array) for array in layer_batch(task.case))
-        if task.case.dtype == "bfloat16":
-            x, dy = x.bfloat16(), dy.bfloat16()
-        self.x, self.dy = x.requires_grad_(task.case.backward), dy
-
-    def make_module(self):
-        shape = self.task.case.layer
-        conv = {"chansel": WeightedSumConv2d, "subkernel": nn.Conv2d}[self.task.contestant.conv]
-        return conv(
-            shape.in_channels,
-            shape.out_channels,
-            shape.kernel_size,
-            stride=shape.stride,
-            padding=shape.padding,
-            bias=False,
-        )
-
-    def warm_up(self):
-        compile_seconds = self.first_call()
-        outputs = {"output": _nhwc(self.y)}
-        if self.task.case.backward:
-            outputs["gradient of the input"] = _nhwc(self.x.grad)
-            for name, parameter in self.module.named_parameters():
-                outputs[f"gradient of {name}"] = _to_numpy(parameter.grad)
-        return compile_seconds, outputs
-
-    def run(self, steps):
-        backward = self.task.case.backward
-        with contextlib.nullcontext() if backward else torch.inference_mode():
-            for _ in range(steps):
-                self.module.zero_grad(set_to_none=True)
-                self.x.grad = None
-                self.begin_step()
-                with self.autocast():
-                    self.y = self.model(self.x)
-                if backward:
-                    self.y.backward(self.dy)
         self.synchronise()
 
 
@@ -332,7 +314,7 @@ class _Epoch(_Training):
         self.synchronise()
 
 
-RUNNERS = {"step": _Step, "forward": _Forward, "layer": _Layer, "epoch": _Epoch}
+RUNNERS = {"step": _Step, "forward": _Calls, "layer": _Calls, "epoch": _Epoch}
 
 
 def describe() -> dict[str, str]:
@@ -378,5 +360,5 @@ def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().float().cpu().numpy().copy()
 
 
-def _nhwc(tensor: torch.Tensor) -> np.ndarray:
-    return _to_numpy(tensor.permute(0, 2, 3, 1))
+def _channels_last(tensor: torch.Tensor) -> np.ndarray:
+    return _to_numpy(tensor.movedim(1, -1))
