@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import json
 import logging
+import operator
 import shutil
 import sys
 import warnings
@@ -33,7 +34,6 @@ from chansel_jax.training.step import Totals, TrainState
 
 # The folders, within that of a run, of its checkpoints after an epoch, and within one.
 CHECKPOINTS, UNFINISHED = "checkpoints", "unfinished"
-LAST_KEPT = 2
 DAMAGED = "damaged-"
 
 
@@ -84,15 +84,12 @@ def open_checkpoints(workdir: str | Path, report: Callable[[str], None]) -> Iter
     workdir = Path(workdir).absolute()
     directory = workdir / CHECKPOINTS
     _set_aside_without_metrics(directory, workdir / UNFINISHED, report)
-    keep = policies.AnyPreservationPolicy(
-        [
-            policies.LatestN(LAST_KEPT),
-            policies.BestN(n=1, get_metric_fn=_val_loss, reverse=True),
-        ]
-    )
+    val_loss = operator.itemgetter("val_loss")
+    best = policies.BestN(n=1, get_metric_fn=val_loss, reverse=True)
+    keep = policies.AnyPreservationPolicy([policies.LatestN(2), best])
     with (
         _quiet(),
-        _managed(directory, preservation_policy=keep, best_fn=_val_loss, best_mode="min") as after,
+        _managed(directory, preservation_policy=keep, best_fn=val_loss, best_mode="min") as after,
         _managed(workdir / UNFINISHED, preservation_policy=policies.LatestN(1)) as within,
     ):
         yield Checkpoints(after, within)
@@ -149,7 +146,7 @@ def _set_aside_without_metrics(
 def _none_left(directory: Path, kind: str, number: int, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"no checkpoint under {directory} can be restored ({kind} {number}: {_first_line(error)}); "
-        "all are left as they are: take another --workdir, or --resume=never to start anew"
+        "all are left as they are; a run in another folder begins anew"
     )
 
 
@@ -366,10 +363,6 @@ class _RecordHandler(ocp.handlers.JsonCheckpointHandler):
 def _check_digest(tree: dict[str, Any], saved: str) -> None:
     if digest(tree) != saved:
         raise CheckpointError("the digest of its state differs from the one saved with it")
-
-
-def _val_loss(metrics: dict[str, float]) -> float:
-    return metrics["val_loss"]
 
 
 def _saved_numbers(directory: Path) -> list[int]:
