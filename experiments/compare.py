@@ -7,14 +7,13 @@ command, typed again, goes on where it stopped.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from chansel_jax.files import write_json
 from experiments.cli.command import make_output, run
 from experiments.cli.console import make_console
 from experiments.cli.flags import typed
@@ -40,16 +39,28 @@ from experiments.training.settings import Settings as TrainSettings
 
 PLAIN, MIRRORED = Wanted("validation"), Wanted("validation", flip_average=True)
 
-# Of the PyTorch write-up, on https://www.kaggle.com/competitions/dog-vs-cat-vs-bird.
+# From the PyTorch write-up, https://www.kaggle.com/competitions/dog-vs-cat-vs-bird.
 PUBLISHED = {
-    "chansel": ("27,363", "", "~80", "0.4761 (0.43)", "", "", "", "", "81.53 %", "8.51"),
-    "subkernel": ("174,787", "", "~80", "0.4012 (0.32)", "", "", "", "", "84.17 %", "4.81"),
+    "chansel": {
+        "parameters": "27,363",
+        "overfitting epoch (validation loss)": "~80",
+        "lowest validation loss (train loss of that epoch)": "0.4761 (0.43)",
+        "score in the competition": "81.53 %",
+        "seconds an epoch": "8.51",
+    },
+    "subkernel": {
+        "parameters": "174,787",
+        "overfitting epoch (validation loss)": "~80",
+        "lowest validation loss (train loss of that epoch)": "0.4012 (0.32)",
+        "score in the competition": "84.17 %",
+        "seconds an epoch": "4.81",
+    },
 }
 PUBLISHED_CLASSES = {"bird", "cat", "dog"}
 PUBLISHED_NOTE = """\
-The published figures are those of a PyTorch write-up on the same classes of the original images: \
-its accuracy is the score of a competition's test images, its losses are those of a split of its \
-own, and it was timed on a GPU.
+The published figures are those of a PyTorch write-up, which trained on the original images of \
+the same classes. Its accuracy is the score on the test images of a competition, its losses are \
+from its own split of the images, and it was timed on a GPU.
 
 """
 
@@ -102,109 +113,90 @@ def compare(settings: Settings, console: Console) -> dict[str, Any]:
         training=settings.training,
     )
     chosen = entries(settings.networks, base)
-    scored = (PLAIN, MIRRORED)
-    outcomes, diverged = run_all(chosen, settings.seeds, output / "runs", console, scored)
-    confusions, class_names = confusion_of(outcomes)
+    outcomes, diverged = run_all(chosen, settings.seeds, output, console, (PLAIN, MIRRORED))
+    confusions = {
+        o.label: np.sum([run.evaluations[PLAIN.name]["confusion"] for run in o.runs], axis=0)
+        for o in outcomes
+    }
+    class_names = outcomes[0].runs[0].data["class_names"]
+    command, shown = typed("compare", settings, RECIPES), table(outcomes, class_names)
+    images = ", ".join(class_names) if settings.data.dataset == "folder" else settings.data.dataset
     results = {
-        "command": typed("compare", settings, RECIPES),
+        "command": command,
         "settings": dataclasses.asdict(settings.training),
         "written_with": machine.versions(),
-        "networks": {outcome.label: [run.summary for run in outcome.runs] for outcome in outcomes},
+        "networks": {o.label: [run.figures for run in o.runs] for o in outcomes},
     }
-    write_json(output / "results.json", results)
-    report.write(
+    report.publish(
         output,
-        f"{' and '.join(settings.networks)} on {images_name(settings.data, class_names)}",
-        text(outcomes, settings, class_names, results["command"]) + left_out(diverged),
+        f"{' and '.join(settings.networks)} on {images}",
+        text(outcomes, settings, shown, command) + left_out(diverged),
         {
-            "curves": plots.curves({o.label: [r.history for r in o.runs] for o in outcomes}),
+            "curves": plots.curves({o.label: [run.metrics for run in o.runs] for o in outcomes}),
             "confusion": plots.confusion_matrices(confusions, class_names),
         },
+        results,
+        [shown],
+        console,
     )
-    console.print()
-    headings, *rows = table(outcomes, class_names)
-    console.print(report.terminal_table(headings, rows))
-    console.print(f"the results are written to {output}", markup=False)
     refuse_diverged(diverged)
     return results
 
 
-def images_name(data: DataSettings, class_names: Sequence[str]) -> str:
-    """What the images are called: the data set, or the classes of a folder."""
-    return ", ".join(class_names) if data.dataset == "folder" else data.dataset
-
-
-def confusion_of(outcomes: Sequence[Outcome]) -> tuple[Mapping[str, np.ndarray], tuple[str, ...]]:
-    """Each network's confusion matrix on the validation images, summed over the seeds."""
-    found = {}
-    for outcome in outcomes:
-        scores = [run.scores[PLAIN.name] for run in outcome.runs]
-        found[outcome.label] = np.sum([each["confusion"] for each in scores], axis=0)
-    return found, tuple(scores[0]["class_names"])
-
-
-def table(outcomes: Sequence[Outcome], class_names: Sequence[str]) -> list[list[str]]:
+def table(outcomes: Sequence[Outcome], class_names: Sequence[str]) -> report.Table:
     """The original's table with a column a network, and what it published for the same classes."""
-    labels = [outcome.label for outcome in outcomes]
-    columns = [column(outcome) for outcome in outcomes]
-    published = [
-        label
-        for label, (parameters, *_) in zip(labels, columns, strict=True)
-        if set(class_names) == PUBLISHED_CLASSES and parameters == PUBLISHED.get(label, [""])[0]
+    columns = {outcome.label: column(outcome) for outcome in outcomes}
+    if set(class_names) == PUBLISHED_CLASSES:
+        columns |= {
+            f"{label}, published": PUBLISHED[label]
+            for label, cells in columns.items()
+            if label in PUBLISHED and cells["parameters"] == PUBLISHED[label]["parameters"]
+        }
+    rows = [
+        [heading, *(cells.get(heading, "") for cells in columns.values())]
+        for heading in column(outcomes[0])
     ]
-    headings = [
-        "parameters",
-        "multiply-adds",
-        "overfitting epoch (validation loss)",
-        "lowest validation loss (train loss of that epoch)",
-        "validation accuracy, epoch of lowest loss",
-        "the same, averaged over mirrored images",
-        "validation accuracy, last epoch",
-        "highest validation accuracy of all epochs",
-        "score in the competition",
-        "seconds an epoch",
-    ]
-    first = ["", *labels, *(f"{label}, published" for label in published)]
-    columns += [PUBLISHED[label] for label in published]
-    rows = (list(row) for row in zip(headings, *columns, strict=True))
-    return [first, *(row for row in rows if any(row[1:]))]
+    return ["", *columns], [row for row in rows if any(row[1:])]
 
 
-def column(outcome: Outcome) -> list[str]:
+def column(outcome: Outcome) -> dict[str, str]:
     """The figures of one network: mean ± standard deviation over its seeds."""
     first = outcome.runs[0].summary
-    turns = [overfitting_epoch(run.history) for run in outcome.runs]
-    return [
-        f"{first['parameters']:,}",
-        f"{first['multiply_adds']:,}",
-        ", ".join("none" if turn is None else str(turn) for turn in turns),
-        f"{outcome.spread('best_val_loss', '.4f')} ({outcome.spread('train_loss_at_best', '.4f')})",
-        outcome.spread("val_accuracy_at_best", ".2%"),
-        outcome.spread(f"plain_{MIRRORED.name}_accuracy", ".2%"),
-        outcome.spread("final_val_accuracy", ".2%"),
-        outcome.spread("best_val_accuracy", ".2%"),
-        "",
-        outcome.spread("seconds_per_epoch", ".2f"),
-    ]
+    turns = [overfitting_epoch(run.metrics) for run in outcome.runs]
+    return {
+        "parameters": f"{first['parameters']:,}",
+        "multiply-adds": f"{first['multiply_adds']:,}",
+        "overfitting epoch (validation loss)": ", ".join(str(turn or "none") for turn in turns),
+        "lowest validation loss (train loss of that epoch)": (
+            f"{outcome.spread('best_val_loss', '.4f')} "
+            f"({outcome.spread('train_loss_at_best', '.4f')})"
+        ),
+        "validation accuracy, epoch of lowest loss": outcome.spread("val_accuracy_at_best", ".2%"),
+        "the same, averaged over mirrored images": outcome.spread(
+            f"plain_{MIRRORED.name}_accuracy", ".2%"
+        ),
+        "validation accuracy, last epoch": outcome.spread("final_val_accuracy", ".2%"),
+        "highest validation accuracy of all epochs": outcome.spread("best_val_accuracy", ".2%"),
+        "score in the competition": "",
+        "seconds an epoch": outcome.spread("seconds_per_epoch", ".2f"),
+    }
 
 
-def text(
-    outcomes: Sequence[Outcome], settings: Settings, class_names: Sequence[str], command: str
-) -> str:
+def text(outcomes: Sequence[Outcome], settings: Settings, shown: report.Table, command: str) -> str:
     """The report."""
-    headings, *rows = table(outcomes, class_names)
+    headings, rows = shown
     note = PUBLISHED_NOTE if len(headings) > len(outcomes) + 1 else ""
     seeds = ", ".join(map(str, settings.seeds))
-    epochs = settings.training.epochs
     images = outcomes[0].runs[0].summary["images"]
     devices = " and ".join(sorted({run.summary["device"] for o in outcomes for run in o.runs}))
     return f"""\
-{images["train"]:,} images to train, {images["validation"]:,} to validate, {epochs} epochs, seeds \
-{seeds}: mean ± standard deviation over the seeds. Train losses are those of the training steps, \
-augmented and with dropout where the recipe has them; all else is measured on all validation \
-images after the epoch. The overfitting epoch is that of the lowest validation loss (mean over \
-five epochs), if it lies 2 % higher later; one a seed. Nothing was selected on any other images \
-than the validation ones. Seconds an epoch are those of the training steps on {devices}.
+Each network was trained on {images["train"]:,} images for {settings.training.epochs} epochs, from \
+the seeds {seeds}, and measured on {images["validation"]:,} validation images after every epoch. \
+The table shows the mean over the seeds ± the standard deviation. The train loss is the mean over \
+the steps of an epoch, with the augmentation and the dropout of the recipe. A network overfits \
+from the epoch of its lowest validation loss, averaged over five epochs, if that average later \
+rises by 2 %; the table names this epoch for each seed. Epochs were chosen by the validation \
+images, and nothing by any other images. The seconds are those of the training steps on {devices}.
 
 {report.table(headings, rows)}
 

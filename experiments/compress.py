@@ -19,7 +19,6 @@ from rich.console import Console
 from chansel_jax.counting import count_network
 from chansel_jax.digest import digest
 from chansel_jax.factorize import component_energies, dense_layers, factorize, max_rank
-from chansel_jax.files import write_json
 from chansel_jax.functional import network_tree
 from chansel_jax.networks.resnet import ResNet
 from chansel_jax.training.optimizer import OptimizerSettings
@@ -28,15 +27,15 @@ from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import typed
 from experiments.reporting import machine, report
-from experiments.studies.sweep import folder_name, is_finished
-from experiments.training.load import Checkpoint, Run, load_images, load_run, read_records
-from experiments.training.run import train_and_evaluate
+from experiments.studies.runs import finished
+from experiments.studies.sweep import folder_name
+from experiments.training.load import Checkpoint, Run, load_images, load_run
 from experiments.training.scores import scores_of
 from experiments.training.settings import RECIPES as TRAINING_RECIPES
 from experiments.training.settings import ReadingSettings, TrainingSettings
 from experiments.training.settings import Settings as TrainSettings
 
-COMPONENTS = 4  # of which the table shows the energy
+COMPONENTS = 4  # the table shows their energies
 
 RECIPES = {
     "fine-tuning": TrainingSettings(
@@ -87,32 +86,16 @@ class Settings:
                 raise ValueError(f"energies={energy} must be in (0, 1]")
 
 
-@dataclasses.dataclass(frozen=True)
-class Compressed:
-    """A factorised network.
-
-    Attributes:
-        label: how its ranks were chosen.
-        network: not fine-tuned.
-        parameters: how many it has.
-        before: validation accuracy without fine-tuning.
-        after: with it, after the last epoch.
-    """
-
-    label: str
-    network: ResNet
-    parameters: int
-    before: float
-    after: float
-
-
 def main(settings: Settings) -> None:
     """Compresses, and prints how it goes."""
     compress(settings, make_console())
 
 
-def compress(settings: Settings, console: Console) -> list[Compressed]:
+def compress(settings: Settings, console: Console) -> dict[str, Any]:
     """Factorises, fine-tunes what is not yet, and writes the report.
+
+    Returns:
+        What `results.json` holds.
 
     Raises:
         OneLineError: if the run cannot be loaded or is none of a dense network, the images are
@@ -132,21 +115,32 @@ def compress(settings: Settings, console: Console) -> list[Compressed]:
     validation = dataset.splits["validation"]
     whole = scores_of(dense.network, dense, validation).accuracy
     console.print(f"dense network, epoch {dense.epoch}: {whole:.2%} of the validation images")
-    networks = factorised(dense.network, settings)
     found = []
-    for label, network in networks.items():
+    for label, network in factorised(dense.network, settings).items():
         before = scores_of(network, dense, validation).accuracy
         console.print(f"\n{label}: {before:.2%} before fine-tuning")
-        given = fine_tuning(dense, settings, network, output / "runs" / folder_name(label))
-        if is_finished(given, digest(network_tree(network))):
-            console.print(f"finished before: {given.workdir}", markup=False)
-            summary = read_records(given.workdir).summary
-        else:
-            summary = train_and_evaluate(given, console, network)
-        after = summary["final_val_accuracy"]
-        found.append(Compressed(label, network, summary["parameters"], before, after))
-    write_report(found, dense, whole, settings, output, console)
-    return found
+        given = fine_tuning(dense, settings, network)
+        summary = finished(output, folder_name(label), given, console, network=network).summary
+        found.append(
+            {
+                "label": label,
+                "ranks": network.config.ranks,
+                "parameters": summary["parameters"],
+                "accuracy_before": before,
+                "accuracy_after": summary["final_val_accuracy"],
+            }
+        )
+    results = results_of(found, dense, whole, settings)
+    report.publish(
+        output,
+        "From dense to channel selection",
+        text(results, settings.training.epochs),
+        {"accuracy": draw(results)},
+        results,
+        [accuracy_table(results), energy_table(results)],
+        console,
+    )
+    return results
 
 
 def factorised(network: ResNet, settings: Settings) -> dict[str, ResNet]:
@@ -171,7 +165,7 @@ def factorised(network: ResNet, settings: Settings) -> dict[str, ResNet]:
     return {label: factorize(network, **choice) for label, choice in asked.items()}
 
 
-def fine_tuning(dense: Run, settings: Settings, network: ResNet, workdir: Path) -> TrainSettings:
+def fine_tuning(dense: Run, settings: Settings, network: ResNet) -> TrainSettings:
     """The settings of the training that begins with `network`."""
     changes = {"rank": 1, "ranks": network.config.ranks}
     return dataclasses.replace(
@@ -181,115 +175,116 @@ def fine_tuning(dense: Run, settings: Settings, network: ResNet, workdir: Path) 
         data=dataclasses.replace(dense.settings.data, data_dir=settings.data_dir),
         reading=settings.reading,
         training=settings.training,
-        workdir=workdir,
-        resume="auto",
     )
 
 
-def write_report(
-    found: Sequence[Compressed],
-    dense: Run,
-    whole: float,
-    settings: Settings,
-    output: Path,
-    console: Console,
-) -> None:
-    """Writes `results.json` and the report, and prints its tables."""
-    size = sum(row.parameters for row in count_network(dense.network.config, dense.image_shape[:2]))
-    energies = {
-        path: component_energies(np.asarray(layer.kernel[...]))
-        for path, layer in dense_layers(dense.network)
-    }
-    headings = ["", "parameters", "ranks", "before fine-tuning", "after fine-tuning"]
-    rows = [["dense", f"{size:,}", "", f"{whole:.2%}", ""]]
-    for each in found:
-        ranks = " ".join(map(str, each.network.config.ranks))
-        rows.append(
-            [each.label, f"{each.parameters:,}", ranks, f"{each.before:.2%}", f"{each.after:.2%}"]
-        )
-    energy_table = energy_rows(energies)
-    command = typed("compress", settings, RECIPES)
-    trained_by = typed("train", dense.settings, TRAINING_RECIPES)
-    write_json(
-        output / "results.json",
-        {
-            "command": command,
-            "written_with": machine.versions(),
-            "dense": {
-                "command": trained_by,
-                "epoch": dense.epoch,
-                "parameters_sha256": digest(network_tree(dense.network)),
-                "parameters": size,
-                "accuracy": whole,
-            },
-            "compressed": [as_json(each) for each in found],
-            "energies": {path: shares.tolist() for path, shares in energies.items()},
+def results_of(
+    found: Sequence[Mapping[str, Any]], dense: Run, whole: float, settings: Settings
+) -> dict[str, Any]:
+    """What `results.json` holds.
+
+    Args:
+        found: of each factorised network.
+        dense: the network that was factorised.
+        whole: its validation accuracy.
+        settings: of the command.
+    """
+    layers = count_network(dense.network.config, dense.image_shape[:2])
+    data = dataclasses.replace(dense.settings.data, data_dir=settings.data_dir)
+    trained = dataclasses.replace(dense.settings, data=data)
+    return {
+        "command": typed("compress", settings, RECIPES),
+        "written_with": machine.versions(),
+        "dense": {
+            "command": typed("train", trained, TRAINING_RECIPES),
+            "epoch": dense.epoch,
+            "parameters_sha256": digest(network_tree(dense.network)),
+            "parameters": sum(row.parameters for row in layers),
+            "accuracy": whole,
         },
-    )
-    epochs = settings.training.epochs
-    report.write(
-        output,
-        "From dense to channel selection",
-        f"Accuracy on the validation images, of the dense network's epoch {dense.epoch}, without "
-        f"and with {epochs} epochs of fine-tuning (the last epoch's).\n\n"
-        f"{report.table(headings, rows)}\n\n"
-        "![accuracy against parameters](accuracy.png)\n\n"
-        "Share of the energy (squared singular values) of each trained kernel in its leading "
-        f"components:\n\n{report.table(*energy_table)}\n\n"
-        f"```bash\n{command}\n```\n\n"
-        f"The run of the dense network:\n\n```bash\n{trained_by}\n```\n",
-        {"accuracy": draw(found, size, whole)},
-    )
-    console.print()
-    for table in ((headings, rows), energy_table):
-        console.print(report.terminal_table(*table))
-    console.print(f"the results are written to {output}", markup=False)
+        "compressed": found,
+        "energies": {
+            path: component_energies(np.asarray(layer.kernel[...])).tolist()
+            for path, layer in dense_layers(dense.network)
+        },
+    }
 
 
-def energy_rows(energies: Mapping[str, np.ndarray]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: each layer's share of energy in its first components, and their mean."""
+def accuracy_table(results: Mapping[str, Any]) -> report.Table:
+    """A row for each network, before and after fine-tuning."""
+    headings = ["", "parameters", "ranks", "before fine-tuning", "after fine-tuning"]
+    dense = results["dense"]
+    rows = [["dense", f"{dense['parameters']:,}", "", f"{dense['accuracy']:.2%}", ""]]
+    for each in results["compressed"]:
+        accuracies = (f"{each[f'accuracy_{when}']:.2%}" for when in ("before", "after"))
+        ranks = " ".join(map(str, each["ranks"]))
+        rows.append([each["label"], f"{each['parameters']:,}", ranks, *accuracies])
+    return headings, rows
+
+
+def energy_table(results: Mapping[str, Any]) -> report.Table:
+    """Each layer's share of energy in its first components, and their mean."""
     headings = ["layer", "first", *(f"first {count}" for count in range(2, COMPONENTS + 1))]
-    kept = {path: np.cumsum(shares)[:COMPONENTS] for path, shares in energies.items()}
+    kept = {path: np.cumsum(shares)[:COMPONENTS] for path, shares in results["energies"].items()}
     padded = {path: np.pad(k, (0, COMPONENTS - len(k)), mode="edge") for path, k in kept.items()}
     padded["mean"] = np.mean(list(padded.values()), axis=0)
     return headings, [[path, *(f"{k:.1%}" for k in shares)] for path, shares in padded.items()]
 
 
-def as_json(each: Compressed) -> dict[str, Any]:
-    """The figures in plain Python."""
-    return {
-        "label": each.label,
-        "ranks": each.network.config.ranks,
-        "parameters": each.parameters,
-        "accuracy_before": each.before,
-        "accuracy_after": each.after,
-    }
+def text(results: Mapping[str, Any], epochs: int) -> str:
+    """The report."""
+    dense = results["dense"]
+    return f"""\
+Each row but the first is a network of channel selection, made from the kernels of one trained \
+dense network (epoch {dense["epoch"]}) by singular value decomposition. The table shows the \
+accuracy on the validation images before fine-tuning, and after {epochs} epochs of it.
+
+{report.table(*accuracy_table(results))}
+
+![accuracy against parameters](accuracy.png)
+
+This is how much of each trained kernel is in its leading components: their share of the energy, \
+which is the sum of the squared singular values.
+
+{report.table(*energy_table(results))}
+
+```bash
+{results["command"]}
+```
+
+The dense network was trained by:
+
+```bash
+{dense["command"]}
+```
+"""
 
 
-def draw(found: Sequence[Compressed], size: int, whole: float) -> Figure:
+def draw(results: Mapping[str, Any]) -> Figure:
     """Accuracy against parameters, before and after fine-tuning."""
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    axes = figure.add_subplot()
-    points = sorted(found, key=lambda each: each.parameters)
-    sizes = [each.parameters for each in points]
-    for name, colour in (("before", "tab:orange"), ("after", "tab:blue")):
-        values = [getattr(each, name) for each in points]
-        axes.plot(sizes, values, "o-", color=colour, label=f"{name} fine-tuning")
+    picture = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = picture.add_subplot()
+    points = sorted(results["compressed"], key=lambda each: each["parameters"])
+    sizes = [each["parameters"] for each in points]
+    for when, colour in (("before", "tab:orange"), ("after", "tab:blue")):
+        values = [each[f"accuracy_{when}"] for each in points]
+        axes.plot(sizes, values, "o-", color=colour, label=f"{when} fine-tuning")
     for each in points:
         axes.annotate(
-            each.label,
-            (each.parameters, each.after),
+            each["label"],
+            (each["parameters"], each["accuracy_after"]),
             xytext=(0, 6),
             textcoords="offset points",
             ha="center",
             fontsize=7,
         )
+    size, whole = results["dense"]["parameters"], results["dense"]["accuracy"]
     axes.plot([size], [whole], "k*", markersize=11, label="dense network")
     axes.axhline(whole, color="black", linewidth=0.6, linestyle=":")
     axes.set(xscale="log", xlabel="parameters", ylabel="validation accuracy")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    return figure
+    return picture
 
 
 if __name__ == "__main__":

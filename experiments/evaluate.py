@@ -16,7 +16,7 @@ from experiments.cli.console import make_console
 from experiments.reporting import plots
 from experiments.reporting.report import LAYOUT
 from experiments.training.load import Checkpoint, Run, load_run
-from experiments.training.scores import score, share_or_none, stem, write_scores
+from experiments.training.scores import Wanted, measure, share_or_none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +53,11 @@ def evaluate(settings: Settings, console: Console) -> Scores:
     trained = load_run(settings.workdir, settings.epoch)
     output = settings.output or settings.workdir
     make_output(output)
-    found, images = score(
-        trained, settings.split, settings.data_dir, settings.flip_average, console
-    )
+    wanted = Wanted(settings.split, settings.epoch, settings.flip_average)
+    found = measure(trained, wanted, settings.data_dir, output, console)
     print_scores(found, trained, console)
-    write_scores(output, found, trained, settings.split, images, settings.flip_average)
     title = f"{settings.split}, epoch {trained.epoch}, {found.accuracy:.2%}"
-    picture = output / f"confusion-{stem(settings.split, settings.flip_average)}.png"
+    picture = output / f"confusion-{wanted.name}.png"
     plots.save(plots.confusion_matrices({title: found.confusion}, trained.class_names), picture)
     console.print(f"the results are written to {output}", markup=False)
     return found

@@ -14,22 +14,22 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from chansel_jax.files import write_json
 from experiments.cli.command import make_output, run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import typed
 from experiments.reporting import machine, report
 from experiments.studies import STUDIES
+from experiments.studies.runs import image_digests
 from experiments.studies.study import Study
-from experiments.studies.sweep import Outcome, image_digests, left_out, refuse_diverged, run_all
+from experiments.studies.sweep import Outcome, left_out, refuse_diverged, run_all
 from experiments.training.scores import Wanted
 from experiments.training.settings import DataSettings, ReadingSettings, checked_seeds
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Runs a study: a small table of trainings, with a figure."""
+    """Runs a study: a small table of trainings, with a picture."""
 
     name: tyro.conf.Positional[Literal["overfit", "rank", "width", "data"]]
     """overfit shows what keeps channel selection from fitting; rank compares ranks 1 to 9 with the
@@ -80,37 +80,30 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
     make_output(output)
     scored = [split for split in chosen.scored if split in image_digests(data)]
     wanted = [Wanted(split, "last") for split in scored]
-    outcomes, diverged = run_all(entries, settings.seeds, output / "runs", console, wanted)
-    command = typed("study", settings)
-    write_json(
-        output / "results.json",
+    outcomes, diverged = run_all(entries, settings.seeds, output, console, wanted)
+    command, shown = typed("study", settings), table(outcomes, chosen, scored)
+    report.publish(
+        output,
+        chosen.question,
+        text(outcomes, settings, chosen, shown, command) + left_out(diverged),
+        {"picture": chosen.draw(outcomes)},
         {
             "command": command,
             "written_with": machine.versions(),
-            "rows": {o.label: [run.summary for run in o.runs] for o in outcomes},
+            "rows": {o.label: [run.figures for run in o.runs] for o in outcomes},
         },
+        [shown],
+        console,
     )
-    rows = table(outcomes, chosen, scored)
-    report.write(
-        output,
-        chosen.question,
-        text(outcomes, settings, chosen, rows, command) + left_out(diverged),
-        {"figure": chosen.draw(outcomes)},
-    )
-    console.print()
-    console.print(report.terminal_table(*rows))
-    console.print(f"the results are written to {output}", markup=False)
     refuse_diverged(diverged)
     return outcomes
 
 
-def table(
-    outcomes: Sequence[Outcome], chosen: Study, scored: Collection[str]
-) -> tuple[list[str], list[list[str]]]:
+def table(outcomes: Sequence[Outcome], chosen: Study, scored: Collection[str]) -> report.Table:
     """Headings and rows."""
     columns = {
-        "parameters": ("parameters", ","),
-        "multiply-adds": ("multiply_adds", ","),
+        "parameters": ("parameters", ""),
+        "multiply-adds": ("multiply_adds", ""),
         "epochs": ("epochs", ""),
         "train loss": ("final_train_loss", ".3f"),
         "validation loss": ("final_val_loss", ".3f"),
@@ -124,16 +117,12 @@ def table(
         columns[f"{split} accuracy"] = (f"plain_{split}_accuracy", ".2%")
     rows = []
     for outcome in outcomes:
-        first = outcome.runs[0].summary
-        rows.append(
-            [outcome.label]
-            + [
-                format(first[name], form)
-                if isinstance(first[name], int)
-                else outcome.spread(name, form)
-                for name, form in columns.values()
-            ]
+        first = outcome.runs[0].figures
+        cells = (
+            f"{first[name]:,}" if isinstance(first[name], int) else outcome.spread(name, form)
+            for name, form in columns.values()
         )
+        rows.append([outcome.label, *cells])
     for label, parameters, accuracy in chosen.published:
         measured = "test accuracy" if "test" in scored else "accuracy"
         cells = {"parameters": parameters, measured: accuracy}
@@ -145,32 +134,35 @@ def text(
     outcomes: Sequence[Outcome],
     settings: Settings,
     chosen: Study,
-    rows: tuple[list[str], list[list[str]]],
+    shown: report.Table,
     command: str,
 ) -> str:
     """The report."""
-    images = outcomes[-1].runs[0].summary["images"]
-    epochs = settings.epochs or chosen.epochs
-    most = max(max(outcome.values("epochs")) for outcome in outcomes)
-    longer = f" (up to {most} where there are few images)" if most > epochs else ""
-    short = f", of {chosen.epochs} at full length" if epochs != chosen.epochs else ""
-    seeds = ", ".join(map(str, settings.seeds))
+    runs = [run.summary for outcome in outcomes for run in outcome.runs]
+    lengths = sorted({(run["images"]["train"], run["epochs"]) for run in runs})
+    trained = " or ".join(f"on {images:,} images for {epochs} epochs" for images, epochs in lengths)
+    seeds = f"seed {settings.seeds[0]}"
     if len(settings.seeds) > 1:
-        seeds += " (mean ± standard deviation)"
+        seeds = f"seeds {', '.join(map(str, settings.seeds))}"
+        seeds += " (the table shows the mean ± the standard deviation)"
+    epochs = settings.epochs or chosen.epochs
+    short = f" (with `--epochs={epochs}`; the whole study has `--epochs={chosen.epochs}`)"
     train = (
-        "Train loss and accuracy are those of the plain training images after the last epoch"
+        "The train loss and accuracy are those of the plain training images after the last epoch."
         if "train" in chosen.scored
-        else "The train loss is that of the last epoch's steps"
+        else "The train loss is the mean over the steps of the last epoch."
     )
+    note = f" {chosen.note(epochs)}" if chosen.note(epochs) else ""
     published = f"\n\nPublished: {chosen.published_note}." if chosen.published else ""
     return f"""\
-{images["train"]:,} images to train, {images["validation"]:,} to validate, {epochs} epochs{short}\
-{longer}, seeds {seeds}. {train}; \
-validation loss and accuracy are those after the last epoch, and the lowest and highest of all.
+Each network was trained {trained}{short if epochs != chosen.epochs else ""}, from \
+{seeds}, and validated on {runs[0]["images"]["validation"]:,} images. {train} The validation loss \
+and the accuracy are those after the last epoch; the lowest loss and the highest accuracy are the \
+best of all epochs.{note}
 
-{report.table(*rows)}{published}
+{report.table(*shown)}{published}
 
-![{chosen.question}](figure.png)
+![{chosen.question}](picture.png)
 
 ```bash
 {command}

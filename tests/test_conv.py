@@ -165,7 +165,8 @@ def test_by_hand():
     # Two pixels with two channels, one output: the weighted sums are 1·1 + 2·10 = 21 and
     # 1·3 + 2·20 = 43, the kernel makes 5·21 - 1·43 = 62 of them, the bias 62.5.
     x = jnp.array([[[1.0, 10.0], [3.0, 20.0]]])
-    layer = ChannelSelectionConv(2, 1, (1, 2), padding="VALID", rngs=nnx.Rngs(0))
+    options = {"padding": "VALID", "lowering": "grouped", "rngs": nnx.Rngs(0)}
+    layer = ChannelSelectionConv(2, 1, (1, 2), **options)
     layer.pointwise[...] = jnp.array([[1.0], [2.0]])
     layer.depthwise[...] = jnp.array([5.0, -1.0]).reshape(1, 2, 1, 1)
     layer.bias[...] = jnp.array([0.5])
@@ -174,7 +175,7 @@ def test_by_hand():
     np.testing.assert_allclose(layer.composed_kernel(), expected)
 
     # Rank 2 adds a second selection, 1·10 = 10 and 1·20 = 20, and its kernel: 62.5 + 0·10 + 3·20.
-    layer = ChannelSelectionConv(2, 1, (1, 2), padding="VALID", rank=2, rngs=nnx.Rngs(0))
+    layer = ChannelSelectionConv(2, 1, (1, 2), rank=2, **options)
     layer.pointwise[...] = jnp.array([[1.0, 0.0], [2.0, 1.0]])
     layer.depthwise[...] = jnp.array([[5.0, 0.0], [-1.0, 3.0]]).reshape(1, 2, 2, 1)
     layer.bias[...] = jnp.array([0.5])

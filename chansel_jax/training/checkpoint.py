@@ -8,6 +8,7 @@ written in the background; a checkpoint appears under its number only when it is
 
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import shutil
@@ -80,7 +81,6 @@ def open_checkpoints(workdir: str | Path, report: Callable[[str], None]) -> Iter
         CheckpointError: if there are checkpoints, and none can be read; all stay then. In the end,
             if the last checkpoint could not be written.
     """
-    _quieten_orbax()
     workdir = Path(workdir).absolute()
     directory = workdir / CHECKPOINTS
     _set_aside_without_metrics(directory, workdir / UNFINISHED, report)
@@ -91,7 +91,7 @@ def open_checkpoints(workdir: str | Path, report: Callable[[str], None]) -> Iter
         ]
     )
     with (
-        _silent_leftovers(),
+        _quiet(),
         _managed(directory, preservation_policy=keep, best_fn=_val_loss, best_mode="min") as after,
         _managed(workdir / UNFINISHED, preservation_policy=policies.LatestN(1)) as within,
     ):
@@ -99,28 +99,33 @@ def open_checkpoints(workdir: str | Path, report: Callable[[str], None]) -> Iter
 
 
 @contextlib.contextmanager
-def _silent_leftovers() -> Iterator[None]:
-    """Within it nothing is printed of tasks that a save leaves behind when it fails.
+def _quiet() -> Iterator[None]:
+    """Within it orbax prints nothing: what goes wrong reaches the caller as an exception.
 
-    TensorStore tells each of them that it has written, after orbax has closed their event loop. The
-    failure itself is raised.
+    It logs every phase of a save that fails, and leaves tasks behind. TensorStore tells them that
+    it has written when their event loop is closed; others are collected without having begun.
     """
-    usual = sys.unraisablehook
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, usual = [logger.level for logger in loggers], sys.unraisablehook
 
     def hook(unraisable):
         if str(unraisable.exc_value) != "Event loop is closed":
             usual(unraisable)
 
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     sys.unraisablehook = hook
     try:
         yield
     except CheckpointError:
-        # What held them may not be collected before the very end.
-        never_awaited = "coroutine 'async_serialize_from_host.*' was never awaited"
-        warnings.filterwarnings("ignore", never_awaited, RuntimeWarning)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            gc.collect()
         raise
     finally:
         sys.unraisablehook = usual
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _set_aside_without_metrics(
@@ -150,6 +155,9 @@ def _none_left(directory: Path, kind: str, number: int, error: Exception) -> Che
 
 @contextlib.contextmanager
 def _managed(directory: Path, **options: Any) -> Iterator[ocp.CheckpointManager]:
+    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for arguments in (ocp.args.JsonSave, ocp.args.JsonRestore):
+        handlers.add("record", arguments, _RecordHandler())
     options = ocp.CheckpointManagerOptions(
         **options,
         cleanup_tmp_directories=True,  # of a process that was killed while it saved
@@ -158,7 +166,7 @@ def _managed(directory: Path, **options: Any) -> Iterator[ocp.CheckpointManager]
             barrier_sync_key_prefix=directory.name
         ),
     )
-    manager = ocp.CheckpointManager(directory, options=options)
+    manager = ocp.CheckpointManager(directory, options=options, handler_registry=handlers)
     try:
         yield manager
     finally:
@@ -312,22 +320,19 @@ def restore_network(
         )
     like = network_tree(network)
     path = directory / str(epoch) / "state"
-    _quieten_orbax()
+    arguments = ocp.args.PyTreeRestore(
+        item=jax.tree.map(ocp.utils.to_shape_dtype_struct, like),
+        restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+        partial_restore=True,
+    )
     try:
         _read_through(path)
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata
             if metadata is None:
                 raise CheckpointError("its metadata cannot be read")
             _check_shapes(metadata.tree, like)
-            restored = checkpointer.restore(
-                path,
-                args=ocp.args.PyTreeRestore(
-                    item=jax.tree.map(ocp.utils.to_shape_dtype_struct, like),
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(like),
-                    partial_restore=True,
-                ),
-            )
+            restored = checkpointer.restore(path, args=arguments)
     except Exception as error:  # orbax has no exception of its own for a damaged file
         raise CheckpointError(f"cannot restore {path} ({_first_line(error)})") from error
     nnx.update(network, restored["params"], restored["batch_stats"])
@@ -342,8 +347,20 @@ def _save_args(tree: dict[str, Any], record: dict) -> ocp.args.Composite:
     record = json.loads(json.dumps(record))  # it is written in the background
     return ocp.args.Composite(
         state=ocp.args.StandardSave(tree),
-        record=ocp.args.JsonSave({"digest": digest(tree), "run": record}),
+        record=ocp.args.JsonSave({"digest": jax.device_get(tree), "run": record}),
     )
+
+
+class _RecordHandler(ocp.handlers.JsonCheckpointHandler):
+    """Saves the record; its digest is taken of a state where it is written, in the background."""
+
+    async def async_save(self, directory, item=None, args=None):
+        async def write():
+            if jax.process_index() == 0:
+                record = args.item | {"digest": digest(args.item["digest"])}
+                (directory / "metadata").write_text(json.dumps(record))
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="record")]
 
 
 def _check_digest(tree: dict[str, Any], saved: str) -> None:
@@ -389,13 +406,7 @@ def _refused_writes(manager: ocp.CheckpointManager) -> Iterator[None]:
             raise
         raise CheckpointError(
             f"cannot save under {manager.directory} ({_first_line(error)}); older checkpoints stay"
-        ) from error
-
-
-def _quieten_orbax() -> None:
-    # Orbax reports every phase of every save; what went wrong reaches the caller as an exception.
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+        ) from error.with_traceback(None)  # whose frames would keep its tasks
 
 
 def _first_line(error: Exception) -> str:
@@ -409,7 +420,8 @@ def _read_through(directory: Path) -> None:
 
     Orbax reads them all at once, and a damaged file then ends in a traceback for each.
     """
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{directory}/"}).result()
+    base = {"driver": "file", "path": f"{directory}/"}
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
     keys = store.list().result()
     if not keys:
         raise CheckpointError(f"{directory} holds no arrays")

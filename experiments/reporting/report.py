@@ -1,18 +1,23 @@
-"""Reports: Markdown with its figures beside it, and the same as one self-contained HTML page."""
+"""Reports: Markdown with its pictures beside it, and the same as one self-contained HTML page."""
 
 import base64
 import html
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table as RichTable
 
-from chansel_jax.files import replaced
+from chansel_jax.files import replaced, write_json
 from experiments.reporting import plots
+
+# Headings and rows.
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 # As much as fits into 80 columns.
 LAYOUT = {"box": SIMPLE, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
@@ -31,17 +36,35 @@ def write(folder: Path, title: str, text: str, pictures: Mapping[str, Figure]) -
     Args:
         folder: which is there.
         title: of the page.
-        text: Markdown; `![caption](NAME.png)` shows the figure `NAME` of `pictures`.
+        text: Markdown; `![caption](NAME.png)` shows the one `NAME` of `pictures`.
         pictures: by name.
     """
-    for name, figure in pictures.items():
-        plots.save(figure, folder / f"{name}.png")
+    for name, picture in pictures.items():
+        plots.save(picture, folder / f"{name}.png")
     for name, content in (
         ("report.md", f"# {title}\n\n{text}"),
         ("report.html", page(folder, title, text)),
     ):
         with replaced(folder / name) as partial:
             partial.write_text(content, encoding="utf-8")
+
+
+def publish(
+    folder: Path,
+    title: str,
+    text: str,
+    pictures: Mapping[str, Figure],
+    results: Mapping[str, Any],
+    tables: Sequence[Table],
+    console: Console,
+) -> None:
+    """Writes `results.json` and the report, and prints its tables."""
+    write_json(folder / "results.json", results)
+    write(folder, title, text, pictures)
+    console.print()
+    for headings, rows in tables:
+        console.print(terminal_table(headings, rows))
+    console.print(f"the results are written to {folder}", markup=False)
 
 
 def page(folder: Path, title: str, text: str) -> str:

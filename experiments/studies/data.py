@@ -38,15 +38,30 @@ PUBLISHED = (
 
 def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
     """Both convolutions, and channel selection of twice the width."""
-    steps = tuple(sorted({max(1, round(share * epochs)) for share in STEPS_AT}))
-    optimization = dataclasses.replace(RECIPE.optimization, step_epochs=steps)
+    optimization = dataclasses.replace(RECIPE.optimization, step_epochs=step_epochs(epochs))
     training = dataclasses.replace(RECIPE, epochs=epochs, optimization=optimization)
     return entries(NETWORKS, Settings(data=data, training=training))
 
 
+def step_epochs(epochs: int) -> tuple[int, ...]:
+    """After which the learning rate falls, at `STEPS_AT` or the nearest whole epoch."""
+    return tuple(sorted({max(1, round(share * epochs)) for share in STEPS_AT}))
+
+
+def note(epochs: int) -> str:
+    """When the learning rate falls."""
+    steps = step_epochs(epochs)
+    here = ", ".join(f"{step / epochs:.0%}" for step in steps)
+    published = ", ".join(f"{share:.0%}" for share in STEPS_AT)
+    return (
+        f"The learning rate was divided by ten after {here} of the epochs (epochs "
+        f"{', '.join(map(str, steps))}); the published recipe does so after {published}."
+    )
+
+
 def draw(outcomes: Sequence[Outcome]) -> Figure:
     """Losses and accuracies by epoch."""
-    return plots.curves({o.label: [run.history for run in o.runs] for o in outcomes})
+    return plots.curves({o.label: [run.metrics for run in o.runs] for o in outcomes})
 
 
 STUDY = Study(
@@ -54,6 +69,7 @@ STUDY = Study(
     epochs=200,
     entries=settings_of,
     draw=draw,
+    note=note,
     dataset="cifar10",
     scored=("test",),
     published=PUBLISHED,

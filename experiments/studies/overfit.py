@@ -65,6 +65,16 @@ def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
     return found
 
 
+def note(epochs: int) -> str:
+    """Why some trainings are longer."""
+    steps = FEW // RECIPES["original"].batch_size
+    return (
+        f"Networks that see {FEW} images only are trained for {FEW_EPOCHS_FACTOR} times as many "
+        f"epochs, {FEW_EPOCHS_FACTOR * epochs} for `--epochs={epochs}`, because an epoch of so few "
+        f"images has {steps} steps."
+    )
+
+
 def changed(settings: Any, changes: Mapping[str, Any]) -> Any:
     """`settings` with the named values, wherever in it they are."""
     new = {}
@@ -113,5 +123,6 @@ STUDY = Study(
     epochs=100,
     entries=settings_of,
     draw=draw,
+    note=note,
     scored=("train",),
 )

@@ -17,12 +17,13 @@ class Study:
         question: which.
         epochs: of each training, at full length.
         entries: settings of each row, by label, for images and a number of epochs.
-        draw: the figure of what came out.
+        draw: a picture of what came out.
         dataset: its images where none are asked for.
         scored: splits, where there are such images, on which the last checkpoint is measured:
             plain images, without dropout.
         published: rows to compare with: label, parameters, accuracy.
         published_note: where they are from.
+        note: a sentence for the report on trainings of a number of epochs, if there is more to say.
     """
 
     question: str
@@ -33,3 +34,4 @@ class Study:
     scored: Sequence[str] = ()
     published: Sequence[tuple[str, str, str]] = ()
     published_note: str = ""
+    note: Callable[[int], str] = lambda epochs: ""

@@ -1,39 +1,23 @@
 """Several networks, each trained from several seeds."""
 
 import dataclasses
-import functools
+import itertools
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from flax import nnx
 from rich.console import Console
 
-from experiments.cli.differences import differences
 from experiments.cli.errors import CommandError
-from experiments.training.experiment import load_data
-from experiments.training.load import Records, read_config, read_records
+from experiments.studies.runs import Record, finished
 from experiments.training.loop import DivergedError
 from experiments.training.records import Row
-from experiments.training.run import train_and_evaluate
-from experiments.training.scores import Wanted, recorded_scores
-from experiments.training.settings import DataSettings, Settings, build_network, decisive
-from experiments.training.workdir import holds_run
+from experiments.training.scores import Wanted
+from experiments.training.settings import Settings, build_network
 
 NAME_FORMAT = "CONV[-wWIDTH][-rRANK]"
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained(Records):
-    """A finished run.
-
-    Attributes:
-        scores: by what their files are called after, as in `evaluation-SPLIT.json`.
-    """
-
-    scores: Mapping[str, Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +30,11 @@ class Outcome:
     """
 
     label: str
-    runs: Sequence[Trained]
+    runs: Sequence[Record]
 
     def values(self, name: str) -> list[float]:
-        """A figure of the summaries of all runs."""
-        return [run.summary[name] for run in self.runs]
+        """A figure of all runs."""
+        return [run.figures[name] for run in self.runs]
 
     def mean(self, name: str) -> float:
         """Its mean."""
@@ -69,68 +53,43 @@ class Outcome:
 def run_all(
     entries: Mapping[str, Settings],
     seeds: Sequence[int],
-    folder: Path,
+    output: Path,
     console: Console,
     wanted: Sequence[Wanted] = (),
 ) -> tuple[list[Outcome], list[str]]:
-    """Trains every entry from every seed, under `folder`; what is done already stays.
+    """Trains every entry from every seed, as far as it is not done already.
 
-    All entries are trained from the first seed before any is from the next. A finished run is taken
-    from its records, so it may come from another machine and needs no checkpoints. A training whose
-    loss is not finite is left out.
+    All entries are trained from the first seed before any is from the next. A training whose loss
+    is not finite is left out.
 
     Args:
         entries: settings by label.
         seeds: in place of theirs.
-        folder: of the runs, each in its own, named after label and seed.
+        output: holds their records and folders, named after label and seed; see `finished`.
         console: takes the progress.
-        wanted: scores of each run; they join its summary, as `plain_SPLIT_loss` and
-            `plain_SPLIT_accuracy`.
+        wanted: scores of each run.
 
     Returns:
         What came out, and a line for each training whose loss was not finite.
 
     Raises:
-        OneLineError: as `train_and_evaluate` and `recorded_scores`, or if an entry has wrong
-            settings, or a run in `folder` other ones, or no loss was finite.
+        OneLineError: as `finished`, or if an entry has wrong settings, or no loss was finite.
     """
     check_networks(entries)
-    done: dict[str, list[Trained]] = {label: [] for label in entries}
+    done: dict[str, list[Record]] = {label: [] for label in entries}
     diverged: list[str] = []
-    count = len(entries) * len(seeds)
-    for i, seed in enumerate(seeds):
-        for j, (label, settings) in enumerate(entries.items()):
-            number = i * len(entries) + j + 1
-            console.print(f"\n[{number}/{count}] {label}, seed {seed}", markup=False)
-            workdir = folder / f"{folder_name(label)}-seed{seed}"
-            given = dataclasses.replace(settings, seed=seed, workdir=workdir, resume="auto")
-            try:
-                if is_finished(given):
-                    console.print(f"finished before: {workdir}", markup=False)
-                else:
-                    train_and_evaluate(given, console)
-            except DivergedError as error:
-                diverged.append(f"{label}, seed {seed}: {error}")
-                console.print(diverged[-1], markup=False)
-                continue
-            scores = {
-                each.name: recorded_scores(workdir, each, given.data.data_dir, console)
-                for each in wanted
-            }
-            done[label].append(with_scores(read_records(workdir), scores))
+    every = list(itertools.product(seeds, entries.items()))
+    for number, (seed, (label, settings)) in enumerate(every, start=1):
+        console.print(f"\n[{number}/{len(every)}] {label}, seed {seed}", markup=False)
+        given, name = dataclasses.replace(settings, seed=seed), f"{folder_name(label)}-seed{seed}"
+        try:
+            done[label].append(finished(output, name, given, console, wanted))
+        except DivergedError as error:
+            diverged.append(f"{label}, seed {seed}: {error}")
+            console.print(diverged[-1], markup=False)
     if not any(done.values()):
         raise CommandError("; ".join(diverged))
     return [Outcome(label, runs) for label, runs in done.items() if runs], diverged
-
-
-def with_scores(records: Records, scores: Mapping[str, Mapping[str, Any]]) -> Trained:
-    """A run with its scores, which join the summary."""
-    plain = {
-        f"plain_{name}_{figure}": found[figure]
-        for name, found in scores.items()
-        for figure in ("loss", "accuracy")
-    }
-    return Trained({**records.summary, **plain}, records.history, scores)
 
 
 def left_out(diverged: Sequence[str]) -> str:
@@ -151,43 +110,6 @@ def check_networks(entries: Mapping[str, Settings]) -> None:
             nnx.eval_shape(lambda settings=settings: build_network(settings, 2))
         except ValueError as error:
             raise CommandError(f"{label}: {error}") from error
-
-
-def is_finished(settings: Settings, begins_with: str | None = None) -> bool:
-    """Whether their workdir holds the records of a finished run of these settings and images.
-
-    Args:
-        settings: of the run.
-        begins_with: a digest of its parameters before the first step, if the seed does not decide
-            them.
-
-    Raises:
-        CommandError: if it holds a run of others, or one that cannot be read.
-    """
-    workdir = settings.workdir
-    if not holds_run(workdir):
-        return False
-    config = read_config(workdir)
-    found = differences(
-        decisive(config.settings) | {"images": config.digests, "begins_with": config.begins_with},
-        decisive(settings) | {"images": image_digests(settings.data), "begins_with": begins_with},
-    )
-    if found:
-        raise CommandError(
-            f"the run in {workdir} has other settings ({'; '.join(found)}): take another --output"
-        )
-    return (workdir / "summary.json").is_file()
-
-
-@functools.lru_cache(maxsize=1)
-def image_digests(settings: DataSettings) -> Mapping[str, str]:
-    """Of the images of each split.
-
-    Raises:
-        DataError: if they cannot be had.
-    """
-    splits = load_data(settings, in_memory=False).splits
-    return {name: split.summary.digest for name, split in splits.items()}
 
 
 def folder_name(label: str) -> str:

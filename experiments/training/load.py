@@ -1,10 +1,11 @@
 """Runs that experiments.train has left, loaded again."""
 
+import contextlib
 import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,106 +16,45 @@ from chansel_jax.networks.resnet import ResNet
 from chansel_jax.training.checkpoint import restore_network
 from experiments.cli.errors import CommandError
 from experiments.training.experiment import load_data
-from experiments.training.records import Row
 from experiments.training.settings import Settings, build_network
 
 Checkpoint = int | Literal["best", "last"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """What a run was trained with.
-
-    Attributes:
-        settings: all of them, but for where its images lay.
-        class_names: of the logits.
-        image_shape: `(H, W, C)`.
-        digests: of the images of each split.
-        mean: `(C,)`, the channels' means over its training images.
-        std: `(C,)`, their standard deviations.
-        begins_with: a digest of the parameters before the first step, where the seed does not
-            decide them.
-    """
-
-    settings: Settings
-    class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    digests: Mapping[str, str]
-    mean: np.ndarray
-    std: np.ndarray
-    begins_with: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Run(Config):
+class Run:
     """A trained network, and what belongs to it.
 
     Attributes:
         workdir: the run's folder.
         network: with the parameters of one checkpoint.
         epoch: of that checkpoint.
+        settings: all of them, but for where its images lay.
+        class_names: of the logits.
+        image_shape: `(H, W, C)`.
+        digests: of the images of each split.
+        mean: `(C,)`, the channels' means over its training images.
+        std: `(C,)`, their standard deviations.
     """
 
     workdir: Path
     network: ResNet
     epoch: int
+    settings: Settings
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    digests: Mapping[str, str]
+    mean: np.ndarray
+    std: np.ndarray
 
 
-def read_config(workdir: Path) -> Config:
-    """What `config.json` in `workdir` holds.
-
-    Raises:
-        CommandError: if there is none, or it cannot be read.
-    """
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise CommandError(f"workdir={workdir} holds no run: there is no {path}")
+@contextlib.contextmanager
+def readable(what: object) -> Iterator[None]:
+    """Within it, an error of reading `what` becomes a `CommandError`, one line that names it."""
     try:
-        config = json.loads(path.read_text())
-        images = config["data"]
-        return Config(
-            settings=settings_from(Settings, config["settings"]),
-            class_names=tuple(images["class_names"]),
-            image_shape=tuple(images["image_shape"]),
-            digests=images["digests"],
-            mean=np.asarray(images["mean"], np.float32),
-            std=np.asarray(images["std"], np.float32),
-            begins_with=config.get("begins_with"),
-        )
+        yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CommandError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
-
-
-@dataclasses.dataclass(frozen=True)
-class Records:
-    """What a finished run reports.
-
-    Attributes:
-        summary: as in `summary.json`.
-        history: a row an epoch.
-    """
-
-    summary: Mapping[str, Any]
-    history: Sequence[Row]
-
-
-def read_records(workdir: Path) -> Records:
-    """Those of the finished run in `workdir`.
-
-    Raises:
-        CommandError: if they are not there, cannot be read, or are not of one whole run.
-    """
-    try:
-        summary = json.loads((workdir / "summary.json").read_text())
-        lines = (workdir / "metrics.jsonl").read_text().splitlines()
-        history = [json.loads(line) for line in lines]
-        if len(history) != summary["epochs"]:
-            raise ValueError(f"{len(history)} epochs of {summary['epochs']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CommandError(
-            f"the records of the run in {workdir} cannot be read ({type(error).__name__}: {error})"
-        ) from error
-    return Records(summary, history)
+        raise CommandError(f"{what} cannot be read ({type(error).__name__}: {error})") from error
 
 
 def load_run(workdir: Path, epoch: Checkpoint = "best") -> Run:
@@ -124,13 +64,23 @@ def load_run(workdir: Path, epoch: Checkpoint = "best") -> Run:
         CommandError: if there is none, or its `config.json` cannot be read.
         CheckpointError: if there is no such checkpoint, or it cannot be restored.
     """
-    config = read_config(workdir)
-    try:
-        network = build_network(config.settings, len(config.class_names))
-    except ValueError as error:
-        raise CommandError(f"{workdir / 'config.json'}: {error}") from error
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise CommandError(f"workdir={workdir} holds no run: there is no {path}")
+    with readable(path):
+        config = json.loads(path.read_text())
+        settings, images = settings_from(Settings, config["settings"]), config["data"]
+        network = build_network(settings, len(images["class_names"]))
+        described = {
+            "settings": settings,
+            "class_names": tuple(images["class_names"]),
+            "image_shape": tuple(images["image_shape"]),
+            "digests": images["digests"],
+            "mean": np.asarray(images["mean"], np.float32),
+            "std": np.asarray(images["std"], np.float32),
+        }
     epoch = restore_network(workdir / "checkpoints", network, epoch)
-    return Run(**vars(config), workdir=workdir, network=network, epoch=epoch)
+    return Run(workdir, network, epoch, **described)
 
 
 def load_images(run: Run, data_dir: Path | None) -> tuple[data.Dataset, tuple[str, ...]]:

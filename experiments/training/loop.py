@@ -111,12 +111,12 @@ def recorded(
     if not coordination.is_first():
         yield lambda _: None
         return
-    with records.MetricsWriter(workdir, history) as metrics:
+    with records.metrics_written(workdir, history) as append:
 
         def write(longer):
             nonlocal history
             history = longer
-            metrics.write(history[-1])
+            append(history[-1])
 
         def draw():
             if history:

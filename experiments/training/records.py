@@ -5,54 +5,46 @@ a run is a list of rows, one an epoch, each a flat dict of numbers (see `best_ep
 `summarise`).
 """
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from chansel_jax.files import replaced
+from experiments.reporting import plots
 
 Row = Mapping[str, float]
 
 
-class MetricsWriter:
-    """Appends the rows of a run to `metrics.jsonl` and to TensorBoard's events.
+@contextlib.contextmanager
+def metrics_written(workdir: Path, history: Sequence[Row]) -> Iterator[Callable[[Row], None]]:
+    """Within it, rows are appended to `metrics.jsonl` and to TensorBoard's events.
 
     Args:
         workdir: the run's folder.
         history: the rows so far; `metrics.jsonl` is written anew with them.
+
+    Yields:
+        A function that appends a row; its `epoch` is TensorBoard's step.
     """
+    # It imports PyTorch where that is installed, which takes seconds.
+    from tensorboardX import SummaryWriter
 
-    def __init__(self, workdir: Path, history: Sequence[Row]):
-        # It imports PyTorch where that is installed, which takes seconds.
-        from tensorboardX import SummaryWriter
+    with (workdir / "metrics.jsonl").open("w") as lines:
+        lines.write("".join(json.dumps(row) + "\n" for row in history))
+        lines.flush()
+        with SummaryWriter(str(workdir), purge_step=len(history) + 1) as events:
 
-        text = "".join(json.dumps(row) + "\n" for row in history)
-        self._lines = (workdir / "metrics.jsonl").open("w")
-        self._lines.write(text)
-        self._lines.flush()
-        self._events = SummaryWriter(str(workdir), purge_step=len(history) + 1)
+            def write(row: Row) -> None:
+                lines.write(json.dumps(row) + "\n")
+                lines.flush()
+                for name, value in row.items():
+                    if name != "epoch":
+                        events.add_scalar(name, value, row["epoch"])
+                events.flush()
 
-    def write(self, row: Row) -> None:
-        """Appends `row`; its `epoch` is TensorBoard's step."""
-        self._lines.write(json.dumps(row) + "\n")
-        self._lines.flush()
-        for name, value in row.items():
-            if name != "epoch":
-                self._events.add_scalar(name, value, row["epoch"])
-        self._events.flush()
-
-    def close(self) -> None:
-        """Closes both files."""
-        self._lines.close()
-        self._events.close()
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+            yield write
 
 
 def best_epoch(history: Sequence[Row]) -> Row:
@@ -93,8 +85,8 @@ def summarise(history: Sequence[Row]) -> dict[str, float]:
 
 def plot_losses(history: Sequence[Row], path: Path, title: str) -> None:
     """Draws train (blue) and validation (orange) losses over the epochs into a PNG."""
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.add_subplot()
+    picture = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = picture.add_subplot()
     epochs = [row["epoch"] for row in history]
     for name, label, colour in (
         ("train_loss", "train", "tab:blue"),
@@ -112,5 +104,4 @@ def plot_losses(history: Sequence[Row], path: Path, title: str) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
-    with replaced(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+    plots.save(picture, path)

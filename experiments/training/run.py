@@ -1,16 +1,21 @@
 """A training run from its settings to its summary."""
 
+import collections
 import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+from flax import nnx
 from rich.console import Console
 
+from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
 from chansel_jax.counting import LayerCount, count_network
 from chansel_jax.digest import digest
 from chansel_jax.files import write_json
 from chansel_jax.networks.resnet import ResNet
+from chansel_jax.ops import lowerings, native
 from chansel_jax.training import checkpoint
 from experiments.cli.errors import CommandError
 from experiments.cluster import coordination
@@ -107,6 +112,8 @@ def summarise(
         "dataset": settings.data.dataset,
         "seed": settings.seed,
         "device": machine.device_name(),
+        "instruction_set": native.instruction_set() if native.available() else None,
+        "lowerings": lowerings_taken(experiment.network),
         "versions": machine.versions(),
         "images": {name: len(split.labels) for name, split in experiment.dataset.splits.items()},
         "parameters": sum(row.parameters for row in rows),
@@ -114,6 +121,21 @@ def summarise(
         **records.summarise(progress.history),
         "params_sha256": digest((state.params, state.batch_stats)),
     }
+
+
+def lowerings_taken(network: ResNet) -> dict[str, list[str]]:
+    """What `"auto"` takes on this machine, by the kind of convolution, for those of `network`."""
+    found = collections.defaultdict(set)
+    for _, layer in nnx.iter_graph(network):
+        if isinstance(layer, SubKernelConv):
+            kernel = jax.ShapeDtypeStruct(layer.kernel.shape, network.config.dtype)
+            found["subkernel"].add(lowerings.fastest_dense(kernel))
+        elif isinstance(layer, ChannelSelectionConv) and layer.norm is not None:
+            found["chansel"].add(lowerings.fastest_depthwise())
+        elif isinstance(layer, ChannelSelectionConv):
+            x = jax.ShapeDtypeStruct((1, 1, 1, layer.in_channels), network.config.dtype)
+            found["chansel"].add(lowerings.fastest_layer(x, layer.depthwise))
+    return {conv: sorted(taken) for conv, taken in found.items()}
 
 
 def refuse_workdir_among_images(workdir: Path, settings: Settings) -> None:

@@ -58,7 +58,7 @@ def claim(
             aside = _rename_aside(workdir)
             _lock(workdir, locks)
         if holds_run(workdir):
-            found = differences(_filled(_read(workdir / "config.json"), defaults or {}), config)
+            found = differences(filled(_read(workdir / "config.json"), defaults or {}), config)
             if found:
                 raise WorkdirError(
                     f"the run in {workdir} has other settings ({'; '.join(found)}): "
@@ -76,13 +76,13 @@ def holds_run(workdir: Path) -> bool:
     return any(path.name.isdigit() for path in saved) or (workdir / "summary.json").is_file()
 
 
-def _filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Nested `config` with those of `defaults` that it lacks."""
-    filled = {**defaults, **config}
+    whole = {**defaults, **config}
     for name, value in defaults.items():
-        if isinstance(value, Mapping) and isinstance(filled[name], Mapping):
-            filled[name] = _filled(filled[name], value)
-    return filled
+        if isinstance(value, Mapping) and isinstance(whole[name], Mapping):
+            whole[name] = filled(whole[name], value)
+    return whole
 
 
 def _lock(workdir: Path, locks: contextlib.ExitStack) -> None:

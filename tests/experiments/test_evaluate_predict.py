@@ -17,7 +17,7 @@ from chansel_jax.training.prediction import scores
 from experiments import evaluate, predict
 from experiments.cli.errors import CommandError
 from experiments.training.load import load_images, load_run, settings_from
-from experiments.training.scores import Wanted, as_json, recorded_scores
+from experiments.training.scores import share_or_none
 from experiments.training.settings import Settings
 
 
@@ -109,42 +109,25 @@ def test_evaluation_is_that_of_the_training(trained, settings, whole, tmp_path, 
     assert "27 images" in printed(console) and "not those of the run" not in printed(console)
 
 
-def test_flip_averaged_scores_lie_beside_the_plain_ones(copy, images, console):
-    plain = recorded_scores(copy, Wanted("validation"), images, console)
-    settings = evaluate.Settings(copy, data_dir=images, flip_average=True)
+def test_flip_averaged_scores_lie_beside_the_plain_ones(trained, images, tmp_path, console):
+    settings = evaluate.Settings(trained, data_dir=images, flip_average=True, output=tmp_path)
     found = evaluate.evaluate(settings, console)
-    written = json.loads((copy / "evaluation-validation-flip-averaged.json").read_text())
-    assert written["flip_average"] and written["loss"] == found.loss != plain["loss"]
-    assert (copy / "confusion-validation-flip-averaged.png").is_file()
-    assert json.loads((copy / "evaluation-validation.json").read_text()) == plain
-    assert not (copy / "confusion-validation.png").exists()
-
-
-def test_recorded_scores_are_those_of_the_runs_own_images(copy, settings, images, console):
-    def recorded(checkpoint):
-        return recorded_scores(copy, Wanted("validation", checkpoint), images, console)
-
-    path = copy / "evaluation-validation.json"
-    first = recorded("last")
-    assert first["epoch"] == 3 and json.loads(path.read_text()) == first
-    path.write_text(json.dumps({**first, "loss": 7.0}))
-    assert recorded("last")["loss"] == 7.0  # as recorded
-    for wrong in ({"images_sha256": "0"}, {"flip_average": True}, {"epoch": 1}):
-        path.write_text(json.dumps({**first, **wrong}))
-        assert recorded("last") == first  # measured anew
-    path.write_text("half")
-    assert recorded("last") == first
-    subprocess.run(["rm", "-r", str(copy / "checkpoints")], check=True)
-    assert recorded("last") == first
-    path.unlink()
-    with pytest.raises(OneLineError, match="holds no checkpoint"):
-        recorded("last")
+    written = json.loads((tmp_path / "evaluation-validation-flip-averaged.json").read_text())
+    assert written["flip_average"] and written["loss"] == found.loss
+    plain = evaluate.evaluate(dataclasses.replace(settings, flip_average=False), console)
+    assert plain.loss != found.loss
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "confusion-validation-flip-averaged.png",
+        "confusion-validation.png",
+        "evaluation-validation-flip-averaged.json",
+        "evaluation-validation.json",
+    ]
 
 
 def test_class_without_predictions_has_no_precision(trained, console):
     run = load_run(trained)
     found = scores(np.eye(3, dtype=np.float32)[[0, 0]], np.array([0, 1]))
-    assert as_json(found)["precision"] == [0.5, None, None]
+    assert share_or_none(found.precision) == [0.5, None, None]
     evaluate.print_scores(found, run, console)
     assert "–" in printed(console) and "nan" not in printed(console)
 

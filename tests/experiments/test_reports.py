@@ -17,14 +17,13 @@ from PIL import Image
 from rich.console import Console
 
 from chansel_jax import SubKernelConv, resnet14
-from chansel_jax.counting import count_network
 from chansel_jax.functional import network_tree
 from experiments import compare, compress, evaluate, predict, study
 from experiments.cli.differences import differences
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import parse, typed
 from experiments.reporting import report
-from experiments.studies import STUDIES, data, overfit, sweep, width
+from experiments.studies import STUDIES, data, overfit, runs, sweep, width
 from experiments.training.experiment import build
 from experiments.training.load import load_run
 from experiments.training.settings import DataSettings, NetworkSettings, Settings, decisive
@@ -41,7 +40,7 @@ def one_epoch(settings):
 
 
 def assert_whole(folder, *names):
-    """Report, figures and results are there, and the page holds its pictures."""
+    """Report, pictures and results are there, and the page holds its pictures."""
     for name in names:
         with Image.open(folder / f"{name}.png") as picture:
             picture.load()
@@ -72,33 +71,38 @@ def test_page_shows_what_the_markdown_says(tmp_path):
 # Comparison
 
 
-def test_comparison_of_both_convolutions(settings, one_epoch, tmp_path, console):
+@pytest.mark.usefixtures("whole")
+def test_comparison_of_both_convolutions(settings, dense, tmp_path, console):
     given = compare.Settings(
         network=settings.network,
         data=settings.data,
-        training=one_epoch,
-        seeds=(0, 1),
+        training=settings.training,
+        seeds=(0,),
         output=tmp_path,
     )
+    lines = tmp_path / runs.RUNS
+    for conv, folder in (("subkernel", dense), ("chansel", settings.workdir)):
+        shutil.copytree(folder, tmp_path / "runs" / f"{conv}-seed0")
     compare.compare(given, console)
+    for name, record in runs.read_records(lines).items():
+        other = {"settings": {**record.settings, "seed": 1}}
+        other["summary"] = record.summary | {"seed": 1, "final_val_accuracy": 0.25}
+        new = dataclasses.replace(record, name=name.replace("seed0", "seed1"), **other)
+        runs.write_record(lines, new)
+
+    # Finished runs need their lines only.
+    shutil.rmtree(tmp_path / "runs")
+    compare.compare(dataclasses.replace(given, seeds=(0, 1)), console)
     text, results = assert_whole(tmp_path, "curves", "confusion")
-    assert "| parameters | 431 | 247 |" in text and "seeds 0, 1" in text
+    assert "compiled" not in console.file.getvalue()
+    assert "| parameters | 431 | 247 |" in text and "the seeds 0, 1" in text
     assert "published" not in text  # the classes are others
-    for runs in results["networks"].values():
-        assert [run["seed"] for run in runs] == [0, 1]
-        assert runs[0]["params_sha256"] != runs[1]["params_sha256"]
-    values = [run["final_val_accuracy"] for run in results["networks"]["chansel"]]
+    for networks in results["networks"].values():
+        assert [network["seed"] for network in networks] == [0, 1]
+    values = [network["final_val_accuracy"] for network in results["networks"]["chansel"]]
     row = next(line for line in text.splitlines() if "accuracy, last epoch" in line)
     assert f"{np.mean(values):.2%} ± {np.std(values, ddof=1):.2%} |" in row
     assert "--seeds=0,1" in results["command"] and str(tmp_path) not in results["command"]
-
-    # Finished runs need their records only.
-    for folder in (tmp_path / "runs").glob("*/checkpoints"):
-        shutil.rmtree(folder)
-    again = Console(file=io.StringIO(), width=160)
-    assert compare.compare(given, again)["networks"] == results["networks"]
-    assert "compiled" not in again.file.getvalue()
-    assert assert_whole(tmp_path, "curves", "confusion") == (text, results)
 
 
 @pytest.mark.parametrize(
@@ -113,13 +117,15 @@ def test_published_figures_stand_beside_the_same_network_and_classes(parameters,
     summary = dict.fromkeys(
         (
             *("best_val_loss", "train_loss_at_best", "val_accuracy_at_best", "final_val_accuracy"),
-            *("best_val_accuracy", "seconds_per_epoch", "plain_validation-flip-averaged_accuracy"),
+            *("best_val_accuracy", "seconds_per_epoch"),
         ),
         0.5,
     )
     summary |= {"parameters": parameters, "multiply_adds": 1}
-    run = sweep.Trained(summary, [{"epoch": 1, "val_loss": 0.5}], {})
-    headings, *rows = compare.table([sweep.Outcome("chansel", [run])], classes)
+    scores = {"validation-flip-averaged": {"loss": 0.5, "accuracy": 0.5}}
+    metrics = [{"epoch": 1, "val_loss": 0.5}]
+    run = runs.Record("", {}, {}, metrics, summary | {"epochs": 1}, scores)
+    headings, rows = compare.table([sweep.Outcome("chansel", [run])], classes)
     assert headings == ["", "chansel", *["chansel, published"] * shown]
     cells = {row[0]: row[1:] for row in rows}
     assert cells["validation accuracy, last epoch"] == ["50.00%", *[""] * shown]
@@ -185,37 +191,39 @@ def test_a_study_from_beginning_to_end(settings, one_epoch, monkeypatch, tmp_pat
     monkeypatch.setitem(STUDIES, "overfit", chosen)
     given = study.Settings("overfit", data=settings.data, epochs=1, only="few", output=tmp_path)
     (outcome,) = study.study(given, console)
-    text, results = assert_whole(tmp_path, "figure")
+    text, results = assert_whole(tmp_path, "picture")
     assert outcome.runs[0].summary["images"] == {"train": 32, "validation": 27}
     assert 0 < outcome.mean("plain_train_accuracy") <= 1
-    assert "| few, none / all | 247 |" in text and "of 100 at full length" in text
+    assert "| few, none / all | 247 |" in text and "the whole study has `--epochs=100`" in text
     assert "| theirs (published) | 1 M |" in text
     command = results["command"]
     assert command.startswith("python -m experiments.study overfit --epochs=1 --only=few --dataset")
     assert "theirs (published)" in console.file.getvalue()
+    (record,) = runs.read_records(tmp_path / runs.RUNS).values()
+    assert record == outcome.runs[0] == runs.record_of(tmp_path / "runs" / "few-none-all-seed0")
     with pytest.raises(CommandError, match="only=many is part of none of: few, none / all; all"):
         study.study(dataclasses.replace(given, only="many"), console)
 
 
-def test_every_figure_can_be_drawn():
+def test_every_picture_can_be_drawn():
     summary = {
         name: 0.5
         for name in (
             *("final_val_accuracy", "final_train_loss", "plain_train_accuracy"),
             *("parameters", "multiply_adds"),
         )
-    }
+    } | {"epochs": 1}
     row = {
         name: 0.5 for name in ("epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy")
     }
     for name, chosen in STUDIES.items():
         outcomes = [
-            sweep.Outcome(label, [sweep.Trained(summary, [row], {})])
+            sweep.Outcome(label, [runs.Record("", {}, {}, [row], summary, {})])
             for label in chosen.entries(DataSettings(), 5)
         ]
         for shown in (outcomes, outcomes[:1], outcomes[1:]):
-            figure = chosen.draw(shown)
-            drawn = [line for axes in figure.axes for line in axes.get_lines()]
+            picture = chosen.draw(shown)
+            drawn = [line for axes in picture.axes for line in axes.get_lines()]
             assert drawn, name
 
 
@@ -227,17 +235,15 @@ def test_compression_from_beginning_to_end(dense, settings, one_epoch, tmp_path,
         dense,
         data_dir=settings.data.data_dir,
         ranks=(4,),
-        energies=(0.6,),
         training=one_epoch,
         output=tmp_path / "out",
     )
-    exact, cut = compress.compress(given, console)
+    (exact,) = compress.compress(given, console)["compressed"]
     text, results = assert_whole(tmp_path / "out", "accuracy")
-    assert exact.before == results["dense"]["accuracy"]
-    assert exact.parameters > results["dense"]["parameters"] > cut.parameters
-    rows = count_network(cut.network.config, (8, 8))
-    assert cut.parameters == sum(row.parameters for row in rows)
-    assert f"| rank 4 | {exact.parameters:,} | 4 4 |" in text
+    assert exact["accuracy_before"] == results["dense"]["accuracy"]
+    assert exact["parameters"] > results["dense"]["parameters"]
+    assert f"| rank 4 | {exact['parameters']:,} | 4 4 |" in text
+    assert text.count("python -m experiments") == 2 and text.count("--data-dir=PATH") == 2
     assert len(results["energies"]) == 2
     assert results["command"].startswith("python -m experiments.compress --workdir=PATH ")
     for shares in results["energies"].values():
@@ -245,28 +251,27 @@ def test_compression_from_beginning_to_end(dense, settings, one_epoch, tmp_path,
     assert "experiments.train --conv=subkernel" in results["dense"]["command"]
     assert results["dense"]["command"] in text
 
-    # Finished runs need their records only.
-    for folder in (tmp_path / "out" / "runs").glob("*/checkpoints"):
-        shutil.rmtree(folder)
+    # Finished runs need their lines only.
+    shutil.rmtree(tmp_path / "out" / "runs")
     again = Console(file=io.StringIO(), width=160)
-    assert [each.after for each in compress.compress(given, again)] == [exact.after, cut.after]
+    assert compress.compress(given, again)["compressed"] == [exact]
     assert "compiled" not in again.file.getvalue()
 
 
 def test_every_layer_has_at_most_its_own_highest_rank():
     network = resnet14(SubKernelConv, blocks=(1, 1), width=4, rngs=nnx.Rngs(0))
-    given = compress.Settings(Path("run"), ranks=(8,))
-    (factorised,) = compress.factorised(network, given).values()
-    assert factorised.config.ranks == (4, 4, 4, 8)
+    given = compress.Settings(Path("run"), ranks=(8,), energies=(0.6,))
+    exact, cut = compress.factorised(network, given).values()
+    assert exact.config.ranks == (4, 4, 4, 8) and max(cut.config.ranks) < 4
     with pytest.raises(CommandError, match="ranks=9 must be at most 8"):
         compress.factorised(network, dataclasses.replace(given, ranks=(9,)))
 
 
-def test_fine_tuning_has_a_dropout_rate_of_its_own(dense, settings, tmp_path):
+def test_fine_tuning_has_a_dropout_rate_of_its_own(dense, settings):
     given = compress.Settings(dense, data_dir=settings.data.data_dir, ranks=(2,))
     run = load_run(dense)
     (network,) = compress.factorised(run.network, given).values()
-    trained = build(compress.fine_tuning(run, given, network, tmp_path), network).network
+    trained = build(compress.fine_tuning(run, given, network), network).network
     assert (network.dropout.rate, trained.dropout.rate) == (0.2, 0.0)
     chex.assert_trees_all_equal(network_tree(trained), network_tree(network))
     other = dataclasses.replace(settings, conv="chansel")

@@ -16,17 +16,16 @@ from chansel_jax.digest import digest
 from chansel_jax.torch_weights import from_torch, to_torch
 from chansel_jax.training import devices
 from chansel_jax.training.augmentation import Augmentation, normalise
+from chansel_jax.training.batches import Batch, GivenOrder, TrainingOrder, epoch_order, take
 from chansel_jax.training.optimizer import OptimizerSettings, make_optimizer
 from chansel_jax.training.step import (
     NO_STEP,
     TrainState,
-    epoch_order,
     init_state,
     init_totals,
     load_state,
     make_evaluate,
     make_train_step,
-    put_split,
 )
 from experiments.pytorch.networks import torch_twin
 
@@ -59,21 +58,23 @@ class Run:
             self.network,
             optimizer,
             mesh=self.mesh,
-            batch_size=16,
-            steps_per_epoch=2,
             **{"augmentation": Augmentation(), **options},
         )
-        self.count = len(split.labels)
-        self.split = put_split(split, split.summary.mean, split.summary.std, self.mesh)
+        self.split = devices.replicate(Batch(split.images, split.labels), self.mesh)
+        self.statistics = devices.replicate((split.summary.mean, split.summary.std), self.mesh)
         self.first_state = functools.partial(init_state, self.network, optimizer, seed, self.mesh)
+
+    def arguments(self, state):
+        """What a step takes besides the state and the totals."""
+        order = TrainingOrder(np.asarray(state.key), 37, batch_size=16, steps_per_epoch=2)
+        return take(self.split, order(int(state.step)), self.mesh), *self.statistics
 
     def take(self, steps, state=None):
         """State after `steps` steps and each step's mean loss."""
         state = state or self.first_state()
         losses, totals = [], init_totals(self.mesh)
         for _ in range(steps):
-            order = epoch_order(state.key, state.step // 2, self.count)
-            state, totals = self.step(state, totals, self.split, order)
+            state, totals = self.step(state, totals, *self.arguments(state))
             losses.append(float(totals.loss))
         return state, np.diff(losses, prepend=0) / 16, jax.device_get(totals)
 
@@ -104,17 +105,15 @@ def test_step_is_traced_once(run):
     assert run.step._cache_size() == 1  # nor does another placement of the same arrays count
     state, totals = run.first_state(), init_totals(run.mesh)
     for _ in range(5):
-        order = epoch_order(state.key, state.step // 2, run.count)
-        state, totals = step(state, totals, run.split, order)
+        state, totals = step(state, totals, *run.arguments(state))
     assert int(state.step) == 5 and int(totals.count) == 80
     with pytest.raises(AssertionError, match="traced > 1 times"):  # were it traced again
-        step(state, totals, run.split, jnp.arange(run.count + 1))
+        step(state, totals, run.split, *run.statistics)
 
 
 def test_step_consumes_its_state(run):
     state, totals = run.first_state(), init_totals(run.mesh)
-    order = epoch_order(state.key, state.step // 2, run.count)
-    new, _ = run.step(state, totals, run.split, order)
+    new, _ = run.step(state, totals, *run.arguments(state))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     assert int(totals.count) == 0  # these can still be asked for
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(new))
@@ -138,7 +137,7 @@ def test_three_steps_of_sgd_equal_pytorch(split, conv):
     state = run.first_state()
     orders = [np.asarray(epoch_order(state.key, number // 2, 37)) for number in range(3)]
     state, losses, _ = run.take(3, state)
-    images = np.asarray(normalise(split.images, run.split.mean, run.split.std))
+    images = np.asarray(normalise(split.images, *run.statistics))
     torch_optimizer = torch.optim.SGD(twin.parameters(), 0.01, momentum=0.9, weight_decay=0.1)
     for number, order in enumerate(orders):
         index = order[number % 2 * 16 :][:16]
@@ -201,8 +200,12 @@ def test_every_epoch_visits_every_image_in_another_order(run):
 
 @pytest.mark.parametrize("batch_size", [8, 16, 40])
 def test_evaluation_covers_every_image_once(split, run, batch_size):
-    evaluate = make_evaluate(run.network, mesh=run.mesh, batch_size=batch_size)
-    totals = jax.device_get(evaluate(run.first_state(), run.split))
+    evaluate = make_evaluate(run.network, mesh=run.mesh)
+    state, totals, order = run.first_state(), init_totals(run.mesh), GivenOrder(37, batch_size)
+    for number in range(len(order)):
+        batch = take(run.split, order(number), run.mesh)
+        totals = evaluate(state, totals, batch, order.new(number), *run.statistics)
+    totals = jax.device_get(totals)
     network = nnx.clone(run.network)
     network.eval()
     images = normalise(split.images, split.summary.mean, split.summary.std)
@@ -249,7 +252,7 @@ def test_batch_that_does_not_divide_is_refused(batch_size, nearest):
     with pytest.raises(
         ValueError, match=rf"batch_size={batch_size} must .* 2 devices: take {nearest}$"
     ):
-        make_evaluate(small_network(), mesh=devices.data_mesh(), batch_size=batch_size)
+        devices.check_batch_size(batch_size, devices.data_mesh())
 
 
 @pytest.mark.parametrize("name", ["crop_padding", "cutout"])

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from chansel_jax.data import DataError, Split
+from chansel_jax.training import batches as batches_module
 from chansel_jax.training import devices, streaming
-from chansel_jax.training.step import epoch_order
+from chansel_jax.training.batches import TrainingOrder, epoch_order
 
 COUNT, BATCH_SIZE, STEPS = 37, 8, 4  # an epoch leaves five images out
 
@@ -27,14 +28,14 @@ def split():
 @pytest.fixture(scope="module")
 def order():
     key = np.asarray(jax.random.key_data(jax.random.key(5)))
-    return streaming.TrainingOrder(key, COUNT, BATCH_SIZE, STEPS)
+    return TrainingOrder(key, COUNT, BATCH_SIZE, STEPS)
 
 
 @pytest.mark.parametrize(("first_step", "workers"), [(0, 0), (3, 0), (6, 0), (3, 2)])
 def test_batches_are_those_of_the_order_from_any_step_on(split, order, first_step, workers):
     mesh = devices.data_mesh()
     with streaming.training_batches(
-        split, order, mesh, first_step=first_step, steps=3 * STEPS, workers=workers
+        split, order, mesh, range(first_step, 3 * STEPS), workers
     ) as batches:
         found = list(batches)
         gc.collect()  # Each has been copied, and its shared memory given back.
@@ -53,7 +54,7 @@ def test_batches_are_those_of_the_order_from_any_step_on(split, order, first_ste
 def test_evaluation_sees_every_image_once(split, batch_size):
     mesh = devices.data_mesh()
     with streaming.evaluation_batches(split, mesh, batch_size) as batches:
-        found = [(np.asarray(batch.images)[np.asarray(mask)], batch) for batch, mask in batches]
+        found = [(np.asarray(batch.images)[:new], batch) for batch, new in batches]
     np.testing.assert_array_equal(np.concatenate([images for images, _ in found]), split.images)
     assert {len(batch.labels) for _, batch in found} == {batch_size}
 
@@ -71,21 +72,22 @@ def test_processes_hold_the_rows_of_their_devices(monkeypatch, parts, expected):
         def addressable_devices_indices_map(self, shape):
             return {number: (part,) for number, part in enumerate(parts)}
 
-    monkeypatch.setattr(streaming, "batch_sharding", lambda mesh: Sharding())
-    assert streaming.local_rows(None, 6).tolist() == expected
+    monkeypatch.setattr(batches_module, "batch_sharding", lambda mesh: Sharding())
+    assert batches_module.local_rows(None, 6).tolist() == expected
 
 
 KILLED = """
 import multiprocessing, time
 import jax, numpy as np
 from chansel_jax.training import devices, streaming
+from chansel_jax.training.batches import TrainingOrder
 from chansel_jax.data import Split
 
 if __name__ == "__main__":
     split = Split(np.zeros((8, 2, 2, 3), np.uint8), np.zeros(8, np.int32))
-    order = streaming.TrainingOrder(np.zeros(2, np.uint32), 8, 4, 2)
+    order = TrainingOrder(np.zeros(2, np.uint32), 8, 4, 2)
     with streaming.training_batches(
-        split, order, devices.data_mesh(), first_step=0, steps=10**6, workers=1
+        split, order, devices.data_mesh(), range(10**6), workers=1
     ) as batches:
         next(batches)
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
@@ -146,9 +148,7 @@ def test_images_that_cannot_be_read_are_an_error(split, order, images, workers, 
     mesh = devices.data_mesh()
     with (
         pytest.raises(DataError, match=message) as error,
-        streaming.training_batches(
-            damaged, order, mesh, first_step=0, steps=STEPS, workers=workers
-        ) as batches,
+        streaming.training_batches(damaged, order, mesh, range(STEPS), workers) as batches,
     ):
         next(batches)
     assert "\n" not in str(error.value)

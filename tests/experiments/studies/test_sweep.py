@@ -1,17 +1,13 @@
 """Networks by name, figures over seeds, where overfitting begins."""
 
-import dataclasses
-import json
-import shutil
-
 import pytest
 from rich.console import Console
 
 from experiments.cli.errors import CommandError
 from experiments.studies import sweep
-from experiments.studies.sweep import Outcome, Trained, named, overfitting_epoch, run_all
-from experiments.training.load import read_records
-from experiments.training.run import DivergedError
+from experiments.studies.runs import Record
+from experiments.studies.sweep import Outcome, named, overfitting_epoch, run_all
+from experiments.training.loop import DivergedError
 from experiments.training.settings import NetworkSettings, Settings
 
 
@@ -39,8 +35,12 @@ def test_wrong_names(name):
         named(name, Settings())
 
 
+def record(summary):
+    return Record("", {}, {}, [{"epoch": 1}], {"epochs": 1, **summary}, {})
+
+
 def test_mean_and_deviation_by_hand():
-    runs = [Trained({"loss": loss}, [], {}) for loss in (1.0, 3.0)]
+    runs = [record({"loss": loss}) for loss in (1.0, 3.0)]
     assert Outcome("both", runs).spread("loss", ".2f") == "2.00 ± 1.41"
     assert Outcome("one", runs[:1]).spread("loss", ".1f") == "1.0"
     assert Outcome("one", runs[:1]).deviation("loss") == 0
@@ -64,26 +64,6 @@ def test_overfitting_begins_where_the_mean_of_five_is_lowest(losses, epoch):
     assert overfitting_epoch(history(losses)) == epoch
 
 
-def test_finished_run_is_one_of_the_same_settings_and_images(settings, whole, tmp_path):
-    assert sweep.is_finished(settings)
-    assert not sweep.is_finished(dataclasses.replace(settings, workdir=tmp_path))
-    others = dataclasses.replace(settings, seed=1, network=NetworkSettings(width=8))
-    with pytest.raises(CommandError, match=r"other settings \(width: 4 → 8; seed: 0 → 1\)"):
-        sweep.is_finished(others)
-    copy = tmp_path / "copy"
-    shutil.copytree(settings.workdir, copy)
-    (copy / "metrics.jsonl").write_text("")
-    assert sweep.is_finished(dataclasses.replace(settings, workdir=copy))
-    with pytest.raises(CommandError, match=f"records of the run in {copy} .*0 epochs of 3"):
-        read_records(copy)
-    (copy / "summary.json").write_text("[]")
-    with pytest.raises(CommandError, match=f"records of the run in {copy} cannot be read"):
-        read_records(copy)
-    data = dataclasses.replace(settings.data, train_images=9)
-    with pytest.raises(CommandError, match=r"train_images: None → 9; train: \w+… → "):
-        sweep.is_finished(dataclasses.replace(settings, data=data))
-
-
 def test_a_network_that_cannot_be_is_refused_before_any_training(tmp_path):
     entries = sweep.entries(("chansel", "chansel-r10"), Settings())
     with pytest.raises(CommandError, match="^chansel-r10: rank=10 must be "):
@@ -93,31 +73,30 @@ def test_a_network_that_cannot_be_is_refused_before_any_training(tmp_path):
 def test_every_network_from_one_seed_before_the_next(monkeypatch, tmp_path):
     order = []
 
-    def train(settings, console):
-        order.append((settings.conv, settings.seed, settings.workdir.name))
-        leave_records(settings)
+    def train(output, name, settings, console, wanted):
+        order.append((settings.conv, settings.seed, output, name, wanted))
+        return record({"loss": settings.seed})
 
-    monkeypatch.setattr(sweep, "train_and_evaluate", train)
-    dense = dataclasses.replace(Settings(), conv="subkernel")
-    entries = {"a, 1 / 5": Settings(), "b": dense}
-    outcomes, diverged = run_all(entries, (7, 9), tmp_path, Console(quiet=True))
+    monkeypatch.setattr(sweep, "finished", train)
+    entries = {"a, 1 / 5": Settings(), "b": Settings(conv="subkernel")}
+    outcomes, diverged = run_all(entries, (7, 9), tmp_path, Console(quiet=True), "scores")
     assert order == [
-        ("chansel", 7, "a-1-5-seed7"),
-        ("subkernel", 7, "b-seed7"),
-        ("chansel", 9, "a-1-5-seed9"),
-        ("subkernel", 9, "b-seed9"),
+        ("chansel", 7, tmp_path, "a-1-5-seed7", "scores"),
+        ("subkernel", 7, tmp_path, "b-seed7", "scores"),
+        ("chansel", 9, tmp_path, "a-1-5-seed9", "scores"),
+        ("subkernel", 9, tmp_path, "b-seed9", "scores"),
     ]
     assert [(o.label, o.values("loss")) for o in outcomes] == [("a, 1 / 5", [7, 9]), ("b", [7, 9])]
-    assert outcomes[0].runs[0].history == [{"epoch": 1}] and not diverged
+    assert not diverged
 
 
 def test_what_diverges_is_left_out_and_the_rest_trained(monkeypatch, tmp_path):
-    def train(settings, console):
+    def train(output, name, settings, console, wanted):
         if settings.conv == "subkernel" and settings.seed != 9:
             raise DivergedError("the training loss is not finite at step 3")
-        leave_records(settings)
+        return record({"loss": settings.seed})
 
-    monkeypatch.setattr(sweep, "train_and_evaluate", train)
+    monkeypatch.setattr(sweep, "finished", train)
     entries = {"a": Settings(), "b": Settings(conv="subkernel")}
     outcomes, diverged = run_all(entries, (7, 9), tmp_path, Console(quiet=True))
     assert [(o.label, o.values("loss")) for o in outcomes] == [("a", [7, 9]), ("b", [9])]
@@ -125,14 +104,7 @@ def test_what_diverges_is_left_out_and_the_rest_trained(monkeypatch, tmp_path):
     assert diverged[0] in sweep.left_out(diverged)
     with pytest.raises(CommandError, match="^b, seed 7: .* step 3$"):
         sweep.refuse_diverged(diverged)
-    outcomes, diverged = run_all(entries, (7,), tmp_path / "new", Console(quiet=True))
+    outcomes, diverged = run_all(entries, (7,), tmp_path, Console(quiet=True))
     assert [o.label for o in outcomes] == ["a"] and len(diverged) == 1
     with pytest.raises(CommandError, match="^b, seed 7: "):
         run_all({"b": entries["b"]}, (7,), tmp_path, Console(quiet=True))
-
-
-def leave_records(settings):
-    settings.workdir.mkdir(parents=True)
-    (settings.workdir / "metrics.jsonl").write_text('{"epoch": 1}\n')
-    summary = {"epochs": 1, "loss": settings.seed}
-    (settings.workdir / "summary.json").write_text(json.dumps(summary))

@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from chansel_jax.files import write_json
-from experiments.training.records import MetricsWriter, best_epoch, plot_losses, summarise
+from experiments.training.records import best_epoch, metrics_written, plot_losses, summarise
 
 BLUE, ORANGE = (31, 119, 180), (255, 127, 14)  # matplotlib's tab:blue and tab:orange
 
@@ -128,25 +128,25 @@ def scalars(workdir):
 
 
 def test_rows_are_there_as_soon_as_they_are_written(tmp_path):
-    with MetricsWriter(tmp_path, []) as writer:
+    with metrics_written(tmp_path, []) as write:
         for count, line in enumerate(HISTORY, start=1):
-            writer.write(line)
+            write(line)
             assert metrics(tmp_path) == HISTORY[:count]
     assert metrics(tmp_path) == HISTORY
 
 
 def test_history_replaces_what_was_there_and_rows_follow_it(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
-    with MetricsWriter(tmp_path, HISTORY[:3]) as writer:
+    with metrics_written(tmp_path, HISTORY[:3]) as write:
         assert metrics(tmp_path) == HISTORY[:3]
-        writer.write(HISTORY[3])
+        write(HISTORY[3])
     assert metrics(tmp_path) == HISTORY[:4]
 
 
 def test_tensorboard_gets_every_figure_at_its_epoch(tmp_path):
-    with MetricsWriter(tmp_path, []) as writer:
+    with metrics_written(tmp_path, []) as write:
         for line in HISTORY:
-            writer.write(line)
+            write(line)
     written = scalars(tmp_path)
     names = ("train_loss", "val_loss", "val_accuracy", "seconds")
     assert written.keys() == set(itertools.product(range(1, 6), names))
@@ -155,8 +155,8 @@ def test_tensorboard_gets_every_figure_at_its_epoch(tmp_path):
 
 
 def test_tensorboard_is_told_to_forget_what_comes_after_the_history(tmp_path):
-    with MetricsWriter(tmp_path, HISTORY[:3]) as writer:
-        writer.write(HISTORY[3])
+    with metrics_written(tmp_path, HISTORY[:3]) as write:
+        write(HISTORY[3])
     starts = [e.step for e in events(tmp_path) if e.session_log.status == SessionLog.START]
     assert starts == [4]
     assert {step for step, _ in scalars(tmp_path)} == {4}

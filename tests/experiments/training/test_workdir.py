@@ -199,7 +199,7 @@ def test_current_folder_is_not_renamed(tmp_path, monkeypatch):
 def test_second_process_is_refused_until_the_first_has_ended(workdir):
     script = """
 import sys, pathlib
-from chansel_jax.workdir import claim
+from experiments.training.workdir import claim
 with claim(pathlib.Path(sys.argv[1]), {"epochs": 1}, "never"):
     print("claimed", flush=True)
     sys.stdin.read()
