@@ -1,11 +1,13 @@
 """The profile of a training step, from real traces."""
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from chansel_jax.networks.resnet import PRESETS
 from experiments import profile
 from experiments.profile import Settings
 
@@ -70,7 +72,9 @@ def test_times_of_a_real_trace(tmp_path):
     assert "convolutions, matrix products" in by_kind
 
 
-def test_prints_every_part_of_a_step_and_keeps_the_trace(tmp_path, capsys):
+def test_prints_every_part_of_a_step_and_keeps_the_trace(tmp_path, capsys, monkeypatch):
+    small = dataclasses.replace(PRESETS["resnet14"], blocks=(1,))
+    monkeypatch.setitem(PRESETS, "resnet14", small)
     profile.main(Settings(batch_size=8, steps=2, convs=("chansel",), output=tmp_path / "traces"))
     printed = capsys.readouterr().out
     for part in ("augmentation", "optimizer", "sums (BatchNorm)", "convolutions, matrix products"):

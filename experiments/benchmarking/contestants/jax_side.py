@@ -23,7 +23,7 @@ from chansel_jax.training import devices
 from chansel_jax.training.augmentation import Augmentation
 from chansel_jax.training.batches import Batch, TrainingOrder, take
 from chansel_jax.training.optimizer import OptimizerSettings, make_optimizer, make_schedule
-from chansel_jax.training.step import init_state, init_totals, make_train_step
+from chansel_jax.training.step import TrainState, init_state, init_totals, make_train_step
 from experiments.benchmarking.cases import (
     Case,
     Contestant,
@@ -187,9 +187,7 @@ class _Step(_JaxRunner):
         self.batch = jax.device_put(image_batch(task.case), self.sharded)
 
     def warm_up(self):
-        forward = jax.jit(_forward(self.network))
-        logits = forward(self.state.params, self.state.batch_stats, self.batch[0])
-        outputs = {"logits": np.asarray(logits)}
+        outputs = {"logits": eval_logits(self.network, self.state, self.batch[0])}
         step = jax.jit(
             make_step(self.network, self.optimizer),
             donate_argnums=0,
@@ -233,14 +231,13 @@ class _Epoch(_JaxRunner):
 
     def warm_up(self):
         images = jax.device_put(image_batch(self.task.case)[0], self.sharded)
-        forward = jax.jit(_forward(self.network))
-        logits = forward(self.state.params, self.state.batch_stats, images)
+        logits = eval_logits(self.network, self.state, images)
         step = make_train_step(
             self.network, self.optimizer, mesh=self.mesh, augmentation=Augmentation()
         )
         totals, batch = init_totals(self.mesh), self._batch(0)
         self.step = self.compiled(step, self.state, totals, batch, *self.statistics)
-        return self.compile_seconds, {"logits": np.asarray(logits)}
+        return self.compile_seconds, {"logits": logits}
 
     def run(self, steps):
         for _ in range(steps):
@@ -258,6 +255,12 @@ class _Epoch(_JaxRunner):
 
 
 RUNNERS = {"step": _Step, "forward": _Calls, "layer": _Calls, "epoch": _Epoch}
+
+
+def eval_logits(network: nnx.Module, state: TrainState, images: jax.Array) -> np.ndarray:
+    """Logits in evaluation."""
+    apply = jax.jit(functional.apply_function(network, train=False))
+    return np.asarray(apply(state.params, state.batch_stats, images, None)[0])
 
 
 def make_step(network: nnx.Module, optimizer: optax.GradientTransformation) -> Callable:
@@ -320,9 +323,3 @@ def _product_rate(effort: Effort, dtype: str) -> float:
 
 def _dtype(case: Case) -> Any:
     return jnp.bfloat16 if case.dtype == "bfloat16" else jnp.float32
-
-
-def _forward(network: nnx.Module) -> Callable:
-    """`(params, batch_stats, images) -> logits` in evaluation."""
-    apply = functional.apply_function(network, train=False)
-    return lambda params, batch_stats, images: apply(params, batch_stats, images, None)[0]
