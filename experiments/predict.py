@@ -82,12 +82,18 @@ def predict(settings: Settings, console: Console) -> None:
             partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
         ):
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(headings(settings, trained.class_names))
+            by_name = settings.labels == "name"
+            classes = list(trained.class_names if by_name else range(len(trained.class_names)))
+            headings = [*settings.columns[:1], *classes]
+            writer.writerow(headings if settings.probabilities else settings.columns)
             written = 0
             names, bad = row_names(files, settings.images), []
             for paths, found in predictions(settings, trained, files, bad, console):
                 for path, probabilities in zip(paths, found, strict=True):
-                    writer.writerow([names[path], *cells(settings, trained, probabilities)])
+                    cells = [classes[probabilities.argmax()]]
+                    if settings.probabilities:
+                        cells = [f"{probability:.6f}" for probability in probabilities]
+                    writer.writerow([names[path], *cells])
                 written += len(paths)
             if not written:
                 raise CommandError(f"images={settings.images} holds no image that can be read")
@@ -141,12 +147,8 @@ def predictions(
 
     Files that cannot be read are printed and added to `bad`.
     """
-    function = make_predict(
-        trained.network,
-        trained.mean,
-        trained.std,
-        flip_average=settings.flip_average,
-    )
+    options = {"flip_average": settings.flip_average}
+    function = make_predict(trained.network, trained.mean, trained.std, **options)
 
     def read(path: Path) -> np.ndarray | DataError:
         try:
@@ -168,28 +170,6 @@ def predictions(
                     images.append(image)
             if images:
                 yield readable, function(np.stack(images))
-
-
-def headings(settings: Settings, class_names: Sequence[str]) -> list[str]:
-    """The first row."""
-    if not settings.probabilities:
-        return list(settings.columns)
-    return [
-        settings.columns[0],
-        *(label_name(settings, class_names, i) for i in range(len(class_names))),
-    ]
-
-
-def label_name(settings: Settings, class_names: Sequence[str], label: int) -> str:
-    """What class number `label` is called."""
-    return class_names[label] if settings.labels == "name" else str(label)
-
-
-def cells(settings: Settings, trained: Run, probabilities: np.ndarray) -> list[str]:
-    """A row's cells behind the file's name."""
-    if settings.probabilities:
-        return [f"{probability:.6f}" for probability in probabilities]
-    return [label_name(settings, trained.class_names, int(probabilities.argmax()))]
 
 
 def summary(paths: Sequence[Path], most: int = 5) -> str:

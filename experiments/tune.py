@@ -108,52 +108,42 @@ def main(settings: Settings) -> None:
     if not native.available():
         console.print(f"native: {native.why_not()}")
     for dtype in settings.dtypes:
-        for title, function, choices in (
-            ("layer", time_layer, selection.LOWERINGS),
-            ("depthwise part", time_depthwise, depthwise.LOWERINGS),
-            ("dense convolution", time_dense, dense.LOWERINGS),
-        ):
-            candidates = [c for c in lowerings.runnable(choices) if c != "auto"]
+        for title in CONVOLUTIONS:
             results = [
-                function(shape, candidates, dtype, settings)
+                time_shape(title, shape, dtype, settings)
                 for shape in track(LAYERS, title, console=console, transient=True)
             ]
             title = f"{title}, {dtype}, forward + backward, ms"
             console.print(report(title, results), markup=False)
 
 
-def time_layer(shape: Shape, candidates: list[str], dtype: str, settings: Settings) -> Result:
-    """One channel selection in every lowering."""
+CONVOLUTIONS = {
+    "layer": (selection.channel_selection, selection.LOWERINGS),
+    "depthwise part": (depthwise.depthwise_conv, depthwise.LOWERINGS),
+    "dense convolution": (dense.dense_conv, dense.LOWERINGS),
+}
+
+
+def time_shape(title: str, shape: Shape, dtype: str, settings: Settings) -> Result:
+    """The convolution `title` of one layer in every lowering that can run here."""
     x, pointwise, kernel = operands(shape, dtype, settings.batch_size)
-    chosen = lowerings.fastest_layer(x, kernel)
-    calls = calls_of(selection.channel_selection, shape, candidates)
-    return Result(shape, time_calls(calls, (x, pointwise, kernel), settings.rounds), chosen)
-
-
-def time_depthwise(shape: Shape, candidates: list[str], dtype: str, settings: Settings) -> Result:
-    """The depthwise part alone in every lowering."""
-    x, pointwise, kernel = operands(shape, dtype, settings.batch_size)
-    sums = selection.weighted_sums(x, pointwise)
-    chosen = lowerings.fastest_depthwise()
-    calls = calls_of(depthwise.depthwise_conv, shape, candidates)
-    return Result(shape, time_calls(calls, (sums, kernel), settings.rounds), chosen)
-
-
-def time_dense(shape: Shape, candidates: list[str], dtype: str, settings: Settings) -> Result:
-    """The dense convolution of the same channels in every lowering."""
-    x, pointwise, depthwise_kernel = operands(shape, dtype, settings.batch_size)
-    kernel = selection.composed_kernel(pointwise, depthwise_kernel)
-    chosen = lowerings.fastest_dense(kernel)
-    calls = calls_of(dense.dense_conv, shape, candidates)
-    return Result(shape, time_calls(calls, (x, kernel), settings.rounds), chosen)
-
-
-def calls_of(
-    function: Callable[..., jax.Array], shape: Shape, candidates: list[str]
-) -> dict[str, Callable[..., jax.Array]]:
-    """`function` with the layer's strides and padding, in each lowering."""
+    match title:
+        case "layer":
+            arguments, chosen = (x, pointwise, kernel), lowerings.fastest_layer(x, kernel)
+        case "depthwise part":
+            arguments = selection.weighted_sums(x, pointwise), kernel
+            chosen = lowerings.fastest_depthwise()
+        case _:
+            arguments = x, selection.composed_kernel(pointwise, kernel)
+            chosen = lowerings.fastest_dense(arguments[1])
+    function, choices = CONVOLUTIONS[title]
     window = {"strides": shape.strides, "padding": shape.kernel // 2}
-    return {name: functools.partial(function, **window, lowering=name) for name in candidates}
+    calls = {
+        name: functools.partial(function, **window, lowering=name)
+        for name in lowerings.runnable(choices)
+        if name != "auto"
+    }
+    return Result(shape, time_calls(calls, arguments, settings.rounds), chosen)
 
 
 def operands(shape: Shape, dtype: str, batch_size: int) -> list[jax.Array]:

@@ -9,7 +9,6 @@ from chansel_jax.ops import native
 from chansel_jax.ops.lowerings import checked_lowering, fastest_dense
 from chansel_jax.ops.window import Padding, Window
 
-DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 LOWERINGS = ("auto", "lax", "native")
 
 
@@ -60,26 +59,39 @@ def convolve(
     precision: PrecisionLike = None,
 ) -> jax.Array:
     """`dense_conv` in a window that is parsed already."""
-    if x.ndim != 4 or kernel.ndim != 4 or x.shape[-1] != kernel.shape[2]:
+    fits = x.ndim == kernel.ndim == 4 and x.shape[-1] == kernel.shape[2]
+    check(x, kernel, window, fits, "(N, H, W, C_in) and (K_h, K_w, C_in, C_out)")
+    if checked_lowering(lowering, LOWERINGS) == "auto":
+        lowering = fastest_dense(kernel)
+    if lowering == "native":
+        return native.dense_conv(x, kernel, window)
+    return lax_conv(x, kernel, window, precision)
+
+
+def check(x: jax.Array, kernel: jax.Array, window: Window, fits: bool, shapes: str) -> None:
+    """Raises what `dense_conv` does, for a kernel whose shape `fits`, or should be as `shapes`."""
+    if not fits:
         raise ValueError(
-            f"x of shape {x.shape} and kernel of shape {kernel.shape} must be (N, H, W, C_in) and "
-            "(K_h, K_w, C_in, C_out)"
+            f"x of shape {x.shape} and kernel of shape {kernel.shape} must be {shapes}"
         )
     if 0 in kernel.shape:
         raise ValueError(f"every size of kernel of shape {kernel.shape} must be at least 1")
     if x.dtype != kernel.dtype:
         raise TypeError(f"x of dtype {x.dtype} and kernel of dtype {kernel.dtype} must be alike")
     window.output_size(x.shape[1:3], kernel.shape[:2])  # raises where there is no output
-    if checked_lowering(lowering, LOWERINGS) == "auto":
-        lowering = fastest_dense(kernel)
-    if lowering == "native":
-        return native.dense_conv(x, kernel, window)
+
+
+def lax_conv(
+    x: jax.Array, kernel: jax.Array, window: Window, precision: PrecisionLike, groups: int = 1
+) -> jax.Array:
+    """The convolution of `jax.lax`, of channels in `groups`."""
     return lax.conv_general_dilated(
         x,
         kernel,
         window_strides=window.strides,
         padding=window.padding_pairs(x.shape[1:3], kernel.shape[:2]),
         rhs_dilation=window.dilation,
-        dimension_numbers=DIMENSIONS,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
         precision=precision,
     )

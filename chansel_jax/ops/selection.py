@@ -41,9 +41,7 @@ def channel_selection(
         x: `(N, H, W, C_in)`.
         pointwise: `(C_in, C_out·R)`, output channel `o` owns the columns `o·R … o·R + R - 1`.
         depthwise: `(K_h, K_w, R, C_out)`. Both kernels are brought to the dtype of `x`.
-        strides: steps between outputs in rows and columns. Default 1.
-        padding: `"SAME"` (the default), `"VALID"`, an integer, or `((top, bottom), (left, right))`.
-        dilation: distance between a kernel's elements in rows and columns. Default 1.
+        strides: as `padding` and `dilation`, that of `chansel_jax.ops.dense.dense_conv`.
         lowering: one of `LOWERINGS`. Default `"auto"`.
         precision: `jax.lax.Precision` of the products; what is in C++, and the depthwise part of
             `"shifted"`, never round the factors.
@@ -69,7 +67,17 @@ def select(
     precision: PrecisionLike = None,
 ) -> jax.Array:
     """`channel_selection` in a window that is parsed already."""
-    _check_shapes(x, pointwise, depthwise)
+    fits = x.ndim == depthwise.ndim == 4
+    if not fits or pointwise.shape != (x.shape[-1], depthwise.shape[2] * depthwise.shape[3]):
+        raise ValueError(
+            f"x of shape {x.shape}, pointwise of shape {pointwise.shape} and depthwise of shape "
+            f"{depthwise.shape} must be (N, H, W, C_in), (C_in, C_out·R) and (K_h, K_w, R, C_out)"
+        )
+    if 0 in (*pointwise.shape, *depthwise.shape):
+        raise ValueError(
+            f"every size of pointwise of shape {pointwise.shape} and depthwise of shape "
+            f"{depthwise.shape} must be at least 1"
+        )
     if checked_lowering(lowering, LOWERINGS) == "auto":
         lowering = fastest_layer(x, depthwise)
     if lowering in ("composed", "composed_native"):
@@ -107,18 +115,3 @@ def composed_kernel(pointwise: jax.Array, depthwise: jax.Array) -> jax.Array:
         depthwise,
         precision=lax.Precision.HIGHEST,
     )
-
-
-def _check_shapes(x: jax.Array, pointwise: jax.Array, depthwise: jax.Array) -> None:
-    fits = x.ndim == 4 and pointwise.ndim == 2 and depthwise.ndim == 4
-    sums = depthwise.shape[2] * depthwise.shape[3] if fits else None
-    if not fits or pointwise.shape != (x.shape[-1], sums):
-        raise ValueError(
-            f"x of shape {x.shape}, pointwise of shape {pointwise.shape} and depthwise of shape "
-            f"{depthwise.shape} must be (N, H, W, C_in), (C_in, C_out·R) and (K_h, K_w, R, C_out)"
-        )
-    if 0 in pointwise.shape or 0 in depthwise.shape:
-        raise ValueError(
-            f"every size of pointwise of shape {pointwise.shape} and depthwise of shape "
-            f"{depthwise.shape} must be at least 1"
-        )

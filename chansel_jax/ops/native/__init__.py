@@ -10,7 +10,9 @@ import ctypes
 import functools
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib
@@ -57,27 +59,15 @@ def limit_instruction_set(most: str = INSTRUCTION_SETS[-1]) -> None:
 
 
 def channel_selection(
-    x: jax.Array,
-    pointwise: jax.Array,
-    depthwise: jax.Array,
-    window: Window,
+    x: jax.Array, pointwise: jax.Array, depthwise: jax.Array, window: Window
 ) -> jax.Array:
-    """`chansel_jax.ops.selection.channel_selection` in C++, on CPUs.
+    """`chansel_jax.ops.selection.channel_selection` in C++; all arrays are of one of `DTYPES`.
 
     Sums are taken in float32 where the dtype is bfloat16. Reverse-mode derivatives, once; neither
     `jax.jvp` nor second derivatives. Under `jax.vmap` it runs once for each element; over an array
     that is sharded, every device computes the whole (put it into `jax.shard_map`). A window may
     need more memory than there is: a tile has as many columns as the padded image.
 
-    Args:
-        x: `(N, H, W, C_in)`, of a dtype among `DTYPES`.
-        pointwise: `(C_in, C_out·R)`, of the dtype of `x`.
-        depthwise: `(K_h, K_w, R, C_out)`, of the dtype of `x`.
-        window: strides, padding and dilation.
-
-    Returns:
-        `(N, H_out, W_out, C_out)`, of the dtype of `x`.
-
     Raises:
         ValueError: if the dtypes differ or are none of `DTYPES`, the window does not fit, or it is
             larger than any memory.
@@ -85,52 +75,30 @@ def channel_selection(
             each other or memory is short.
         TypeError: under `jax.jvp`, and for second derivatives.
     """
-    _check_dtypes(x=x, pointwise=pointwise, depthwise=depthwise)
-    x, window = _canonical(x, depthwise.shape[:2], pointwise.shape, window)
-    return _channel_selection(x, pointwise, depthwise, window)
+    x, window = _canonical(x, (pointwise, depthwise), pointwise.shape, window)
+    return _channel_selection(window, x, pointwise, depthwise)
 
 
 def dense_conv(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """`chansel_jax.ops.dense.dense_conv` in C++, on CPUs; all else as for `channel_selection`.
-
-    Args:
-        x: `(N, H, W, C_in)`, of a dtype among `DTYPES`.
-        kernel: `(K_h, K_w, C_in, C_out)`, of the dtype of `x`.
-        window: strides, padding and dilation.
-
-    Returns:
-        `(N, H_out, W_out, C_out)`, of the dtype of `x`.
-
-    Raises:
-        ValueError: if the dtypes differ or are none of `DTYPES`, the window does not fit, or it is
-            larger than any memory.
-        RuntimeError: if the library is not available, or when it runs, if the shapes do not fit
-            each other or memory is short.
-        TypeError: under `jax.jvp`, and for second derivatives.
-    """
-    _check_dtypes(x=x, kernel=kernel)
-    x, window = _canonical(x, kernel.shape[:2], kernel.shape[2:], window)
-    return _dense_conv(x, kernel, window)
-
-
-def _check_dtypes(**arrays: jax.Array) -> None:
-    _compiled()
-    dtypes = {str(array.dtype) for array in arrays.values()}
-    if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
-        raise ValueError(
-            f"dtypes {sorted(dtypes)} of {', '.join(arrays)} must be one among {DTYPES}"
-        )
+    """`chansel_jax.ops.dense.dense_conv` in C++; all else as for `channel_selection`."""
+    x, window = _canonical(x, (kernel,), kernel.shape[2:], window)
+    return _dense_conv(window, x, kernel)
 
 
 def _canonical(
-    x: jax.Array, kernel_size: Pair, channels: Pair, window: Window
+    x: jax.Array, kernels: tuple[jax.Array, ...], channels: Pair, window: Window
 ) -> tuple[jax.Array, Window]:
     """What of `x` is looked at, and the window with its padding as pairs.
 
     Raises:
-        ValueError: if the window does not fit, or sizes in bytes might exceed 64 bits.
+        ValueError: if the dtypes or the window do not fit, or sizes in bytes might exceed 64 bits.
+        RuntimeError: if the library is not available.
     """
-    size = x.shape[1:3]
+    _compiled()
+    dtypes = {str(array.dtype) for array in (x, *kernels)}
+    if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
+        raise ValueError(f"dtypes {sorted(dtypes)} of x and kernels must be one among {DTYPES}")
+    size, kernel_size = x.shape[1:3], kernels[-1].shape[:2]
     window.output_size(size, kernel_size)  # raises where it does not fit
     pads = window.padding_pairs(size, kernel_size)
     padded = [pixels + sum(pad) for pixels, pad in zip(size, pads, strict=True)]
@@ -146,82 +114,61 @@ def _canonical(
     return x, Window(strides, pads, window.dilation)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _channel_selection(x, pointwise, depthwise, window):
-    size = window.output_size(x.shape[1:3], depthwise.shape[:2])
-    shape = (x.shape[0], *size, depthwise.shape[3])
-    return _call("chansel_forward", jax.ShapeDtypeStruct(shape, x.dtype), window)(
-        x, pointwise, depthwise
+def _once_differentiable(forward: Callable, gradients: Callable) -> Callable:
+    """`forward(window, *operands)`, whose `gradients(window, *operands, dy)` have none."""
+
+    def refuse(*_):
+        raise TypeError(
+            "lowering='native' has first derivatives only; for others take "
+            "'grouped' or 'composed', of the dense convolution 'lax'"
+        )
+
+    function, gradients = (jax.custom_vjp(f, nondiff_argnums=(0,)) for f in (forward, gradients))
+    gradients.defvjp(refuse, refuse)
+    function.defvjp(
+        lambda window, *operands: (function(window, *operands), operands),
+        lambda window, operands, dy: gradients(window, *operands, dy),
     )
+    return function
 
 
-def _forward(x, pointwise, depthwise, window):
-    return _channel_selection(x, pointwise, depthwise, window), (x, pointwise, depthwise)
+def _selection_gradients(window, *operands_and_dy):
+    return tuple(_call("chansel_backward", window, operands_and_dy[:-1])(*operands_and_dy))
 
 
-def _backward(window, operands, gradient):
-    return _gradients(*operands, gradient, window)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _gradients(x, pointwise, depthwise, gradient, window):
-    operands = x, pointwise, depthwise
-    return tuple(_call("chansel_backward", _like(operands), window)(*operands, gradient))
-
-
-def _refuse_second_derivatives(*_):
-    raise TypeError(
-        "lowering='native' has first derivatives only; for others take "
-        "'grouped' or 'composed', of the dense convolution 'lax'"
-    )
-
-
-_gradients.defvjp(_refuse_second_derivatives, _refuse_second_derivatives)
-_channel_selection.defvjp(_forward, _backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dense_conv(x, kernel, window):
-    size = window.output_size(x.shape[1:3], kernel.shape[:2])
-    shape = (x.shape[0], *size, kernel.shape[3])
-    return _call("chansel_dense_forward", jax.ShapeDtypeStruct(shape, x.dtype), window)(x, kernel)
-
-
-def _dense_forward(x, kernel, window):
-    return _dense_conv(x, kernel, window), (x, kernel)
-
-
-def _dense_backward(window, operands, gradient):
-    return _dense_gradients(*operands, gradient, window)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _dense_gradients(x, kernel, gradient, window):
+def _dense_gradients(window, x, kernel, dy):
     # Two calls, so that XLA leaves out the one whose result nobody asks for: a network's first
     # layer needs no gradient of the images.
-    x_like, kernel_like = _like((x, kernel))
     return (
-        _call("chansel_dense_data_gradient", x_like, window)(kernel, gradient),
-        _call("chansel_dense_kernel_gradient", kernel_like, window)(x, gradient),
+        _call("chansel_dense_data_gradient", window, x)(kernel, dy),
+        _call("chansel_dense_kernel_gradient", window, kernel)(x, dy),
     )
 
 
-_dense_gradients.defvjp(_refuse_second_derivatives, _refuse_second_derivatives)
-_dense_conv.defvjp(_dense_forward, _dense_backward)
+def _forward(name: str, window: Window, x: jax.Array, *kernels: jax.Array) -> jax.Array:
+    *kernel_size, _, out_channels = kernels[-1].shape
+    shape = (x.shape[0], *window.output_size(x.shape[1:3], kernel_size), out_channels)
+    return _call(name, window, jax.ShapeDtypeStruct(shape, x.dtype))(x, *kernels)
 
 
-def _like(arrays) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
-
-
-def _call(name: str, result, window):
+def _call(name: str, window: Window, like: Any) -> Callable:
+    """The handler `name`, whose results have the shapes and dtypes of the tree `like`."""
     (top, _), (left, _) = window.padding
+    results = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), like)
     return functools.partial(
-        jax.ffi.ffi_call(name, result, vmap_method="sequential"),
+        jax.ffi.ffi_call(name, results, vmap_method="sequential"),
         strides=np.array(window.strides, np.int64),
         padding=np.array((top, left), np.int64),
         dilation=np.array(window.dilation, np.int64),
     )
+
+
+_channel_selection = _once_differentiable(
+    functools.partial(_forward, "chansel_forward"), _selection_gradients
+)
+_dense_conv = _once_differentiable(
+    functools.partial(_forward, "chansel_dense_forward"), _dense_gradients
+)
 
 
 def _compiled() -> ctypes.CDLL:
