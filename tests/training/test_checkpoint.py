@@ -35,13 +35,20 @@ def make_state(seed):
     return jax.device_put(state, NamedSharding(devices.data_mesh(), PartitionSpec()))
 
 
-@pytest.fixture
-def directory(tmp_path):
-    """Checkpoints of epochs 1 to 5, of which 2 was the best."""
-    with checkpoint.open_checkpoints(tmp_path, print) as checkpoints:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folder of a run of five epochs, of which 2 was the best."""
+    workdir = tmp_path_factory.mktemp("saved")
+    with checkpoint.open_checkpoints(workdir, print) as checkpoints:
         for epoch, val_loss in enumerate(VAL_LOSSES, 1):
             checkpoint.save(checkpoints, epoch, make_state(epoch), {"history": [epoch]}, val_loss)
-    return tmp_path / "checkpoints"
+    return workdir
+
+
+@pytest.fixture
+def directory(saved, tmp_path):
+    """Its checkpoints, in a copy."""
+    return shutil.copytree(saved, tmp_path / "run") / "checkpoints"
 
 
 def restore(directory):
@@ -206,7 +213,7 @@ def test_pickles_in_place_of_its_files_are_not_executed(directory, tmp_path):
         restore(directory)
     assert sorted(path.name for path in directory.iterdir()) == ["2", "4", "5"]
     with pytest.raises(checkpoint.CheckpointError, match="cannot restore"):
-        checkpoint.restore_network(directory, resnet14(width=4, rngs=nnx.Rngs(0)), epoch=5)
+        checkpoint.restore_network(directory, small_network(), epoch=5)
     assert not (tmp_path / "executed").exists()
     pickle.loads(pickled)
     assert (tmp_path / "executed").exists()
@@ -244,11 +251,15 @@ def test_save_does_not_see_later_changes(tmp_path):
     assert record == {"history": [3]}
 
 
-@pytest.fixture
-def network_run(tmp_path):
+def small_network(width=4):
+    return resnet14(blocks=(1,), width=width, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def network_run(tmp_path_factory):
     """A network's state, saved as epoch 1 (best) and, with parameters of zero, as epoch 2."""
-    network = resnet14(width=4, rngs=nnx.Rngs(0))
-    state = init_state(network, optax.adam(1.0), 0, devices.data_mesh())
+    tmp_path = tmp_path_factory.mktemp("network")
+    state = init_state(small_network(), optax.adam(1.0), 0, devices.data_mesh())
     zero = dataclasses.replace(state, params=jax.tree.map(jnp.zeros_like, state.params))
     with checkpoint.open_checkpoints(tmp_path / "run", print) as checkpoints:
         checkpoint.save(checkpoints, 1, state, {}, 1.0)
@@ -258,7 +269,8 @@ def network_run(tmp_path):
 
 def test_network_gets_the_best_parameters_without_the_optimiser(network_run):
     directory, state, zero = network_run
-    network = resnet14(width=4, rngs=nnx.Rngs(1))
+    network = small_network()
+    nnx.update(network, jax.tree.map(jnp.zeros_like, nnx.state(network)))
     assert checkpoint.restore_network(directory, network) == 1
     chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(network, nnx.Param)), state.params)
     assert checkpoint.restore_network(directory, network, 2) == 2
@@ -268,8 +280,8 @@ def test_network_gets_the_best_parameters_without_the_optimiser(network_run):
 def test_network_that_does_not_fit_is_refused(network_run):
     directory, _, _ = network_run
     with pytest.raises(checkpoint.CheckpointError, match=r"cannot restore .*shape"):
-        checkpoint.restore_network(directory, resnet14(width=8, rngs=nnx.Rngs(0)))
-    network = resnet14(width=4, rngs=nnx.Rngs(0))
+        checkpoint.restore_network(directory, small_network(width=8))
+    network = small_network()
     for wrong, epoch in ((directory, 3), (directory / "none", None)):
         with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoint"):
             checkpoint.restore_network(wrong, network, epoch)

@@ -20,7 +20,6 @@ from chansel_jax.training.batches import Batch, GivenOrder, TrainingOrder, epoch
 from chansel_jax.training.optimizer import OptimizerSettings, make_optimizer
 from chansel_jax.training.step import (
     NO_STEP,
-    TrainState,
     init_state,
     init_totals,
     load_state,
@@ -98,17 +97,11 @@ def test_mesh_holds_all_local_devices():
     assert devices.data_mesh().size == jax.local_device_count() == 2
 
 
-def test_step_is_traced_once(run):
-    chex.clear_trace_counter()
-    step = jax.jit(chex.assert_max_traces(run.step.__wrapped__, n=1), donate_argnums=0)
+def test_step_is_compiled_once(run):
     run.take(3)
+    state, _, totals = run.take(5)
     assert run.step._cache_size() == 1  # nor does another placement of the same arrays count
-    state, totals = run.first_state(), init_totals(run.mesh)
-    for _ in range(5):
-        state, totals = step(state, totals, *run.arguments(state))
     assert int(state.step) == 5 and int(totals.count) == 80
-    with pytest.raises(AssertionError, match="traced > 1 times"):  # were it traced again
-        step(state, totals, run.split, *run.statistics)
 
 
 def test_step_consumes_its_state(run):
@@ -122,7 +115,7 @@ def test_step_consumes_its_state(run):
 
 @pytest.mark.parametrize("conv", [ChannelSelectionConv, SubKernelConv])
 def test_three_steps_of_sgd_equal_pytorch(split, conv):
-    network = small_network(conv, (2, 2, 2))
+    network = small_network(conv, (1, 1))
     twin = torch_twin("chansel" if conv is ChannelSelectionConv else "subkernel", network.config)
     twin.load_state_dict({k: torch.tensor(v) for k, v in to_torch(network).items()}, strict=False)
     twin.double()  # in float32 its convolutions are less exact on some processors than the bounds
@@ -148,14 +141,10 @@ def test_three_steps_of_sgd_equal_pytorch(split, conv):
         torch_optimizer.zero_grad()
         torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1).backward()
         torch_optimizer.step()
-    expected = small_network(conv, (2, 2, 2))
+    expected = small_network(conv, (1, 1))
     from_torch(expected, twin.state_dict())
     params = nnx.to_pure_dict(nnx.state(expected, nnx.Param))
     chex.assert_trees_all_close(state.params, params, atol=1e-5)
-
-
-def at_step(state, step):
-    return TrainState(state.params, state.batch_stats, state.opt_state, jnp.int32(step), state.key)
 
 
 def test_two_devices_equal_one(split, run):
@@ -168,25 +157,28 @@ def test_two_devices_equal_one(split, run):
     )
 
 
-def test_randomness_depends_on_seed_and_step_alone(split):
-    network = small_network(dropout_rate=0.5)
-    run = Run(split, network)
+@pytest.fixture(scope="module")
+def dropout_run(split):
+    return Run(split, small_network(dropout_rate=0.5))
+
+
+def test_randomness_depends_on_seed_and_step_alone(dropout_run):
+    run = dropout_run
     whole, losses, _ = run.take(4)
     half, first_losses, _ = run.take(2)
     resumed, last_losses, _ = run.take(2, jax.tree.map(jnp.copy, half))
     assert [*first_losses, *last_losses] == pytest.approx(losses, rel=1e-5)
     chex.assert_trees_all_equal(whole.params, resumed.params)
-    other, _, _ = run.take(4, init_state(network, optax.sgd(0.1), 1, run.mesh))
+    other, _, _ = run.take(4, init_state(run.network, optax.sgd(0.1), 1, run.mesh))
     with pytest.raises(AssertionError):
         chex.assert_trees_all_equal(whole.params, other.params)
 
 
-def test_dropout_and_augmentation_change_the_loss(split):
+def test_dropout_and_augmentation_change_the_loss(split, run, dropout_run):
     still = Run(split, augmentation=STILL).take(1)[1]
-    assert Run(split, small_network(dropout_rate=0.5), augmentation=STILL).take(1)[1] != still
-    assert Run(split).take(1)[1] != still
-    cut = Augmentation(crop_padding=0, flip=False, cutout=3)
-    assert Run(split, augmentation=cut).take(1)[1] != still
+    cut = Run(split, augmentation=Augmentation(crop_padding=0, flip=False, cutout=3)).take(1)[1]
+    cropped, dropped = run.take(1)[1], dropout_run.take(1)[1]
+    assert len({loss.item() for loss in (still, cut, cropped, dropped)}) == 4
 
 
 def test_every_epoch_visits_every_image_in_another_order(run):
@@ -198,7 +190,7 @@ def test_every_epoch_visits_every_image_in_another_order(run):
     assert (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any()
 
 
-@pytest.mark.parametrize("batch_size", [8, 16, 40])
+@pytest.mark.parametrize("batch_size", [8, 40])
 def test_evaluation_covers_every_image_once(split, run, batch_size):
     evaluate = make_evaluate(run.network, mesh=run.mesh)
     state, totals, order = run.first_state(), init_totals(run.mesh), GivenOrder(37, batch_size)

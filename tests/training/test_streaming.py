@@ -31,7 +31,7 @@ def order():
     return TrainingOrder(key, COUNT, BATCH_SIZE, STEPS)
 
 
-@pytest.mark.parametrize(("first_step", "workers"), [(0, 0), (3, 0), (6, 0), (3, 2)])
+@pytest.mark.parametrize(("first_step", "workers"), [(0, 0), (6, 0), (3, 2)])
 def test_batches_are_those_of_the_order_from_any_step_on(split, order, first_step, workers):
     mesh = devices.data_mesh()
     with streaming.training_batches(
@@ -50,7 +50,7 @@ def test_batches_are_those_of_the_order_from_any_step_on(split, order, first_ste
         assert batch.images.sharding.is_equivalent_to(devices.batch_sharding(mesh), 4)
 
 
-@pytest.mark.parametrize("batch_size", [2, 8, 64])
+@pytest.mark.parametrize("batch_size", [8, 64])
 def test_evaluation_sees_every_image_once(split, batch_size):
     mesh = devices.data_mesh()
     with streaming.evaluation_batches(split, mesh, batch_size) as batches:

@@ -213,7 +213,9 @@ def test_current_folder_is_not_renamed(tmp_path, monkeypatch):
     assert snapshot(tmp_path) == before
 
 
-def test_second_process_is_refused_until_the_first_has_ended(workdir):
+def test_second_process_is_refused_until_the_first_has_ended(tmp_path):
+    workdir = tmp_path / "run"
+    claim(workdir, {"epochs": 1}, "auto")
     script = """
 import sys, pathlib
 from experiments.training.workdir import claim
