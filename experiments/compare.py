@@ -18,14 +18,7 @@ from experiments.cli.command import make_output, run
 from experiments.cli.console import make_console
 from experiments.cli.flags import typed
 from experiments.reporting import machine, plots, report
-from experiments.studies.sweep import (
-    Outcome,
-    entries,
-    left_out,
-    overfitting_epoch,
-    refuse_diverged,
-    run_all,
-)
+from experiments.studies.sweep import Outcome, entries, overfitting_epoch, run_all
 from experiments.training.scores import Wanted
 from experiments.training.settings import (
     RECIPES,
@@ -127,19 +120,13 @@ def compare(settings: Settings, console: Console) -> dict[str, Any]:
         "written_with": machine.versions(),
         "networks": {o.label: [run.figures for run in o.runs] for o in outcomes},
     }
-    report.publish(
-        output,
-        f"{' and '.join(settings.networks)} on {images}",
-        text(outcomes, settings, shown, command) + left_out(diverged),
-        {
-            "curves": plots.curves({o.label: [run.metrics for run in o.runs] for o in outcomes}),
-            "confusion": plots.confusion_matrices(confusions, class_names),
-        },
-        results,
-        [shown],
-        console,
-    )
-    refuse_diverged(diverged)
+    pictures = {
+        "curves": plots.curves({o.label: [run.metrics for run in o.runs] for o in outcomes}),
+        "confusion": plots.confusion_matrices(confusions, class_names),
+    }
+    title = f"{' and '.join(settings.networks)} on {images}"
+    described = text(outcomes, settings, shown, command)
+    report.publish(output, title, described, pictures, results, [shown], console, diverged)
     return results
 
 

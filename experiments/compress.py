@@ -150,14 +150,9 @@ def factorised(network: ResNet, settings: Settings) -> dict[str, ResNet]:
         CommandError: if a rank is higher than that of any convolution.
         ValueError: if an energy or a budget cannot be had.
     """
-    asked = (
-        {f"rank {rank}": {"rank": rank} for rank in settings.ranks}
-        | {f"energy {energy}": {"energy": energy} for energy in settings.energies}
-        | {
-            f"budget {budget}": {"parameter_budget": budget}
-            for budget in settings.parameter_budgets
-        }
-    )
+    asked = {f"rank {rank}": {"rank": rank} for rank in settings.ranks}
+    asked |= {f"energy {energy}": {"energy": energy} for energy in settings.energies}
+    asked |= {f"budget {most}": {"parameter_budget": most} for most in settings.parameter_budgets}
     highest = max(max_rank(layer) for _, layer in dense_layers(network))
     for rank in settings.ranks:
         if rank > highest:
@@ -181,14 +176,7 @@ def fine_tuning(dense: Run, settings: Settings, network: ResNet) -> TrainSetting
 def results_of(
     found: Sequence[Mapping[str, Any]], dense: Run, whole: float, settings: Settings
 ) -> dict[str, Any]:
-    """What `results.json` holds.
-
-    Args:
-        found: of each factorised network.
-        dense: the network that was factorised.
-        whole: its validation accuracy.
-        settings: of the command.
-    """
+    """What `results.json` holds of the factorised networks, and of the dense one."""
     layers = count_network(dense.network.config, dense.image_shape[:2])
     data = dataclasses.replace(dense.settings.data, data_dir=settings.data_dir)
     trained = dataclasses.replace(dense.settings, data=data)
@@ -269,15 +257,9 @@ def draw(results: Mapping[str, Any]) -> Figure:
     for when, colour in (("before", "tab:orange"), ("after", "tab:blue")):
         values = [each[f"accuracy_{when}"] for each in points]
         axes.plot(sizes, values, "o-", color=colour, label=f"{when} fine-tuning")
+    above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 7}
     for each in points:
-        axes.annotate(
-            each["label"],
-            (each["parameters"], each["accuracy_after"]),
-            xytext=(0, 6),
-            textcoords="offset points",
-            ha="center",
-            fontsize=7,
-        )
+        axes.annotate(each["label"], (each["parameters"], each["accuracy_after"]), **above)
     size, whole = results["dense"]["parameters"], results["dense"]["accuracy"]
     axes.plot([size], [whole], "k*", markersize=11, label="dense network")
     axes.axhline(whole, color="black", linewidth=0.6, linestyle=":")

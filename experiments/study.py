@@ -22,7 +22,7 @@ from experiments.reporting import machine, report
 from experiments.studies import STUDIES
 from experiments.studies.runs import image_digests
 from experiments.studies.study import Study
-from experiments.studies.sweep import Outcome, left_out, refuse_diverged, run_all
+from experiments.studies.sweep import Outcome, run_all
 from experiments.training.scores import Wanted
 from experiments.training.settings import DataSettings, ReadingSettings, checked_seeds
 
@@ -82,20 +82,16 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
     wanted = [Wanted(split, "last") for split in scored]
     outcomes, diverged = run_all(entries, settings.seeds, output, console, wanted)
     command, shown = typed("study", settings), table(outcomes, chosen, scored)
+    results = {
+        "command": command,
+        "written_with": machine.versions(),
+        "rows": {o.label: [run.figures for run in o.runs] for o in outcomes},
+    }
+    described = text(outcomes, settings, chosen, shown, command)
+    pictures = {"picture": chosen.draw(outcomes)}
     report.publish(
-        output,
-        chosen.question,
-        text(outcomes, settings, chosen, shown, command) + left_out(diverged),
-        {"picture": chosen.draw(outcomes)},
-        {
-            "command": command,
-            "written_with": machine.versions(),
-            "rows": {o.label: [run.figures for run in o.runs] for o in outcomes},
-        },
-        [shown],
-        console,
+        output, chosen.question, described, pictures, results, [shown], console, diverged
     )
-    refuse_diverged(diverged)
     return outcomes
 
 

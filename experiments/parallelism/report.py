@@ -135,8 +135,8 @@ def predicted_table(measured: Measured) -> Table:
 
 def draw(measured: Measured) -> Figure:
     """Efficiency against devices: measured, the model for that, and its prediction as lines."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    grid = figure.subplots(1, 2, sharey=True)
+    picture = Figure(figsize=(9, 3.8), layout="constrained")
+    grid = picture.subplots(1, 2, sharey=True)
     for axes, kind in zip(grid, KINDS, strict=True):
         for (conv, points), colour in zip(measured.by_conv().items(), COLOURS, strict=False):
             speeds = [of_one(points, getattr(point, kind), n) for n, point in points.items()]
@@ -153,7 +153,7 @@ def draw(measured: Measured) -> Figure:
         axes.grid(alpha=0.3)
     grid[0].set_ylabel("efficiency")
     grid[1].legend()
-    return figure
+    return picture
 
 
 def legend(measured: Measured) -> str:

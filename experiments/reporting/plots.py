@@ -16,10 +16,10 @@ Row = Mapping[str, float]
 FEW_EPOCHS = 5  # which lines alone would hardly show
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(picture: Figure, path: Path) -> None:
     """Writes a PNG; a reader sees the old file or the new one, never half."""
     with replaced(path) as partial:
-        figure.savefig(partial, dpi=DPI, format="png")
+        picture.savefig(partial, dpi=DPI, format="png")
 
 
 def curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
@@ -29,15 +29,15 @@ def curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
         histories: by network, those of its runs, of equal length; the lines are their means, the
             bands reach from the least to the greatest.
     """
-    figure = Figure(figsize=(1 + 4.2 * len(histories), 6.4), layout="constrained")
-    grid = figure.subplots(2, len(histories), squeeze=False, sharex="col", sharey="row")
+    picture = Figure(figsize=(1 + 4.2 * len(histories), 6.4), layout="constrained")
+    grid = picture.subplots(2, len(histories), squeeze=False, sharex="col", sharey="row")
     for column, (name, runs) in zip(grid.T, histories.items(), strict=True):
         epochs = [row["epoch"] for row in runs[0]]
-        for axes, figure_name, heading in zip(
+        for axes, kind, heading in zip(
             column, ("loss", "accuracy"), ("cross-entropy", "accuracy"), strict=True
         ):
             for split, colour in (("train", "tab:blue"), ("val", "tab:orange")):
-                values = np.array([[row[f"{split}_{figure_name}"] for row in run] for run in runs])
+                values = np.array([[row[f"{split}_{kind}"] for row in run] for run in runs])
                 label = {"train": "train", "val": "validation"}[split]
                 marker = "o" if len(epochs) < FEW_EPOCHS else None
                 mean = values.mean(axis=0)
@@ -51,26 +51,24 @@ def curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
         column[0].set_title(name)
         column[1].set_xlabel("epoch")
     grid[0, 0].legend()
-    return figure
+    return picture
 
 
 def confusion_matrices(matrices: Mapping[str, np.ndarray], class_names: Sequence[str]) -> Figure:
     """One for each network, side by side."""
     size = 1.8 + 0.55 * len(class_names)
-    figure = Figure(figsize=((size + 0.2) * len(matrices), size), layout="constrained")
-    grid = figure.subplots(1, len(matrices), squeeze=False)[0]
-    for axes, (name, confusion) in zip(grid, matrices.items(), strict=True):
-        _draw_confusion(axes, confusion, class_names, name)
-    return figure
+    picture = Figure(figsize=((size + 0.2) * len(matrices), size), layout="constrained")
+    grid = picture.subplots(1, len(matrices), squeeze=False)[0]
+    for axes, (name, counts) in zip(grid, matrices.items(), strict=True):
+        _draw_confusion(axes, counts, class_names, name)
+    return picture
 
 
-def _draw_confusion(
-    axes: Axes, confusion: np.ndarray, class_names: Sequence[str], title: str
-) -> None:
+def _draw_confusion(axes: Axes, counts: np.ndarray, class_names: Sequence[str], title: str) -> None:
     """Counts `(C, C)`, coloured by the share of the row."""
-    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (i, j), count in np.ndenumerate(confusion):
+    for (i, j), count in np.ndenumerate(counts):
         colour = "white" if shares[i, j] > 0.5 else "black"
         axes.text(j, i, f"{count:,}", ha="center", va="center", color=colour, fontsize=8)
     places = range(len(class_names))

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from chansel_jax.files import replaced, write_json
+from experiments.cli.errors import CommandError
 from experiments.reporting import plots
 
 # Headings and rows.
@@ -57,14 +58,22 @@ def publish(
     results: Mapping[str, Any],
     tables: Sequence[Table],
     console: Console,
+    left_out: Sequence[str] = (),
 ) -> None:
-    """Writes `results.json` and the report, and prints its tables."""
+    """Writes `results.json` and the report, and prints its tables.
+
+    Raises:
+        CommandError: if something is left out, when all else is done; the report names it too.
+    """
     write_json(folder / "results.json", results)
-    write(folder, title, text, pictures)
+    missing = "".join(f"\n\nNot in the table: {line}." for line in left_out)
+    write(folder, title, text + missing, pictures)
     console.print()
     for headings, rows in tables:
         console.print(terminal_table(headings, rows))
     console.print(f"the results are written to {folder}", markup=False)
+    if left_out:
+        raise CommandError("; ".join(left_out))
 
 
 def page(folder: Path, title: str, text: str) -> str:

@@ -89,8 +89,8 @@ def changed(settings: Any, changes: Mapping[str, Any]) -> Any:
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:
     """Train accuracy on plain images, and validation accuracy, of every row."""
-    figure = Figure(figsize=(10, 1.1 + 0.34 * len(outcomes)), layout="constrained")
-    axes = figure.add_subplot()
+    picture = Figure(figsize=(10, 1.1 + 0.34 * len(outcomes)), layout="constrained")
+    axes = picture.add_subplot()
     places = range(len(outcomes))
     train, validation = (
         [100 * outcome.mean(name) for outcome in outcomes]
@@ -114,8 +114,8 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
     axes.margins(x=0.12)  # for the numbers
     axes.grid(alpha=0.3)
     axes.set(xlabel="accuracy after the last epoch, %")
-    figure.legend(loc="outside upper right", ncols=2)
-    return figure
+    picture.legend(loc="outside upper right", ncols=2)
+    return picture
 
 
 STUDY = Study(

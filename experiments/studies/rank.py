@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from experiments.studies.study import Study
-from experiments.studies.sweep import Outcome, entries
+from experiments.studies.sweep import Outcome, draw_outcomes, entries
 from experiments.training.settings import RECIPES, DataSettings, Settings, with_epochs
 
 RANKS = (1, 2, 3, 4, 6, 9)
@@ -25,9 +25,9 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
         for outcome in outcomes
         if outcome.label.startswith(PREFIX)
     }
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    picture = Figure(figsize=(9, 3.8), layout="constrained")
     for axes, name, heading in zip(
-        figure.subplots(1, 2),
+        picture.subplots(1, 2),
         ("final_val_accuracy", "final_train_loss"),
         ("validation accuracy, last epoch", "train loss, last epoch"),
         strict=True,
@@ -35,18 +35,11 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
         for dense in outcomes:
             if dense.label == "subkernel":
                 axes.axhline(dense.mean(name), color="tab:orange", label="dense")
-        axes.errorbar(
-            list(factored),
-            [outcome.mean(name) for outcome in factored.values()],
-            yerr=[outcome.deviation(name) for outcome in factored.values()],
-            marker="o",
-            capsize=3,
-            label="channel selection",
-        )
+        draw_outcomes(axes, list(factored), list(factored.values()), name, "channel selection")
         axes.set(xlabel="rank", ylabel=heading, xticks=RANKS)
         axes.grid(alpha=0.3)
     axes.legend()
-    return figure
+    return picture
 
 
 STUDY = Study(

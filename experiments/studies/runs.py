@@ -173,29 +173,21 @@ def finished(
 
 def others(record: Record, settings: Settings, network: ResNet | None) -> list[str]:
     """In what a run differs from one of `settings`, their images and the network's parameters."""
-    return differences(
-        filled(
-            {
-                "settings": record.settings,
-                "images": record.data.get("digests"),
-                "begins_with": record.begins_with,
-            },
-            BEFORE_THEY_WERE,
-        ),
-        {
-            "settings": decisive(settings),
-            "images": image_digests(settings.data),
-            "begins_with": network and digest(network_tree(network)),
-        },
-    )
+    there = {
+        "settings": record.settings,
+        "images": record.data.get("digests"),
+        "begins_with": record.begins_with,
+    }
+    asked = {
+        "settings": decisive(settings),
+        "images": image_digests(settings.data),
+        "begins_with": network and digest(network_tree(network)),
+    }
+    return differences(filled(there, BEFORE_THEY_WERE), asked)
 
 
 @functools.lru_cache(maxsize=1)
 def image_digests(settings: DataSettings) -> Mapping[str, str]:
-    """Of the images of each split.
-
-    Raises:
-        DataError: if they cannot be had.
-    """
+    """Of the images of each split."""
     splits = load_data(settings, in_memory=False).splits
     return {name: split.summary.digest for name, split in splits.items()}

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flax import nnx
+from matplotlib.axes import Axes
 from rich.console import Console
 
 from experiments.cli.errors import CommandError
@@ -59,8 +60,7 @@ def run_all(
 ) -> tuple[list[Outcome], list[str]]:
     """Trains every entry from every seed, as far as it is not done already.
 
-    All entries are trained from the first seed before any is from the next. A training whose loss
-    is not finite is left out.
+    All entries are trained from the first seed before any is from the next.
 
     Args:
         entries: settings by label.
@@ -70,7 +70,7 @@ def run_all(
         wanted: scores of each run.
 
     Returns:
-        What came out, and a line for each training whose loss was not finite.
+        What came out, and a line for each training that is left out: its loss was not finite.
 
     Raises:
         OneLineError: as `finished`, or if an entry has wrong settings, or no loss was finite.
@@ -90,17 +90,6 @@ def run_all(
     if not any(done.values()):
         raise CommandError("; ".join(diverged))
     return [Outcome(label, runs) for label, runs in done.items() if runs], diverged
-
-
-def left_out(diverged: Sequence[str]) -> str:
-    """What a report says of them."""
-    return "".join(f"\n\nNot in the table: {line}." for line in diverged)
-
-
-def refuse_diverged(diverged: Sequence[str]) -> None:
-    """Raises `CommandError` if there are any; after all else is done."""
-    if diverged:
-        raise CommandError("; ".join(diverged))
 
 
 def check_networks(entries: Mapping[str, Settings]) -> None:
@@ -146,6 +135,14 @@ def entries(names: Sequence[str], settings: Settings) -> dict[str, Settings]:
         ValueError: if a name is none.
     """
     return {name: named(name, settings) for name in names}
+
+
+def draw_outcomes(
+    axes: Axes, places: Sequence[float], outcomes: Sequence[Outcome], name: str, label: str
+) -> None:
+    """A line through a figure of outcomes, each at its place, with standard deviations."""
+    means, deviations = ([f(o, name) for o in outcomes] for f in (Outcome.mean, Outcome.deviation))
+    axes.errorbar(places, means, yerr=deviations, marker="o", capsize=3, label=label)
 
 
 def overfitting_epoch(history: Sequence[Row], window: int = 5, rise: float = 0.02) -> int | None:

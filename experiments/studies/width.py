@@ -10,7 +10,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from chansel_jax.counting import LayerCount, count_network
 from chansel_jax.networks.resnet import CONVS, PRESETS
 from experiments.studies.study import Study
-from experiments.studies.sweep import Outcome, entries
+from experiments.studies.sweep import Outcome, draw_outcomes, entries
 from experiments.training.settings import RECIPES, DataSettings, Settings, with_epochs
 
 WIDTHS = (16, 24, 32, 44)
@@ -53,7 +53,7 @@ def _layers(conv: str, width: int) -> Sequence[LayerCount]:
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:
     """Accuracy against parameters and against multiply-adds."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    picture = Figure(figsize=(10, 4.2), layout="constrained")
     groups = {
         "channel selection, wider": [o for o in outcomes if o.label.startswith("chansel-w")],
         "channel selection, of higher rank": [
@@ -62,28 +62,22 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
         "dense": [o for o in outcomes if o.label.startswith("subkernel")],
     }
     for axes, name, heading in zip(
-        figure.subplots(1, 2, sharey=True),
+        picture.subplots(1, 2, sharey=True),
         ("parameters", "multiply_adds"),
         ("parameters", "multiply-adds an image"),
         strict=True,
     ):
         for label, group in groups.items():
             group = sorted(group, key=lambda outcome: outcome.mean(name))
-            axes.errorbar(
-                [outcome.mean(name) for outcome in group],
-                [outcome.mean("final_val_accuracy") for outcome in group],
-                yerr=[outcome.deviation("final_val_accuracy") for outcome in group],
-                marker="o",
-                capsize=3,
-                label=label,
-            )
+            costs = [outcome.mean(name) for outcome in group]
+            draw_outcomes(axes, costs, group, "final_val_accuracy", label)
         axes.set(xscale="log", xlabel=heading, ylabel="validation accuracy, last epoch")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
-    return figure
+    return picture
 
 
 STUDY = Study(

@@ -4,6 +4,7 @@ import pytest
 from rich.console import Console
 
 from experiments.cli.errors import CommandError
+from experiments.reporting import report
 from experiments.studies import sweep
 from experiments.studies.runs import Record
 from experiments.studies.sweep import Outcome, named, overfitting_epoch, run_all
@@ -101,9 +102,9 @@ def test_what_diverges_is_left_out_and_the_rest_trained(monkeypatch, tmp_path):
     outcomes, diverged = run_all(entries, (7, 9), tmp_path, Console(quiet=True))
     assert [(o.label, o.values("loss")) for o in outcomes] == [("a", [7, 9]), ("b", [9])]
     assert diverged == ["b, seed 7: the training loss is not finite at step 3"]
-    assert diverged[0] in sweep.left_out(diverged)
     with pytest.raises(CommandError, match="^b, seed 7: .* step 3$"):
-        sweep.refuse_diverged(diverged)
+        report.publish(tmp_path, "title", "text", {}, {}, [], Console(quiet=True), diverged)
+    assert (tmp_path / "report.md").read_text().endswith(f"Not in the table: {diverged[0]}.")
     outcomes, diverged = run_all(entries, (7,), tmp_path, Console(quiet=True))
     assert [o.label for o in outcomes] == ["a"] and len(diverged) == 1
     with pytest.raises(CommandError, match="^b, seed 7: "):
