@@ -60,7 +60,11 @@ def factorize(
     if rank is not None:
         ranks = [min(positive("rank", rank), max_rank(layer)) for layer in layers]
     elif energy is not None:
-        ranks = [rank_for_energy(layer, energy) for layer in layers]
+        if not 0 < energy <= 1:
+            raise ValueError(f"energy={energy} must be in (0, 1]")
+        energies = [component_energies(np.asarray(layer.kernel[...])) for layer in layers]
+        wanted = energy * (1 - 1e-12)  # rounding may leave the sum of all below 1
+        ranks = [min(int((np.cumsum(e) < wanted).sum()) + 1, len(e)) for e in energies]
     else:
         ranks = _ranks_within(network, layers, parameter_budget)
     factored = ResNet(_config(network, ranks), rngs=nnx.Rngs(0))
@@ -125,19 +129,6 @@ def dense_layers(network: ResNet) -> Iterator[tuple[str, SubKernelConv]]:
 def max_rank(layer: SubKernelConv) -> int:
     """min(C_in, K_h·K_w), at which channel selection is exact."""
     return min(layer.in_channels, math.prod(layer.kernel_size))
-
-
-def rank_for_energy(layer: SubKernelConv, energy: float) -> int:
-    """The least rank that keeps the share `energy` of a layer's energy.
-
-    Raises:
-        ValueError: if `energy` is not in (0, 1].
-    """
-    if not 0 < energy <= 1:
-        raise ValueError(f"energy={energy} must be in (0, 1]")
-    kept = np.cumsum(component_energies(np.asarray(layer.kernel[...])))
-    # Rounding may leave the sum of all below 1.
-    return min(int(np.searchsorted(kept, energy * (1 - 1e-12))) + 1, max_rank(layer))
 
 
 def _ranks_within(network: ResNet, layers: Sequence[SubKernelConv], budget: int) -> list[int]:

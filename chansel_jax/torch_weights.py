@@ -5,7 +5,6 @@ convolution is channel selection, its two parts are `fc`, an `nn.Linear` without
 a grouped `nn.Conv2d` that has the bias; BatchNorm between them is `bn`.
 """
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -64,25 +63,26 @@ def from_torch(network: nnx.Module, state_dict: Mapping[str, Any]) -> None:
         ValueError: listing all names that are missing, unexpected, or of a wrong shape; or naming
             a layer of the network that has no PyTorch counterpart. Nothing is loaded then.
     """
-    entries = {entry.name: entry for entry in _entries(network)}
+    entries = {name: (variable, axes) for name, variable, axes in _entries(network)}
     arrays = {
-        name: _to_numpy(value)
+        name: value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
         for name, value in state_dict.items()
         if not name.endswith("num_batches_tracked")
     }
+    shapes = {name: tuple(v.shape[axis] for axis in axes) for name, (v, axes) in entries.items()}
     problems = [f"{name} is missing" for name in entries if name not in arrays]
     problems += [f"{name} is unexpected" for name in arrays if name not in entries]
     problems += [
-        f"{name} has shape {arrays[name].shape}, not {entry.shape}"
-        for name, entry in entries.items()
-        if name in arrays and arrays[name].shape != entry.shape
+        f"{name} has shape {arrays[name].shape}, not {shape}"
+        for name, shape in shapes.items()
+        if name in arrays and arrays[name].shape != shape
     ]
     if problems:
         raise ValueError("state_dict does not fit the network:\n" + "\n".join(problems))
-    for name, entry in entries.items():
+    for name, (variable, axes) in entries.items():
         # A copy: on CPUs JAX would share the memory, which PyTorch goes on to change.
-        array = np.array(arrays[name].transpose(np.argsort(entry.axes)))
-        entry.variable[...] = jnp.asarray(array, entry.variable.dtype)
+        array = np.array(arrays[name].transpose(np.argsort(axes)))
+        variable[...] = jnp.asarray(array, variable.dtype)
 
 
 def to_torch(network: nnx.Module) -> dict[str, np.ndarray]:
@@ -97,35 +97,24 @@ def to_torch(network: nnx.Module) -> dict[str, np.ndarray]:
         ValueError: naming a layer of the network that has no PyTorch counterpart.
     """
     return {
-        entry.name: np.array(np.asarray(entry.variable[...]).transpose(entry.axes), order="C")
-        for entry in _entries(network)
+        name: np.array(np.asarray(variable[...]).transpose(axes), order="C")
+        for name, variable, axes in _entries(network)
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """One array of a state dict and the variable it belongs to."""
-
-    name: str
-    variable: nnx.Variable
-    axes: tuple[int, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.variable.shape[axis] for axis in self.axes)
-
-
-def _entries(network: nnx.Module) -> Iterator[_Entry]:
+def _entries(network: nnx.Module) -> Iterator[tuple[str, nnx.Variable, tuple[int, ...]]]:
+    """Each array of a state dict: its name, the variable it belongs to, and its axes there."""
     for path, layer in nnx.iter_modules(network):
         name = _layer_name(path, network)
-        if type(layer) not in _VARIABLES and _has_parameters(layer):
+        has_parameters = any(isinstance(value, nnx.Param) for value in vars(layer).values())
+        if type(layer) not in _VARIABLES and has_parameters:
             raise ValueError(
                 f"{name} is a {type(layer).__name__}, which has no PyTorch counterpart"
             )
         for attribute, leaf, axes in _VARIABLES.get(type(layer), ()):
             variable = getattr(layer, attribute)
             if variable is not None:
-                yield _Entry(f"{name}.{leaf}" if path else leaf, variable, axes)
+                yield f"{name}.{leaf}" if path else leaf, variable, axes
 
 
 def _layer_name(path: tuple[str | int, ...], network: nnx.Module) -> str:
@@ -137,12 +126,3 @@ def _layer_name(path: tuple[str | int, ...], network: nnx.Module) -> str:
     for pattern, replacement in _LAYER_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def _has_parameters(layer: nnx.Module) -> bool:
-    return any(isinstance(value, nnx.Param) for value in vars(layer).values())
-
-
-def _to_numpy(array: Any) -> np.ndarray:
-    is_tensor = hasattr(array, "detach")
-    return array.detach().cpu().numpy() if is_tensor else np.asarray(array)

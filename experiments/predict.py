@@ -101,7 +101,9 @@ def predict(settings: Settings, console: Console) -> None:
         raise CommandError(f"output={settings.output}: {error.strerror or error}") from error
     console.print(f"{written:,} predictions are written to {settings.output}", markup=False)
     if bad:
-        raise CommandError(f"{len(bad)} of {len(files)} files are not predicted: {summary(bad)}")
+        names = ", ".join(path.name for path in bad[:5])
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise CommandError(f"{len(bad)} of {len(files)} files are not predicted: {names}{more}")
 
 
 def find_files(root: Path) -> list[Path]:
@@ -170,12 +172,6 @@ def predictions(
                     images.append(image)
             if images:
                 yield readable, function(np.stack(images))
-
-
-def summary(paths: Sequence[Path], most: int = 5) -> str:
-    """Some names, and how many there are more."""
-    more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return ", ".join(path.name for path in paths[:most]) + more
 
 
 if __name__ == "__main__":

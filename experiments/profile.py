@@ -18,24 +18,18 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from chansel_jax.data import Split
 from chansel_jax.files import write_json
-from chansel_jax.networks.resnet import CONVS, PRESETS, Model, ResNet, ResNetConfig
+from chansel_jax.networks.resnet import CONVS, PRESETS, Model
 from chansel_jax.ops import native
 from chansel_jax.training import devices
-from chansel_jax.training.augmentation import Augmentation
-from chansel_jax.training.batches import Batch, put_batch
-from chansel_jax.training.optimizer import OptimizerSettings, make_optimizer, make_schedule
-from chansel_jax.training.step import init_state, init_totals, make_train_step
 from experiments.cli.command import make_output, run
 from experiments.cli.console import make_console
 from experiments.cli.flags import typed
 from experiments.reporting import machine
+from experiments.training.noise import training_on_noise
 
 WARM_UP_STEPS = 20  # until the heap has stopped growing
 SLOWEST = 8  # operations that are listed one by one
@@ -112,26 +106,15 @@ def main(settings: Settings) -> None:
 def profile_step(settings: Settings, conv: str, folder: Path) -> Profile:
     """Compiles the training step, then times and traces it."""
     mesh = devices.data_mesh()
+    devices.check_batch_size(settings.batch_size, mesh)
     dtype = getattr(jnp, settings.dtype)
     config = dataclasses.replace(PRESETS[settings.model], conv=CONVS[conv], dtype=dtype)
-    network = ResNet(config, rngs=nnx.Rngs(0))
-    optimizer_settings = OptimizerSettings()
-    schedule = make_schedule(optimizer_settings, epochs=1, steps_per_epoch=1000)
-    optimizer = make_optimizer(optimizer_settings, schedule)
-    devices.check_batch_size(settings.batch_size, mesh)
-    split = random_split(config, settings.batch_size)
-    step = make_train_step(network, optimizer, mesh=mesh, augmentation=Augmentation())
-    state = init_state(network, optimizer, 0, mesh)
-    totals = init_totals(mesh)
-    batch = put_batch(Batch(split.images, split.labels), mesh)
-    statistics = devices.replicate((split.summary.mean, split.summary.std), mesh)
-    step = step.lower(state, totals, batch, *statistics).compile()
+    take_step, compiled = training_on_noise(config, settings.batch_size, mesh)
 
     def take_steps(count: int, one_at_a_time: bool = False) -> float:
-        nonlocal state, totals
         start = time.perf_counter()
         for _ in range(count):
-            state, totals = step(state, totals, batch, *statistics)
+            state = take_step()
             if one_at_a_time:
                 jax.block_until_ready(state)
         jax.block_until_ready(state)
@@ -142,15 +125,8 @@ def profile_step(settings: Settings, conv: str, folder: Path) -> Profile:
     with jax.profiler.trace(folder):
         # Of steps in flight, one would be charged with waiting for the other.
         take_steps(settings.steps, one_at_a_time=True)
-    op_names = operations(step.as_text())
+    op_names = operations(compiled)
     return Profile(untraced, times(folder, op_names, settings.steps), op_names)
-
-
-def random_split(config: ResNetConfig, count: int) -> Split:
-    """One batch of noise."""
-    rng, shape = np.random.default_rng(0), (count, config.image_size, config.image_size, 3)
-    images = rng.integers(256, size=shape, dtype=np.uint8)
-    return Split(images, rng.integers(config.num_classes, size=count, dtype=np.int32))
 
 
 def operations(compiled: str) -> dict[str, str]:
@@ -233,9 +209,8 @@ def print_profile(conv: str, profile: Profile, console: Console) -> None:
 
 def print_rows(title: str, headings: tuple, rows: Iterable[tuple], console: Console) -> None:
     """A table whose last column is a number."""
-    table = Table(*headings, title=title, title_justify="left")
-    for column in table.columns[-1:]:
-        column.justify = "right"
+    *names, number = headings
+    table = Table(*names, Column(number, justify="right"), title=title, title_justify="left")
     for *cells, milliseconds in rows:
         table.add_row(*map(str, cells), f"{milliseconds:.2f}")
     console.print(table)

@@ -15,7 +15,7 @@ import jax
 from rich.console import Console
 
 from chansel_jax.files import write_json
-from chansel_jax.networks.resnet import PRESETS, Model
+from chansel_jax.networks.resnet import CONVS, PRESETS, Model
 from experiments.cli.command import make_output, run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
@@ -27,8 +27,6 @@ from experiments.parallelism.allreduce import Link
 from experiments.parallelism.report import Measured, Point
 from experiments.parallelism.timing import Case, measured_link, prepare, time_in_turn
 from experiments.reporting import machine, report
-
-CONV_NAMES = ("chansel", "subkernel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,19 +93,15 @@ def scale(settings: Settings, console: Console) -> Measured:
         CommandError: if there are fewer devices, the folder cannot be written, or the processes
             have other settings.
     """
-    coordination.check_equal("settings", equal_in_all_processes(settings))
+    shared = dataclasses.asdict(settings)
+    del shared["output"], shared["cluster"]  # in which the processes may differ
+    coordination.check_equal("settings", shared)
     counts = device_counts(settings)
     coordination.first_alone(lambda: make_output(settings.output))
     console.print(device_names(), markup=False)
     measured = measure(settings, counts, console)
     coordination.first_alone(lambda: write(measured, settings, console))
     return measured
-
-
-def equal_in_all_processes(settings: Settings) -> dict:
-    """What the processes must agree on."""
-    own = ("output", "cluster")
-    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in own}
 
 
 def write(measured: Measured, settings: Settings, console: Console) -> None:
@@ -181,30 +175,25 @@ def measure(settings: Settings, counts: Sequence[int], console: Console) -> Meas
     """Times the link, and every case in turn, round by round."""
     images = settings.batch_size
     link = measured_link(counts[-1], rounds=settings.rounds, console=console)
-    cases = [
-        Case(conv, count, size, apart)
-        for conv in CONV_NAMES
+    cases = {
+        (conv, count): {
+            "weak": Case(conv, count, images * count),
+            "strong": Case(conv, count, images),
+            "apart": Case(conv, count, images * count, apart=count > 1),
+        }
+        for conv in CONVS
         for count in counts
-        for size, apart in ((images * count, False), (images, False), (images * count, count > 1))
-    ]
+    }
     preset = PRESETS[settings.model]
     preset = dataclasses.replace(preset, blocks=settings.blocks or preset.blocks)
-    prepared = {case: prepare(preset, case) for case in dict.fromkeys(cases)}
+    of_all = dict.fromkeys(case for kinds in cases.values() for case in kinds.values())
+    prepared = {case: prepare(preset, case) for case in of_all}
     runs = {case: run for case, (run, _) in prepared.items()}
     seconds = time_in_turn(runs, rounds=settings.rounds, steps=settings.steps, console=console)
-    speed = {case: case.images / taken for case, taken in seconds.items()}
-    points = [
-        Point(
-            conv,
-            count,
-            weak=speed[Case(conv, count, images * count)],
-            strong=speed[Case(conv, count, images)],
-            apart=speed[Case(conv, count, images * count, apart=count > 1)],
-            sizes=prepared[Case(conv, count, images)][1],
-        )
-        for conv in CONV_NAMES
-        for count in counts
-    ]
+    points = []
+    for (conv, count), kinds in cases.items():
+        speeds = {kind: case.images / seconds[case] for kind, case in kinds.items()}
+        points.append(Point(conv, count, **speeds, sizes=prepared[kinds["strong"]][1]))
     return Measured(
         settings.model,
         device_names(),

@@ -144,21 +144,11 @@ def _refer_to_split(builder: ChanselImages, name: str) -> Split:
 
 
 def _kept_summary(path: Path, builder: ChanselImages, name: str) -> dict[str, Any]:
+    """What is to be known of stored images, by one pass over them, which is made once."""
     if path.exists():
         with path.open("rb") as file, np.load(file) as found:
             return dict(found)
-    measured = _measure(builder.as_data_source(name), name)
-    with (
-        contextlib.suppress(OSError),  # a folder of others; it is measured again next time
-        replaced(path) as partial,
-        partial.open("wb") as file,
-    ):
-        np.savez(file, **measured)
-    return measured
-
-
-def _measure(records: Any, name: str) -> dict[str, Any]:
-    """What is to be known of stored images, from one pass over them."""
+    records = builder.as_data_source(name)
     shape = (len(records), *records[0]["image"].shape)
     labels = np.empty(len(records), np.int32)
 
@@ -168,7 +158,14 @@ def _measure(records: Any, name: str) -> dict[str, Any]:
             yield chunk_images
 
     summary = summarise_chunks(images(), shape, labels)
-    return {"image_shape": shape[1:], "labels": labels} | dataclasses.asdict(summary)
+    measured = {"image_shape": shape[1:], "labels": labels} | dataclasses.asdict(summary)
+    with (
+        contextlib.suppress(OSError),  # a folder of others; it is measured again next time
+        replaced(path) as partial,
+        partial.open("wb") as file,
+    ):
+        np.savez(file, **measured)
+    return measured
 
 
 def _chunks(records: Any, name: str) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

@@ -182,8 +182,13 @@ def _divide(
         return found
     labels = np.array([label for _, label in found["train"]])
     counts = np.bincount(labels, minlength=len(class_names))
-    _check_counts(counts, class_names, train_per_class, "validation" not in found)
-
+    split = "validation" not in found  # so each class has to have an image left for it
+    needed = (train_per_class or 1) + split
+    for name, count in zip(class_names, counts, strict=True):
+        if count < needed:
+            option = f" with --train-per-class={train_per_class}" if train_per_class else ""
+            purpose = "training and validation" if split else "training"
+            raise DataError(f"{purpose}{option} needs {needed} images of {name}, not {count}")
     if train_per_class is None:
         sizes = counts - np.maximum(1, counts // VALIDATION_SHARE)
     else:
@@ -192,18 +197,6 @@ def _divide(
     train = [found["train"][i] for i in chosen]
     validation = found.get("validation") or [found["train"][i] for i in rest]
     return {**found, "train": train, "validation": validation}
-
-
-def _check_counts(
-    counts: np.ndarray, class_names: Sequence[str], train_per_class: int | None, split: bool
-) -> None:
-    """`split`: whether each class has to have an image left for validation."""
-    needed = (train_per_class or 1) + split
-    for name, count in zip(class_names, counts, strict=True):
-        if count < needed:
-            option = f" with --train-per-class={train_per_class}" if train_per_class else ""
-            purpose = "training and validation" if split else "training"
-            raise DataError(f"{purpose}{option} needs {needed} images of {name}, not {count}")
 
 
 def _images(

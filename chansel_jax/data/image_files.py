@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageOps
 
 from chansel_jax.data.errors import DataError
 
@@ -23,7 +23,9 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
         if not path.is_file():  # a pipe would be waited for
             raise ValueError("it is no file")
         with Image.open(path) as image:
-            if _is_deep(image):  # Pillow would clip it to 8 bits
+            # Pillow's mode tells of more than 8 bits for grey ones only, and would clip the others.
+            layouts = [str(tile.args) for tile in image.tile]
+            if image.mode.startswith(("I", "F")) or any(";16" in layout for layout in layouts):
                 raise ValueError("it has more than 8 bits a channel")
             image = ImageOps.exif_transpose(image)  # as a viewer shows it
             # Pillow asks for this detour where a palette has transparent entries.
@@ -33,9 +35,3 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     if size is not None and rgb.size != size[::-1]:
         rgb = ImageOps.fit(rgb, size[::-1], Image.Resampling.BICUBIC)
     return np.asarray(rgb)
-
-
-def _is_deep(image: ImageFile.ImageFile) -> bool:
-    """Whether the file has more than 8 bits a channel; Pillow's mode tells it of grey ones only."""
-    layouts = [str(tile.args) for tile in image.tile]
-    return image.mode.startswith(("I", "F")) or any(";16" in layout for layout in layouts)

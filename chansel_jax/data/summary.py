@@ -51,12 +51,9 @@ def summarise_chunks(
             counts += np.bincount(chunk[..., channel].ravel(), minlength=256)
     sha.update(header("[1]", labels.dtype, labels.shape))
     sha.update(labels.tobytes())
-    return Summary(sha.hexdigest(), *_statistics(histogram))
-
-
-def _statistics(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     shares = histogram / histogram.sum(axis=1, keepdims=True)
     levels = np.arange(256.0)
     mean = shares @ levels
     std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(axis=1))
-    return mean.astype(np.float32), np.where(std > 0, std, 1).astype(np.float32)
+    std = np.where(std > 0, std, 1).astype(np.float32)
+    return Summary(sha.hexdigest(), mean.astype(np.float32), std)

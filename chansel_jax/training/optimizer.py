@@ -42,10 +42,9 @@ class OptimizerSettings:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay={self.weight_decay} must not be negative")
-        if not 0 <= self.warmup_fraction < 1:
-            raise ValueError(f"warmup_fraction={self.warmup_fraction} must be in [0, 1)")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum={self.momentum} must be in [0, 1)")
+        for name in ("warmup_fraction", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
         if (
             list(self.step_epochs) != sorted(set(self.step_epochs))
             or min(self.step_epochs, default=1) < 1
@@ -154,14 +153,10 @@ def decayed(params: Any, undecayed: tuple[Undecayed, ...]) -> Any:
     """
 
     def is_decayed(path: tuple, _: jax.Array) -> bool:
-        return _kind([entry.key for entry in path if isinstance(entry, DictKey)]) not in undecayed
+        *owners, name = [entry.key for entry in path if isinstance(entry, DictKey)]
+        owner = str(owners[-1]) if owners else ""
+        if owner.startswith("norm") or owner.endswith("_norm"):
+            return "norms" not in undecayed
+        return {"bias": "biases", "depthwise": "depthwise"}.get(name, "others") not in undecayed
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
-
-
-def _kind(names: list[str | int]) -> str:
-    *owners, name = names
-    owner = str(owners[-1]) if owners else ""
-    if owner.startswith("norm") or owner.endswith("_norm"):
-        return "norms"
-    return {"bias": "biases", "depthwise": "depthwise"}.get(name, "others")

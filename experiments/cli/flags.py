@@ -8,7 +8,7 @@ import io
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -203,17 +203,21 @@ def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     if info.type is not Path:
         return None
 
-    def instance_from_str(arguments: list[str]) -> Path:
-        if not arguments[0]:  # as of a variable that is not set; it would be the current folder
+    def instance_from_str(word: str) -> Path:
+        if not word:  # as of a variable that is not set; it would be the current folder
             raise ValueError("the path must not be empty")
-        return Path(arguments[0])
+        return Path(word)
 
+    return _of_one_word("PATH", Path, instance_from_str)
+
+
+def _of_one_word(metavar: str, kind: type, convert: Callable) -> PrimitiveConstructorSpec:
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar="PATH",
-        instance_from_str=instance_from_str,
-        is_instance=lambda value: isinstance(value, Path),
-        str_from_instance=lambda value: [str(value)],
+        metavar=metavar,
+        instance_from_str=lambda words: convert(words[0]),
+        is_instance=lambda value: isinstance(value, kind),
+        str_from_instance=lambda value: [_text(value)],
     )
 
 
@@ -224,17 +228,12 @@ def _comma_separated(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None
     choices = get_args(element) if get_origin(element) is Literal else ()
     convert = str if choices else element
 
-    def instance_from_str(arguments: list[str]) -> tuple[Any, ...]:
-        values = tuple(convert(text.strip()) for text in arguments[0].split(",") if text.strip())
+    def instance_from_str(word: str) -> tuple[Any, ...]:
+        values = tuple(convert(text.strip()) for text in word.split(",") if text.strip())
         for value in values:
             if choices and value not in choices:
                 raise ValueError(f"{value!r} is none of {', '.join(choices)}")
         return values
 
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=",".join(choices) if choices else f"{element.__name__.upper()},…",
-        instance_from_str=instance_from_str,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [",".join(map(str, value))],
-    )
+    metavar = ",".join(choices) if choices else f"{element.__name__.upper()},…"
+    return _of_one_word(metavar, tuple, instance_from_str)

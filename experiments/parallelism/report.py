@@ -143,11 +143,9 @@ def draw(measured: Measured) -> Figure:
             axes.plot(list(points), speeds, "o", color=colour, label=f"{conv}, measured")
             expected = [measured.expected(conv, n, kind) for n in points]
             axes.plot(list(points), expected, "x", color=colour, label=f"{conv}, model for these")
-            predicted = {2**i: measured.predicted(conv, 2**i, kind) for i in range(11)}
-            possible = {n: value for n, value in predicted.items() if value is not None}
-            axes.plot(
-                list(possible), list(possible.values()), color=colour, label=f"{conv}, prediction"
-            )
+            counts = [2**i for i in range(11)]
+            predicted = [measured.predicted(conv, n, kind) for n in counts]  # None is not drawn
+            axes.plot(counts, predicted, color=colour, label=f"{conv}, prediction")
         axes.set(ylim=(0, 1.05), xlabel="devices", title=f"{kind} scaling")
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
@@ -170,9 +168,11 @@ def legend(measured: Measured) -> str:
 def text(measured: Measured, command: str) -> str:
     """The page, in Markdown."""
     found, link, assumed = tables(measured), measured.link, measured.assumed
-    sent = "; ".join(
-        f"{conv} {_sent_in_words(points)}" for conv, points in measured.by_conv().items()
-    )
+    sent = []
+    for conv, points in measured.by_conv().items():
+        sizes = points[max(points)].sizes
+        arrays, kilobytes = sum(map(len, sizes)), sum(map(sum, sizes)) / 1e3
+        sent.append(f"{conv} {kilobytes:,.1f} kB, {arrays} arrays in {len(sizes)} all-reduces")
     return f"""\
 {measured.machine}; medians of {measured.rounds} rounds of {measured.steps} steps.
 
@@ -180,7 +180,7 @@ def text(measured: Measured, command: str) -> str:
 
 {legend(measured)}
 
-A step sends: {sent}.
+A step sends: {"; ".join(sent)}.
 
 The model (its formula is in `experiments/parallelism/allreduce.py`) adds what these take to the \
 step of the devices apart. In the table above it is that of the link measured here, \
@@ -197,10 +197,3 @@ it predicts these efficiencies:
 {command}
 ```
 """
-
-
-def _sent_in_words(points: Mapping[int, Point]) -> str:
-    """How much a step over several devices sends, and in how many messages."""
-    sizes = points[max(points)].sizes
-    arrays = messages(sizes, grouped=False)
-    return f"{sum(arrays) / 1e3:,.1f} kB, {len(arrays)} arrays in {len(sizes)} all-reduces"

@@ -10,21 +10,17 @@ from typing import TypeVar
 
 import jax
 import numpy as np
-from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from chansel_jax.networks.resnet import CONVS, ResNet, ResNetConfig
+from chansel_jax.networks.resnet import CONVS, ResNetConfig
 from chansel_jax.training import devices
-from chansel_jax.training.augmentation import Augmentation
-from chansel_jax.training.batches import Batch
-from chansel_jax.training.optimizer import OptimizerSettings, make_optimizer, make_schedule
 from chansel_jax.training.processes import gathered
-from chansel_jax.training.step import TrainState, init_state, init_totals, make_train_step
 from experiments.cli.console import tracked
 from experiments.cli.errors import CommandError
 from experiments.parallelism.allreduce import Link, all_reduces
+from experiments.training.noise import training_on_noise
 
 Key = TypeVar("Key", bound=Hashable)
 Run = Callable[[int], None]  # that many times, and waits for the end
@@ -59,7 +55,7 @@ def prepare(preset: ResNetConfig, case: Case) -> tuple[Run, list[list[int]]]:
     chosen = jax.devices()[: case.devices]
     groups = [[device] for device in chosen] if case.apart else [chosen]
     here = [mesh for mesh in map(devices.data_mesh, groups) if mesh.local_devices]
-    trainings = [_training(config, mesh, case.images // len(groups)) for mesh in here]
+    trainings = [training_on_noise(config, case.images // len(groups), mesh) for mesh in here]
 
     def run(steps: int) -> None:
         states = []
@@ -67,43 +63,7 @@ def prepare(preset: ResNetConfig, case: Case) -> tuple[Run, list[list[int]]]:
             states = [take_step() for take_step, _ in trainings]
         jax.block_until_ready(states)
 
-    return run, trainings[0][1] if trainings else []
-
-
-def _training(
-    config: ResNetConfig, mesh: Mesh, images: int
-) -> tuple[Callable[[], TrainState], list[list[int]]]:
-    """A function that takes a step, on noise, and the step's all-reduces."""
-    network = ResNet(config, rngs=nnx.Rngs(0))
-    defaults = OptimizerSettings()
-    optimizer = make_optimizer(defaults, make_schedule(defaults, epochs=1, steps_per_epoch=1000))
-    state = init_state(network, optimizer, 0, mesh)
-    totals = init_totals(mesh)
-    batch = _noise(images, config.image_size, config.num_classes, mesh)
-    mean_std = devices.replicate((np.full(3, 128, np.float32), np.full(3, 64, np.float32)), mesh)
-    step = make_train_step(network, optimizer, mesh=mesh, augmentation=Augmentation())
-    compiled = step.lower(state, totals, batch, *mean_std).compile()
-
-    def take_step():
-        nonlocal state, totals
-        state, totals = compiled(state, totals, batch, *mean_std)
-        return state
-
-    return take_step, all_reduces(compiled.as_text())
-
-
-def _noise(count: int, size: int, classes: int, mesh: Mesh) -> Batch:
-    sharding = devices.batch_sharding(mesh)
-
-    def put(shape, below, dtype):
-        def part(index):
-            part_shape = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
-            return np.random.default_rng(0).integers(below, size=part_shape, dtype=dtype)
-
-        return jax.make_array_from_callback(shape, sharding, part)
-
-    images = put((count, size, size, 3), 256, np.uint8)
-    return Batch(images, put((count,), classes, np.int32))
+    return run, all_reduces(trainings[0][1]) if trainings else []
 
 
 def time_in_turn(

@@ -124,32 +124,22 @@ def build(settings: Settings, network: ResNet | None = None) -> Experiment:
     )
     mesh = devices.data_mesh()
     devices.check_batch_size(recipe.batch_size, mesh, recipe.accumulate)
+    own = build_network(settings, len(dataset.class_names))
+    if network is not None:
+        tree, given = functional.network_tree(own), functional.network_tree(network)
+        if jax.tree.map(jnp.shape, tree) != jax.tree.map(jnp.shape, given):
+            raise ValueError("the network to begin with is not of the structure of the settings")
+        nnx.update(own, given["params"], given["batch_stats"])
     return Experiment(
         settings=settings,
         dataset=dataset,
-        network=network_to_train(settings, len(dataset.class_names), network),
+        network=own,
         begins_with=network and digest(functional.network_tree(network)),
         schedule=schedule,
         optimizer=accumulated(make_optimizer(recipe.optimization, schedule), recipe.accumulate),
         mesh=mesh,
         updates_per_epoch=updates_per_epoch,
     )
-
-
-def network_to_train(settings: Settings, num_classes: int, begins_with: ResNet | None) -> ResNet:
-    """The network that `settings` describe, with the parameters of `begins_with` if it is given.
-
-    Raises:
-        ValueError: if a setting is wrong, or the parameters are of another structure.
-    """
-    network = build_network(settings, num_classes)
-    if begins_with is None:
-        return network
-    own, given = functional.network_tree(network), functional.network_tree(begins_with)
-    if jax.tree.map(jnp.shape, own) != jax.tree.map(jnp.shape, given):
-        raise ValueError("the network to begin with is not of the structure of the settings")
-    nnx.update(network, given["params"], given["batch_stats"])
-    return network
 
 
 def load_data(settings: DataSettings, in_memory: bool = True) -> data.Dataset:

@@ -8,7 +8,7 @@ from typing import Any
 import flax
 import jax
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from chansel_jax.counting import LayerCount
 from chansel_jax.data import Dataset
@@ -36,11 +36,9 @@ def print_header(dataset: Dataset, devices: Sequence[jax.Device], console: Conso
 
 def print_layers(rows: Sequence[LayerCount], title: str, console: Console) -> None:
     """Prints a network's layers with their parameters and multiply-adds."""
-    table = Table(title=title, **LAYOUT)
-    table.add_column("layer")
-    table.add_column("kind")
-    for heading in ("output", "parameters", "multiply-adds"):
-        table.add_column(heading, justify="right")
+    headings = ("output", "parameters", "multiply-adds")
+    numbers = [Column(heading, justify="right") for heading in headings]
+    table = Table("layer", "kind", *numbers, title=title, **LAYOUT)
     for row in rows:
         shape = " × ".join(map(str, row.output))
         table.add_row(row.name, row.kind, shape, f"{row.parameters:,}", f"{row.multiply_adds:,}")

@@ -161,20 +161,10 @@ class Settings:
     cluster: ClusterSettings = ClusterSettings()
 
     def __post_init__(self):
-        checked_seed(self.seed)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be in [0, 2**32)")
         if self.save_every_steps is not None and self.save_every_steps < 1:
             raise ValueError(f"save_every_steps={self.save_every_steps} must be at least 1")
-
-
-def checked_seed(seed: int) -> int:
-    """`seed`, if it is one.
-
-    Raises:
-        ValueError: if it is negative or has more than 32 bits.
-    """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed} must be in [0, 2**32)")
-    return seed
 
 
 def checked_seeds(seeds: Sequence[int]) -> Sequence[int]:
