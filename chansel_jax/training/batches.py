@@ -16,9 +16,7 @@ from jax.sharding import Mesh
 from chansel_jax.training.devices import batch_sharding
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["images", "labels"], meta_fields=[]
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """Images with their classes: what a step takes, or a whole split of a data set.

@@ -7,7 +7,6 @@ written in the background; a checkpoint appears under its number only when it is
 """
 
 import contextlib
-import dataclasses
 import gc
 import json
 import logging
@@ -15,7 +14,7 @@ import operator
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,6 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore
 from flax import nnx
-from jax.tree_util import DictKey
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from chansel_jax.digest import digest
@@ -36,37 +34,12 @@ from chansel_jax.training.step import Totals, TrainState
 CHECKPOINTS, UNFINISHED = "checkpoints", "unfinished"
 DAMAGED = "damaged-"
 
+# Those of a run: after epochs by `"epoch"`, within epochs by `"step"`, which is what numbers them.
+Checkpoints = Mapping[Literal["epoch", "step"], ocp.CheckpointManager]
+
 
 class CheckpointError(OneLineError):
     """No checkpoint could be restored, or one could not be written."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoints:
-    """Those of a run.
-
-    Attributes:
-        after_epochs: by epoch.
-        within_epochs: by step.
-    """
-
-    after_epochs: ocp.CheckpointManager
-    within_epochs: ocp.CheckpointManager
-
-
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """What a checkpoint held.
-
-    Attributes:
-        state: of the training.
-        totals: of the epoch under way; None after an epoch.
-        record: what was saved with them.
-    """
-
-    state: TrainState
-    totals: Totals | None
-    record: dict
 
 
 @contextlib.contextmanager
@@ -92,7 +65,7 @@ def open_checkpoints(workdir: str | Path, report: Callable[[str], None]) -> Iter
         _managed(directory, preservation_policy=keep, best_fn=val_loss, best_mode="min") as after,
         _managed(workdir / UNFINISHED, preservation_policy=policies.LatestN(1)) as within,
     ):
-        yield Checkpoints(after, within)
+        yield {"epoch": after, "step": within}
 
 
 @contextlib.contextmanager
@@ -129,25 +102,46 @@ def _set_aside_without_metrics(
     directory: Path, within_epochs: Path, report: Callable[[str], None]
 ) -> None:
     """The manager reads all metrics when it opens, and fails as a whole if it cannot."""
-    epochs, failures = _saved_numbers(directory), {}
-    for epoch in epochs:
+    epochs, failures = _saved_numbers(directory), []
+    for epoch in reversed(epochs):
         try:
             _saved_val_loss(directory, epoch)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            failures[epoch] = error
+            failures.append((directory, "epoch", epoch, error))
     wait_for_all("the metrics of checkpoints are read")
-    if failures and len(failures) == len(epochs) and not _saved_numbers(within_epochs):
-        raise _none_left(directory, "epoch", epochs[-1], failures[epochs[-1]])
-    for epoch, error in failures.items():
-        _set_aside(directory, epoch, error, report)
-    wait_for_all("checkpoints without metrics are set aside")
+    whole = len(failures) < len(epochs) or bool(_saved_numbers(within_epochs))
+    _set_aside(failures, whole, report)
 
 
-def _none_left(directory: Path, kind: str, number: int, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"no checkpoint under {directory} can be restored ({kind} {number}: {_first_line(error)}); "
-        "all are left as they are; a run in another folder begins anew"
-    )
+def _set_aside(
+    failures: Sequence[tuple[Path, str, int, Exception]], whole: bool, report: Callable[[str], None]
+) -> None:
+    """Process 0 moves damaged checkpoints, each to the first free of `damaged-NUMBER[-ATTEMPT]`.
+
+    Args:
+        failures: of each the folder, epoch or step, its number, and what is wrong; newest first.
+        whole: whether there are others; if not, all stay.
+        report: takes one line for each.
+
+    Raises:
+        CheckpointError: if there are no others.
+    """
+    if failures and not whole:
+        directory, kind, number, error = failures[0]
+        raise CheckpointError(
+            f"no checkpoint under {directory} can be restored "
+            f"({kind} {number}: {_first_line(error)}); all are left as they are; a run in another "
+            "folder begins anew"
+        )
+    for directory, kind, number, error in failures if jax.process_index() == 0 else ():
+        target, attempt = directory / f"{DAMAGED}{number}", 2
+        while target.exists():
+            target, attempt = directory / f"{DAMAGED}{number}-{attempt}", attempt + 1
+        (directory / str(number)).rename(target)
+        report(
+            f"checkpoint of {kind} {number} is damaged ({_first_line(error)}); moved to {target}"
+        )
+    wait_for_all("damaged checkpoints are set aside")
 
 
 @contextlib.contextmanager
@@ -181,9 +175,9 @@ def save(
     Raises:
         CheckpointError: if this one, or the one before, cannot be written; older ones stay.
     """
-    manager = checkpoints.after_epochs
+    manager, metrics = checkpoints["epoch"], {"val_loss": val_loss}
     with _refused_writes(manager):
-        manager.save(epoch, args=_save_args(_tree(state), record), metrics={"val_loss": val_loss})
+        manager.save(epoch, args=_save_args(vars(state), record), metrics=metrics)
 
 
 def save_unfinished(
@@ -194,14 +188,14 @@ def save_unfinished(
     Raises:
         CheckpointError: as `save`.
     """
-    manager, tree = checkpoints.within_epochs, _tree(state) | {"totals": _tree(totals)}
+    manager, tree = checkpoints["step"], vars(state) | {"totals": vars(totals)}
     with _refused_writes(manager):
         manager.save(int(state.step), args=_save_args(tree, record), force=True)
 
 
 def restore_newest(
     checkpoints: Checkpoints, like: TrainState, totals: Totals, report: Callable[[str], None]
-) -> Restored | None:
+) -> tuple[TrainState, Totals, dict] | None:
     """The checkpoint of the most steps that is whole; None where there is none at all.
 
     Damaged ones that were tried are told to `report` and moved to `damaged-NUMBER` beside it.
@@ -212,68 +206,54 @@ def restore_newest(
         totals: likewise.
         report: takes one line for each damaged checkpoint.
 
+    Returns:
+        The state, the totals of the epoch under way (after an epoch the given ones), and the record
+        that was saved with them.
+
     Raises:
         CheckpointError: if there are checkpoints, and none can be restored; all stay then.
     """
-    after, within = checkpoints.after_epochs, checkpoints.within_epochs
-    newest, failures_after = _newest_whole(after, _tree(like))
-    steps = -1 if newest is None else int(newest.state.step)
-    begun, failures_within = _newest_whole(
-        within, _tree(like) | {"totals": _tree(totals)}, above=steps
-    )
-    newest = begun or newest
-    failures = [(after, "epoch", *failure) for failure in failures_after.items()]
-    failures += [(within, "step", *failure) for failure in failures_within.items()]
-    if failures and newest is None:
-        manager, kind, number, error = failures[0]
-        raise _none_left(Path(manager.directory), kind, number, error)
-    for manager, kind, number, error in failures:
-        _set_aside(Path(manager.directory), number, error, report, kind)
-    if failures:
-        wait_for_all("damaged checkpoints are set aside")
-        after.reload()
-        within.reload()
-    return newest
+    steps, newest, failures = -1, None, []
+    trees = {"epoch": vars(like), "step": vars(like) | {"totals": vars(totals)}}
+    for kind, manager in checkpoints.items():
+        for number in sorted(manager.all_steps(), reverse=True):
+            if number <= steps:
+                break
+            try:
+                newest = _restore(manager, number, trees[kind])
+            except Exception as error:  # orbax has no exception of its own for a damaged file
+                if is_loss(error) or isinstance(error, MemoryError):
+                    raise
+                failures.append((Path(manager.directory), kind, number, error))
+            else:
+                steps = int(newest["state"]["step"])
+                break
+    _set_aside(failures, newest is not None, report)
+    for manager in checkpoints.values() if failures else ():
+        manager.reload()
+    if newest is None:
+        return None
+    tree, record = newest["state"], newest["record"]["run"]
+    totals = Totals(**tree.pop("totals")) if "totals" in tree else totals
+    return TrainState(**tree), totals, record
 
 
-def _newest_whole(
-    manager: ocp.CheckpointManager, like: dict[str, Any], above: int = -1
-) -> tuple[Restored | None, dict[int, Exception]]:
-    """The newest that can be restored of those of higher numbers than `above`.
-
-    Also why newer ones could not, by number.
-    """
-    failures = {}
-    for number in sorted(manager.all_steps(), reverse=True):
-        if number <= above:
-            break
-        try:
-            return restore(manager, number, like), failures
-        except Exception as error:  # orbax has no exception of its own for a damaged file
-            if is_loss(error) or isinstance(error, MemoryError):
-                raise
-            failures[number] = error
-    return None, failures
-
-
-def restore(manager: ocp.CheckpointManager, number: int, like: dict[str, Any]) -> Restored:
-    """One checkpoint, of a tree like `like`.
-
-    Raises:
-        CheckpointError: if the state is not the one that was saved.
-        Exception: whatever orbax raises for a checkpoint that is missing or cannot be read.
-    """
-    # Restoring is done together: a process that gave up alone would leave the others waiting.
-    together(lambda: _read_through(Path(manager.directory) / str(number) / "state"))
+def _restore(manager: ocp.CheckpointManager, number: int, like: dict[str, Any]) -> Mapping:
+    """One checkpoint, of a tree like `like`; raises what orbax does for one that is damaged."""
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     arguments = ocp.args.Composite(
         state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
     )
-    restored = together(lambda: manager.restore(number, args=arguments))
-    tree, record = restored["state"], restored["record"]
-    together(lambda: _check_digest(tree, record["digest"]))
-    totals = Totals(**tree.pop("totals")) if "totals" in tree else None
-    return Restored(TrainState(**tree), totals, record["run"])
+
+    def read():
+        restored = manager.restore(number, args=arguments)
+        if digest(restored["state"]) != restored["record"]["digest"]:
+            raise CheckpointError("the digest of its state differs from the one saved with it")
+        return restored
+
+    # Restoring is done together: a process that gave up alone would leave the others waiting.
+    together(lambda: _read_through(Path(manager.directory) / str(number) / "state"))
+    return together(read)
 
 
 def discard_unfinished(workdir: Path) -> None:
@@ -336,10 +316,6 @@ def restore_network(
     return epoch
 
 
-def _tree(state: TrainState | Totals) -> dict[str, Any]:
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-
-
 def _save_args(tree: dict[str, Any], record: dict) -> ocp.args.Composite:
     record = json.loads(json.dumps(record))  # it is written in the background
     return ocp.args.Composite(
@@ -360,11 +336,6 @@ class _RecordHandler(ocp.handlers.JsonCheckpointHandler):
         return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="record")]
 
 
-def _check_digest(tree: dict[str, Any], saved: str) -> None:
-    if digest(tree) != saved:
-        raise CheckpointError("the digest of its state differs from the one saved with it")
-
-
 def _saved_numbers(directory: Path) -> list[int]:
     """The epochs of the finished checkpoints; one that is being written has another name."""
     return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
@@ -376,18 +347,16 @@ def _saved_val_loss(directory: Path, epoch: int) -> float:
 
 def _check_shapes(stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises `ValueError` naming the first array of `wanted` that is not stored in its shape."""
-    found = _shapes(stored)
-    for name, shape in _shapes(wanted).items():
+    found, shapes = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="."): getattr(leaf, "shape", None)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (stored, wanted)
+    )
+    for name, shape in shapes.items():
         if found.get(name) != shape:
             raise ValueError(f"{name} has shape {shape} here and {found.get(name)} there")
-
-
-def _shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {
-        ".".join(str(entry.key) for entry in path if isinstance(entry, DictKey)): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        if hasattr(leaf, "shape")
-    }
 
 
 @contextlib.contextmanager
@@ -420,20 +389,3 @@ def _read_through(directory: Path) -> None:
         raise CheckpointError(f"{directory} holds no arrays")
     for key in keys:
         store.read(key).result()
-
-
-def _set_aside(
-    directory: Path,
-    number: int,
-    error: Exception,
-    report: Callable[[str], None],
-    kind: str = "epoch",
-) -> None:
-    """Process 0 moves a checkpoint to the first free of `damaged-NUMBER`, `damaged-NUMBER-2`, …"""
-    if jax.process_index() != 0:
-        return
-    target, attempt = directory / f"{DAMAGED}{number}", 2
-    while target.exists():
-        target, attempt = directory / f"{DAMAGED}{number}-{attempt}", attempt + 1
-    (directory / str(number)).rename(target)
-    report(f"checkpoint of {kind} {number} is damaged ({_first_line(error)}); moved to {target}")

@@ -6,7 +6,6 @@ mirrored, and what dropout drops, depends on the seed and the step alone.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -23,11 +22,7 @@ from chansel_jax.training.devices import everywhere, replicate
 NO_STEP = np.iinfo(np.int32).max
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["params", "batch_stats", "opt_state", "step", "key"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """All that a step changes, and the key that decides its randomness.
@@ -47,11 +42,7 @@ class TrainState:
     key: jax.Array
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["loss", "correct", "count", "bad_step"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Totals:
     """Sums over images, and the first step whose loss was not finite (else `NO_STEP`)."""
@@ -61,9 +52,10 @@ class Totals:
     count: jax.Array
     bad_step: jax.Array
 
-    def add(self, losses: jax.Array, correct: jax.Array, mask: jax.Array | bool) -> "Totals":
-        """Adds the images `(N,)` of a batch where `mask` is True."""
-        mask = jnp.broadcast_to(mask, losses.shape)
+    def add(self, logits: jax.Array, labels: jax.Array, mask: jax.Array | bool) -> "Totals":
+        """Adds images, of logits `(N, C)` and labels `(N,)`, where `mask` `(N,)` is True."""
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        correct, mask = jnp.argmax(logits, axis=-1) == labels, jnp.broadcast_to(mask, labels.shape)
         return dataclasses.replace(
             self,
             loss=self.loss + jnp.sum(jnp.where(mask, losses, 0)),
@@ -143,17 +135,11 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        totals = totals.add(*_losses_and_correct(logits, batch.labels), True)
+        totals = totals.add(logits, batch.labels, True)
         bad_step = jnp.where(jnp.isfinite(loss), NO_STEP, state.step)
         totals = dataclasses.replace(totals, bad_step=jnp.minimum(totals.bad_step, bad_step))
-        state = TrainState(
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            step=state.step + 1,
-            key=state.key,
-        )
-        return state, totals
+        changed = {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}
+        return dataclasses.replace(state, step=state.step + 1, **changed), totals
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=everywhere(mesh))
 
@@ -170,14 +156,9 @@ def make_evaluate(network: nnx.Module, *, mesh: Mesh) -> Callable[..., Totals]:
         images = normalise(batch.images, mean, std)
         logits, _ = apply(state.params, state.batch_stats, images, None)
         mask = jnp.arange(len(batch.labels)) < count
-        return totals.add(*_losses_and_correct(logits, batch.labels), mask)
+        return totals.add(logits, batch.labels, mask)
 
     return jax.jit(evaluate, donate_argnums=1, out_shardings=everywhere(mesh))
-
-
-def _losses_and_correct(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses, jnp.argmax(logits, axis=-1) == labels
 
 
 def load_state(network: nnx.Module, state: TrainState) -> None:

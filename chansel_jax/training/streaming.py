@@ -5,7 +5,6 @@ They are those of a training whose images are on the devices, in the same order.
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import gc
 import itertools
@@ -14,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing import resource_tracker
 
 import grain
@@ -31,65 +30,28 @@ MOST_THREADS = 8
 
 
 @contextlib.contextmanager
-def training_batches(
-    split: Split, order: TrainingOrder, mesh: Mesh, steps: range, workers: int
+def read_batches(
+    split: Split, order: TrainingOrder | GivenOrder, mesh: Mesh, steps: range, workers: int = 0
 ) -> Iterator[Iterator[Batch]]:
     """The batches of `steps`, within a `with`.
 
     Their iterator raises `DataError` if images cannot be read, or a worker ends.
 
     Args:
-        split: the training images.
+        split: the images.
         order: which comes when.
         mesh: the devices; every process reads the rows of its own.
-        steps: counted from the beginning of the training.
-        workers: processes that read and decode; 0 does so in threads of this one.
+        steps: consecutive ones, counted from the beginning of the training or of the split.
+        workers: processes that read and decode; 0 (the default) does so in threads of this one.
     """
-    source = _Batches(split, order, local_rows(mesh, order.batch_size), steps)
-    with _reading(source, mesh, workers) as batches:
-        yield batches
-
-
-@contextlib.contextmanager
-def evaluation_batches(
-    split: Split, mesh: Mesh, batch_size: int
-) -> Iterator[Iterator[tuple[Batch, np.int32]]]:
-    """All images of a split in `GivenOrder`, each batch with how many images are new in it.
-
-    Within a `with`. They are read in threads of this process.
-    """
-    order = GivenOrder(len(split.labels), batch_size)
-    steps = range(len(order))
-    source = _Batches(split, order, local_rows(mesh, batch_size), steps)
-    with _reading(source, mesh, workers=0) as batches:
-        yield zip(batches, map(order.new, steps), strict=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Batches:
-    """Grain's source: of each of `steps` the rows of this process."""
-
-    split: Split
-    order: Callable[[int], np.ndarray]
-    rows: np.ndarray
-    steps: range
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __getitem__(self, number: int) -> Batch:
-        numbers = self.order(self.steps[number])[self.rows]
-        return Batch(self.split.images[numbers], self.split.labels[numbers])
-
-
-@contextlib.contextmanager
-def _reading(source: _Batches, mesh: Mesh, workers: int) -> Iterator[Iterator[Batch]]:
     _parse_flags()
     if not workers:
-        source.split.images[0]  # opens the files, before several threads want to
+        split.images[0]  # opens the files, before several threads want to
+    read = functools.partial(_read, split, order, local_rows(mesh, order.batch_size))
     threads = 1 if workers else min(MOST_THREADS, os.cpu_count() or 1)
     dataset = (
-        grain.MapDataset.source(source)
+        grain.MapDataset.range(steps.start, steps.stop)
+        .map(read)
         .to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=READ_AHEAD * threads)
         )
@@ -108,6 +70,11 @@ def _reading(source: _Batches, mesh: Mesh, workers: int) -> Iterator[Iterator[Ba
     # The last batches, which Grain leaves in cycles: their shared memory must be given back while
     # there are threads to do so.
     gc.collect()
+
+
+def _read(split: Split, order: TrainingOrder | GivenOrder, rows: np.ndarray, step: int) -> Batch:
+    numbers = order(step)[rows]
+    return Batch(split.images[numbers], split.labels[numbers])
 
 
 def _taken_from(batches: collections.deque) -> Iterator[Batch]:

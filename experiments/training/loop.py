@@ -6,15 +6,15 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from rich.console import Console
-from rich.progress import track
 
 from chansel_jax.training import checkpoint, step
 from chansel_jax.training.processes import together
+from experiments.cli.console import tracked
 from experiments.cli.ending import noted_signals
 from experiments.cli.errors import CommandError, Interrupted
 from experiments.cli.memory import hand_back_memory
@@ -67,20 +67,26 @@ def train(experiment: Experiment, workdir: Path, console: Console) -> Progress:
         if len(progress.history) == epochs:
             return progress
         coordination.first_alone(lambda: discard_results(workdir, progress))
-        feed = opened.enter_context(compiled_feed(experiment, progress, console))
+        start = time.perf_counter()
+        feed = opened.enter_context(feeds.open_feed(experiment, progress.state))
+        console.print(f"the steps were compiled in {time.perf_counter() - start:.1f} s")
+        record = opened.enter_context(
+            records.recorded(workdir, progress.history, run_name(experiment.settings))
+            if coordination.is_first()
+            else contextlib.nullcontext(lambda row: None)
+        )
         signal_to_any = coordination.shared_maximum(signal_received)
         between_steps = functools.partial(save_or_stop, experiment, checkpoints, signal_to_any)
         console.print(printing.EPOCH_HEADER)
-        with recorded(workdir, progress.history, run_name(experiment.settings)) as record:
-            while len(progress.history) < epochs:
-                progress = train_epoch(experiment, progress, feed, between_steps, console)
-                together(functools.partial(record, progress.history))
-                row, saved = progress.history[-1], {"history": progress.history}
-                checkpoint.save(checkpoints, row["epoch"], progress.state, saved, row["val_loss"])
-                console.print(printing.epoch_line(progress.history))
-                hand_back_memory()
-                if received := signal_to_any():
-                    raise stopped(experiment, progress, received)
+        while len(progress.history) < epochs:
+            progress = train_epoch(experiment, progress, feed, between_steps, console)
+            row, saved = progress.history[-1], {"history": progress.history}
+            together(functools.partial(record, row))
+            checkpoint.save(checkpoints, row["epoch"], progress.state, saved, row["val_loss"])
+            console.print(printing.epoch_line(progress.history))
+            hand_back_memory()
+            if received := signal_to_any():
+                raise stopped(experiment, progress, received)
     return progress
 
 
@@ -99,38 +105,6 @@ def discard_results(workdir: Path, progress: Progress) -> None:
         path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def recorded(
-    workdir: Path, history: list[records.Row], title: str
-) -> Iterator[Callable[[list[records.Row]], None]]:
-    """Within it the metrics are written, and in the end the losses drawn; by process 0.
-
-    Yields:
-        A function that takes the history whenever a row is new.
-    """
-    if not coordination.is_first():
-        yield lambda _: None
-        return
-    with records.metrics_written(workdir, history) as append:
-
-        def write(longer):
-            nonlocal history
-            history = longer
-            append(history[-1])
-
-        def draw():
-            if history:
-                records.plot_losses(history, workdir / "losses.png", title)
-
-        try:
-            yield write
-        except BaseException:
-            with contextlib.suppress(OSError):  # the error that is under way says more
-                draw()
-            raise
-        draw()
-
-
 def restore(
     experiment: Experiment, checkpoints: checkpoint.Checkpoints, console: Console
 ) -> Progress:
@@ -140,30 +114,16 @@ def restore(
         CheckpointError: if there are checkpoints, and none can be restored.
         CommandError: if the processes do not see the same ones.
     """
-    managers = (checkpoints.after_epochs, checkpoints.within_epochs)
-    there = {"checkpoints": [sorted(manager.all_steps()) for manager in managers]}
+    there = {"checkpoints": [sorted(each.all_steps()) for each in checkpoints.values()]}
     coordination.check_equal("checkpoints in its --workdir, which all must share,", there)
     state, totals = experiment.init_state(), step.init_totals(experiment.mesh)
     found = checkpoint.restore_newest(checkpoints, state, totals, console.print)
     if found is None:
         return Progress(state, [], totals)
-    record = found.record
-    progress = Progress(
-        found.state, record["history"], found.totals or totals, record.get("seconds", 0.0)
-    )
+    state, totals, record = found
+    progress = Progress(state, record["history"], totals, record.get("seconds", 0.0))
     console.print(f"the run is resumed after {place(experiment, progress)}")
     return progress
-
-
-@contextlib.contextmanager
-def compiled_feed(
-    experiment: Experiment, progress: Progress, console: Console
-) -> Iterator[feeds.Feed]:
-    """The feed of what is left, with the time that its functions took to compile printed."""
-    start = time.perf_counter()
-    with feeds.open_feed(experiment, progress.state) as feed:
-        console.print(f"the steps were compiled in {time.perf_counter() - start:.1f} s")
-        yield feed
 
 
 def train_epoch(
@@ -187,14 +147,8 @@ def train_epoch(
     """
     steps, epoch = experiment.steps_per_epoch, len(progress.history) + 1
     start = time.perf_counter() - progress.seconds
-    left = track(
-        range(int(progress.state.step) % steps + 1, steps + 1),
-        description=f"epoch {epoch}",
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    for taken in left:
+    left = range(int(progress.state.step) % steps + 1, steps + 1)
+    for taken in tracked(left, f"epoch {epoch}", console):
         running = progress.totals
         state, totals = feed.step(progress.state, progress.totals, next(feed.batches))
         # No more than one step waits for another, so that a signal is heeded soon.

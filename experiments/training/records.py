@@ -7,6 +7,7 @@ a run is a list of rows, one an epoch, each a flat dict of numbers (see `best_ep
 
 import contextlib
 import json
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,12 +19,15 @@ Row = Mapping[str, float]
 
 
 @contextlib.contextmanager
-def metrics_written(workdir: Path, history: Sequence[Row]) -> Iterator[Callable[[Row], None]]:
+def recorded(workdir: Path, history: Sequence[Row], title: str) -> Iterator[Callable[[Row], None]]:
     """Within it, rows are appended to `metrics.jsonl` and to TensorBoard's events.
+
+    In the end the losses are drawn.
 
     Args:
         workdir: the run's folder.
         history: the rows so far; `metrics.jsonl` is written anew with them.
+        title: of the picture.
 
     Yields:
         A function that appends a row; its `epoch` is TensorBoard's step.
@@ -31,20 +35,34 @@ def metrics_written(workdir: Path, history: Sequence[Row]) -> Iterator[Callable[
     # It imports PyTorch where that is installed, which takes seconds.
     from tensorboardX import SummaryWriter
 
-    with (workdir / "metrics.jsonl").open("w") as lines:
-        lines.write("".join(json.dumps(row) + "\n" for row in history))
+    rows = []
+    with (
+        (workdir / "metrics.jsonl").open("w") as lines,
+        SummaryWriter(str(workdir), purge_step=len(history) + 1) as events,
+        contextlib.ExitStack() as ending,
+    ):
+        lines.writelines(json.dumps(row) + "\n" for row in history)
         lines.flush()
-        with SummaryWriter(str(workdir), purge_step=len(history) + 1) as events:
 
-            def write(row: Row) -> None:
-                lines.write(json.dumps(row) + "\n")
-                lines.flush()
-                for name, value in row.items():
-                    if name != "epoch":
-                        events.add_scalar(name, value, row["epoch"])
-                events.flush()
+        def write(row: Row) -> None:
+            rows.append(row)
+            lines.write(json.dumps(row) + "\n")
+            lines.flush()
+            for name, value in row.items():
+                if name != "epoch":
+                    events.add_scalar(name, value, row["epoch"])
+            events.flush()
 
-            yield write
+        def draw(error: type | None, *_: object) -> None:
+            try:
+                if every := [*history, *rows]:
+                    plot_losses(every, workdir / "losses.png", title)
+            except OSError:
+                if error is None:  # else it says more
+                    raise
+
+        ending.push(draw)
+        yield write
 
 
 def best_epoch(history: Sequence[Row]) -> Row:
@@ -66,8 +84,6 @@ def summarise(history: Sequence[Row]) -> dict[str, float]:
     """
     best = best_epoch(history)
     most_accurate = max(history, key=lambda row: row["val_accuracy"])
-    seconds = sorted(row["seconds"] for row in history)
-    middle = len(seconds) // 2
     return {
         "epochs": len(history),
         "best_epoch": best["epoch"],
@@ -79,7 +95,7 @@ def summarise(history: Sequence[Row]) -> dict[str, float]:
         "final_train_loss": history[-1]["train_loss"],
         "final_val_loss": history[-1]["val_loss"],
         "final_val_accuracy": history[-1]["val_accuracy"],
-        "seconds_per_epoch": (seconds[middle] + seconds[~middle]) / 2,
+        "seconds_per_epoch": statistics.median(row["seconds"] for row in history),
     }
 
 

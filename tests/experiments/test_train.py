@@ -22,7 +22,7 @@ from chansel_jax.training.optimizer import OptimizerSettings, make_schedule
 from experiments.cli.ending import EXIT_SAVED
 from experiments.cli.errors import CommandError, Interrupted
 from experiments.reporting.machine import cpu_name
-from experiments.training import loop, records
+from experiments.training import loop
 from experiments.training.experiment import load_data
 from experiments.training.run import train_and_evaluate
 from experiments.training.settings import DataSettings, NetworkSettings, ReadingSettings
@@ -159,14 +159,15 @@ def test_signal_at_an_epochs_end_stops_there(settings, whole, tmp_path, monkeypa
         monkeypatch.context() as patch,
         pytest.raises(Interrupted, match=f"after epoch {epoch} of"),
     ):
-        write = records.MetricsWriter.write
+        train_epoch = loop.train_epoch
 
-        def write_and_signal(writer, row):
-            write(writer, row)
-            if row["epoch"] == epoch:
+        def train_and_signal(*arguments):
+            progress = train_epoch(*arguments)
+            if len(progress.history) == epoch:
                 signal.raise_signal(signal.SIGTERM)
+            return progress
 
-        patch.setattr(records.MetricsWriter, "write", write_and_signal)
+        patch.setattr(loop, "train_epoch", train_and_signal)
         run(part)
     summary, output = run(part)
     assert f"resumed after epoch {epoch} of 3" in output
@@ -393,26 +394,27 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(settin
         with pytest.raises(CommandError, match=r"step 11 \(epoch 2\); the checkpoint of epoch 1"):
             run(variant(settings, tmp_path / "later"))
     with checkpoint.open_checkpoints(tmp_path / "later", print) as checkpoints:
-        assert checkpoints.after_epochs.all_steps() == [1]
+        assert checkpoints["epoch"].all_steps() == [1]
     assert (tmp_path / "later" / "losses.png").exists()
 
 
 FULL_DISK = """
 import resource, runpy, sys, time
 from pathlib import Path
-from experiments.training import records
+from experiments.training import loop
 
 checkpoint = Path(sys.argv.pop(), "checkpoints", "1")
-write = records.MetricsWriter.write
+train_epoch = loop.train_epoch
 
-def write_and_fill(writer, row):
-    write(writer, row)
-    if row["epoch"] == 2:  # large files can be written no longer
+def train_and_fill(*arguments):
+    progress = train_epoch(*arguments)
+    if len(progress.history) == 2:  # large files can be written no longer
         while not checkpoint.exists():
             time.sleep(0.01)
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+    return progress
 
-records.MetricsWriter.write = write_and_fill
+loop.train_epoch = train_and_fill
 runpy.run_module("experiments.train", run_name="__main__")
 """
 

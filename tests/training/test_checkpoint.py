@@ -62,7 +62,7 @@ def newest(checkpoints, report=print, like=None):
     """State and record of the newest checkpoint, if there is one."""
     like, totals = like or make_state(0), init_totals(devices.data_mesh())
     found = checkpoint.restore_newest(checkpoints, like, totals, report)
-    return found and (found.state, found.record)
+    return found and (found[0], found[2])
 
 
 def data_file(directory, epoch):
@@ -92,7 +92,7 @@ def test_state_record_and_placement_come_back(directory):
 def test_last_two_and_best_are_kept(directory):
     assert sorted(path.name for path in directory.iterdir()) == ["2", "4", "5"]
     with checkpoint.open_checkpoints(directory.parent, print) as checkpoints:
-        assert checkpoints.after_epochs.best_step() == 2
+        assert checkpoints["epoch"].best_step() == 2
     for epoch in (4, 5):
         shutil.rmtree(directory / str(epoch))
     chex.assert_trees_all_equal(restore(directory)[0][0], make_state(2))

@@ -13,7 +13,7 @@ import pytest
 from chansel_jax.data import DataError, Split
 from chansel_jax.training import batches as batches_module
 from chansel_jax.training import devices, streaming
-from chansel_jax.training.batches import TrainingOrder, epoch_order
+from chansel_jax.training.batches import GivenOrder, TrainingOrder, epoch_order
 
 COUNT, BATCH_SIZE, STEPS = 37, 8, 4  # an epoch leaves five images out
 
@@ -34,7 +34,7 @@ def order():
 @pytest.mark.parametrize(("first_step", "workers"), [(0, 0), (6, 0), (3, 2)])
 def test_batches_are_those_of_the_order_from_any_step_on(split, order, first_step, workers):
     mesh = devices.data_mesh()
-    with streaming.training_batches(
+    with streaming.read_batches(
         split, order, mesh, range(first_step, 3 * STEPS), workers
     ) as batches:
         found = list(batches)
@@ -52,11 +52,12 @@ def test_batches_are_those_of_the_order_from_any_step_on(split, order, first_ste
 
 @pytest.mark.parametrize("batch_size", [8, 64])
 def test_evaluation_sees_every_image_once(split, batch_size):
-    mesh = devices.data_mesh()
-    with streaming.evaluation_batches(split, mesh, batch_size) as batches:
-        found = [(np.asarray(batch.images)[:new], batch) for batch, new in batches]
-    np.testing.assert_array_equal(np.concatenate([images for images, _ in found]), split.images)
-    assert {len(batch.labels) for _, batch in found} == {batch_size}
+    mesh, order = devices.data_mesh(), GivenOrder(COUNT, batch_size)
+    with streaming.read_batches(split, order, mesh, range(len(order))) as batches:
+        found = list(batches)
+    new = [batch.images[: order.new(number)] for number, batch in enumerate(found)]
+    np.testing.assert_array_equal(np.concatenate(new), split.images)
+    assert {len(batch.labels) for batch in found} == {batch_size}
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ from chansel_jax.data import Split
 if __name__ == "__main__":
     split = Split(np.zeros((8, 2, 2, 3), np.uint8), np.zeros(8, np.int32))
     order = TrainingOrder(np.zeros(2, np.uint32), 8, 4, 2)
-    with streaming.training_batches(
+    with streaming.read_batches(
         split, order, devices.data_mesh(), range(10**6), workers=1
     ) as batches:
         next(batches)
@@ -148,7 +149,7 @@ def test_images_that_cannot_be_read_are_an_error(split, order, images, workers, 
     mesh = devices.data_mesh()
     with (
         pytest.raises(DataError, match=message) as error,
-        streaming.training_batches(damaged, order, mesh, range(STEPS), workers) as batches,
+        streaming.read_batches(damaged, order, mesh, range(STEPS), workers) as batches,
     ):
         next(batches)
     assert "\n" not in str(error.value)

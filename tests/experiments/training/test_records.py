@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from chansel_jax.files import write_json
-from experiments.training.records import best_epoch, metrics_written, plot_losses, summarise
+from experiments.training.records import best_epoch, plot_losses, recorded, summarise
 
 BLUE, ORANGE = (31, 119, 180), (255, 127, 14)  # matplotlib's tab:blue and tab:orange
 
@@ -128,7 +128,7 @@ def scalars(workdir):
 
 
 def test_rows_are_there_as_soon_as_they_are_written(tmp_path):
-    with metrics_written(tmp_path, []) as write:
+    with recorded(tmp_path, [], "title") as write:
         for count, line in enumerate(HISTORY, start=1):
             write(line)
             assert metrics(tmp_path) == HISTORY[:count]
@@ -137,14 +137,14 @@ def test_rows_are_there_as_soon_as_they_are_written(tmp_path):
 
 def test_history_replaces_what_was_there_and_rows_follow_it(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
-    with metrics_written(tmp_path, HISTORY[:3]) as write:
+    with recorded(tmp_path, HISTORY[:3], "title") as write:
         assert metrics(tmp_path) == HISTORY[:3]
         write(HISTORY[3])
     assert metrics(tmp_path) == HISTORY[:4]
 
 
 def test_tensorboard_gets_every_figure_at_its_epoch(tmp_path):
-    with metrics_written(tmp_path, []) as write:
+    with recorded(tmp_path, [], "title") as write:
         for line in HISTORY:
             write(line)
     written = scalars(tmp_path)
@@ -155,7 +155,7 @@ def test_tensorboard_gets_every_figure_at_its_epoch(tmp_path):
 
 
 def test_tensorboard_is_told_to_forget_what_comes_after_the_history(tmp_path):
-    with metrics_written(tmp_path, HISTORY[:3]) as write:
+    with recorded(tmp_path, HISTORY[:3], "title") as write:
         write(HISTORY[3])
     starts = [e.step for e in events(tmp_path) if e.session_log.status == SessionLog.START]
     assert starts == [4]
