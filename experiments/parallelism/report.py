@@ -182,8 +182,8 @@ def text(measured: Measured, command: str) -> str:
 
 A step sends: {sent}.
 
-The model (its formula is in `experiments/parallelism/allreduce.py`) adds what these take to the step of the \
-devices apart. In the table above it is that of the link measured here, \
+The model (its formula is in `experiments/parallelism/allreduce.py`) adds what these take to the \
+step of the devices apart. In the table above it is that of the link measured here, \
 {link.bandwidth / 1e9:.3g} GB/s and {link.latency * 1e6:,.0f} µs, on CPUs with a message for each \
 array. For more devices as fast as one of these that take nothing from each other, with \
 {assumed.bandwidth / 1e9:g} GB/s, {assumed.latency * 1e6:g} µs and a message for each all-reduce, \
