@@ -26,7 +26,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # pytest-xdist's inherit what is se
     # Likewise XLA's newer way to compile fused loops, where there is still another, and the
     # compiling of parts beside each other.
     flags = [*os.environ.get("XLA_FLAGS", "").split(), "--xla_cpu_parallel_codegen_split_count=1"]
-    if jaxlib.version.__version_info__ < (0, 12):  # later ones end at a flag that is unknown
+    if jaxlib.version.__version_info__ < (0, 11):  # later ones end at a flag that is unknown
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(flags)
     # The same functions are compiled for many tests, and in processes of their own too.
