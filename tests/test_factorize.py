@@ -113,8 +113,8 @@ def test_full_rank_computes_the_same(stem):
 
 def test_lower_ranks_differ_and_the_dense_network_stays():
     before = logits(dense())
-    errors = [np.abs(logits(factorize(dense(), rank=rank)) - before).max() for rank in (1, 3, 5)]
-    assert errors[0] > errors[1] > errors[2] > 1e-3
+    errors = [np.abs(logits(factorize(dense(), rank=rank)) - before).max() for rank in (1, 4)]
+    assert errors[0] > errors[1] > 1e-3
     assert np.array_equal(logits(dense()), before)
 
 
