@@ -30,23 +30,12 @@ class SubKernelConv(nnx.Module):
 
     Parameters: `kernel` `(K_h, K_w, C_in, C_out)` and, with `use_bias`, `bias` `(C_out,)`.
 
+    The arguments, with their defaults, are those of `ChannelSelectionConv`, but for these:
+
     Args:
-        in_channels: C_in, the channels of the input.
-        out_channels: C_out, the channels of the output.
-        kernel_size: K_h and K_w; here and below, an integer stands for rows and columns.
-        strides: steps between outputs. Default 1.
-        padding: `"SAME"` (the default), `"VALID"`, an integer, or `((top, bottom), (left, right))`.
-            PyTorch's `padding=1` is `1` here; it differs from `"SAME"` where the stride is 2.
-        kernel_dilation: distance between a kernel's elements. Default 1.
-        use_bias: whether to add a bias to the output. Default True.
-        dtype: that of the computation; by default what input and parameters promote to.
-        param_dtype: that of the parameters. Default float32.
-        precision: `jax.lax.Precision` of the products.
         kernel_init: initialiser of `kernel`; He's normal one by default.
-        bias_init: initialiser of `bias`; zeros by default.
         lowering: how it is computed, one of `SubKernelConv.LOWERINGS`; see
             `chansel_jax.ops.dense.dense_conv`. Default `"auto"`, the fastest.
-        rngs: the stream `params` initialises the parameters.
 
     Raises:
         ValueError: naming the argument that is wrong, and its value.
