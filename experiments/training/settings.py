@@ -167,18 +167,13 @@ class Settings:
             raise ValueError(f"save_every_steps={self.save_every_steps} must be at least 1")
 
 
-def checked_seeds(seeds: Sequence[int]) -> Sequence[int]:
-    """`seeds`, if there are any and all differ.
-
-    Raises:
-        ValueError: if not, or if one is none.
-    """
+def checked_seeds(seeds: Sequence[int]) -> None:
+    """Raises `ValueError` if there is no seed, two are the same, or one is none."""
     given = ",".join(map(str, seeds))
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={given} must be different seeds, at least one")
     if not all(0 <= seed < 2**32 for seed in seeds):
         raise ValueError(f"seeds={given} must be in [0, 2**32)")
-    return seeds
 
 
 def decisive(settings: Settings) -> dict[str, Any]:
