@@ -6,7 +6,7 @@ NHWC, kernels HWIO.
 
 import functools
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 
 from chansel_jax.ops import dense, depthwise
 from chansel_jax.ops.lowerings import checked_lowering
-from chansel_jax.ops.selection import LOWERINGS, composed_kernel, select, weighted_sums
+from chansel_jax.ops.selection import LOWERINGS, channel_selection, composed_kernel, weighted_sums
 from chansel_jax.ops.window import Padding, Window, padding_spec, pair, positive
 
 he_normal = nnx.initializers.he_normal()
@@ -30,23 +30,12 @@ class SubKernelConv(nnx.Module):
 
     Parameters: `kernel` `(K_h, K_w, C_in, C_out)` and, with `use_bias`, `bias` `(C_out,)`.
 
+    The arguments, with their defaults, are those of `ChannelSelectionConv`, but for these:
+
     Args:
-        in_channels: C_in, the channels of the input.
-        out_channels: C_out, the channels of the output.
-        kernel_size: K_h and K_w; here and below, an integer stands for rows and columns.
-        strides: steps between outputs. Default 1.
-        padding: `"SAME"` (the default), `"VALID"`, an integer, or `((top, bottom), (left, right))`.
-            PyTorch's `padding=1` is `1` here; it differs from `"SAME"` where the stride is 2.
-        kernel_dilation: distance between a kernel's elements. Default 1.
-        use_bias: whether to add a bias to the output. Default True.
-        dtype: that of the computation; by default what input and parameters promote to.
-        param_dtype: that of the parameters. Default float32.
-        precision: `jax.lax.Precision` of the products.
         kernel_init: initialiser of `kernel`; He's normal one by default.
-        bias_init: initialiser of `bias`; zeros by default.
         lowering: how it is computed, one of `SubKernelConv.LOWERINGS`; see
             `chansel_jax.ops.dense.dense_conv`. Default `"auto"`, the fastest.
-        rngs: the stream `params` initialises the parameters.
 
     Raises:
         ValueError: naming the argument that is wrong, and its value.
@@ -94,7 +83,7 @@ class SubKernelConv(nnx.Module):
         """
         images = _images(self, x)
         kernel = self.kernel[...].astype(images.dtype)
-        y = dense.convolve(images, kernel, self.window, self.lowering, self.precision)
+        y = dense.dense_conv(images, kernel, **_how(self))
         return _with_bias(self, y).reshape(*x.shape[:-3], *y.shape[1:])
 
 
@@ -198,12 +187,12 @@ class ChannelSelectionConv(nnx.Module):
             ValueError: if the shape of `x` does not fit, or is smaller than the kernel.
         """
         images, pointwise, kernel = _images(self, x), self.pointwise[...], self.depthwise[...]
-        how = self.window, self.lowering, self.precision
         if self.norm is None:
-            y = select(images, pointwise, kernel, *how)
+            y = channel_selection(images, pointwise, kernel, **_how(self))
         else:
             sums = weighted_sums(images, pointwise.astype(images.dtype), self.precision)
-            y = depthwise.convolve(self.norm(sums), kernel.astype(images.dtype), *how)
+            sums, kernel = self.norm(sums), kernel.astype(images.dtype)
+            y = depthwise.depthwise_conv(sums, kernel, **_how(self))
         return _with_bias(self, y).reshape(*x.shape[:-3], *y.shape[1:])
 
     def composed_kernel(self) -> jax.Array:
@@ -234,6 +223,10 @@ def _images(layer: SubKernelConv | ChannelSelectionConv, x: jax.Array) -> jax.Ar
     layer.window.output_size((height, width), layer.kernel_size)  # raises where there is none
     dtype = layer.dtype or jnp.result_type(x, layer.param_dtype)
     return x.reshape(math.prod(batch), height, width, channels).astype(dtype)
+
+
+def _how(layer: SubKernelConv | ChannelSelectionConv) -> dict[str, Any]:
+    return layer.window._asdict() | {"lowering": layer.lowering, "precision": layer.precision}
 
 
 def _with_bias(layer: SubKernelConv | ChannelSelectionConv, y: jax.Array) -> jax.Array:

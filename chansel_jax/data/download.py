@@ -41,7 +41,15 @@ def download(url: str, sha256: str, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=folder) as scratch:
         partial = Path(scratch, path.name)
         try:
-            _stream(url, partial)
+            with (
+                requests.get(url, stream=True, timeout=TIMEOUT) as response,
+                partial.open("wb") as file,
+            ):
+                response.raise_for_status()
+                total = int(response.headers.get("Content-Length", 0)) or None
+                with progress_bar(path.name, total, DownloadColumn()) as advance:
+                    for block in response.iter_content(BLOCK):
+                        advance(file.write(block))
         except requests.RequestException as error:
             raise DataError(f"cannot download {url}: {error}") from error
         if (received := _checksum(partial)) != sha256:
@@ -50,15 +58,6 @@ def download(url: str, sha256: str, folder: Path) -> Path:
             )
         partial.replace(path)
     return path
-
-
-def _stream(url: str, path: Path) -> None:
-    with requests.get(url, stream=True, timeout=TIMEOUT) as response, path.open("wb") as file:
-        response.raise_for_status()
-        total = int(response.headers.get("Content-Length", 0)) or None
-        with progress_bar(path.name, total, DownloadColumn()) as advance:
-            for block in response.iter_content(BLOCK):
-                advance(file.write(block))
 
 
 def _checksum(path: Path) -> str:

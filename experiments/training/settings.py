@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,18 +167,13 @@ class Settings:
             raise ValueError(f"save_every_steps={self.save_every_steps} must be at least 1")
 
 
-def checked_seeds(seeds: Sequence[int]) -> Sequence[int]:
-    """`seeds`, if there are any and all differ.
-
-    Raises:
-        ValueError: if not, or if one is none.
-    """
+def checked_seeds(seeds: Sequence[int]) -> None:
+    """Raises `ValueError` if there is no seed, two are the same, or one is none."""
     given = ",".join(map(str, seeds))
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={given} must be different seeds, at least one")
     if not all(0 <= seed < 2**32 for seed in seeds):
         raise ValueError(f"seeds={given} must be in [0, 2**32)")
-    return seeds
 
 
 def decisive(settings: Settings) -> dict[str, Any]:
@@ -207,6 +202,11 @@ def build_network(settings: Settings, num_classes: int) -> ResNet:
         ValueError: naming the setting that is wrong, and its value.
     """
     network = settings.network
+    if network.norm and settings.conv == "subkernel":
+        raise ValueError("norm=True: the dense convolution has no two parts")
+    of_conv = {"norm": network.norm or None, "kernel_init": INITIALISERS[network.init]}
+    of_conv = {name: value for name, value in of_conv.items() if value is not None}
+    conv = CONVS[settings.conv]
     given = {
         "blocks": network.blocks or None,
         "width": network.width,
@@ -217,19 +217,8 @@ def build_network(settings: Settings, num_classes: int) -> ResNet:
     }
     config = dataclasses.replace(
         PRESETS[network.model],
-        conv=_convolution(settings.conv, network),
+        conv=functools.partial(conv, **of_conv) if of_conv else conv,
         num_classes=num_classes,
         **{name: value for name, value in given.items() if value is not None},
     )
     return ResNet(config, rngs=nnx.Rngs(settings.seed))
-
-
-def _convolution(conv: Conv, network: NetworkSettings) -> Callable[..., nnx.Module]:
-    given = {}
-    if network.norm:
-        if conv == "subkernel":
-            raise ValueError("norm=True: the dense convolution has no two parts")
-        given["norm"] = True
-    if INITIALISERS[network.init] is not None:
-        given["kernel_init"] = INITIALISERS[network.init]
-    return functools.partial(CONVS[conv], **given) if given else CONVS[conv]
