@@ -1,12 +1,13 @@
 """How many channel selections a convolution needs."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from experiments.studies.study import Study
+from experiments.studies.study import Study, draw_means
 from experiments.studies.sweep import Outcome, entries
-from experiments.training.settings import RECIPES, DataSettings, Settings, with_epochs
+from experiments.training.settings import RECIPES, DataSettings, Settings
 
 RANKS = (1, 2, 3, 4, 6, 9)
 PREFIX = "chansel-r"
@@ -14,7 +15,7 @@ PREFIX = "chansel-r"
 
 def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
     """Every rank, and the dense network."""
-    base = Settings(data=data, training=with_epochs(RECIPES["best"], epochs))
+    base = Settings(data=data, training=dataclasses.replace(RECIPES["best"], epochs=epochs))
     return entries(["subkernel", *(f"{PREFIX}{rank}" for rank in RANKS)], base)
 
 
@@ -35,14 +36,7 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
         for dense in outcomes:
             if dense.label == "subkernel":
                 axes.axhline(dense.mean(name), color="tab:orange", label="dense")
-        axes.errorbar(
-            list(factored),
-            [outcome.mean(name) for outcome in factored.values()],
-            yerr=[outcome.deviation(name) for outcome in factored.values()],
-            marker="o",
-            capsize=3,
-            label="channel selection",
-        )
+        draw_means(axes, list(factored), list(factored.values()), name, "channel selection")
         axes.set(xlabel="rank", ylabel=heading, xticks=RANKS)
         axes.grid(alpha=0.3)
     axes.legend()

@@ -1,8 +1,9 @@
-"""What a study is."""
+"""What a study is, and how its means are drawn."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.studies.sweep import Outcome
@@ -35,3 +36,12 @@ class Study:
     published: Sequence[tuple[str, str, str]] = ()
     published_note: str = ""
     note: Callable[[int], str] = lambda epochs: ""
+
+
+def draw_means(
+    axes: Axes, places: Sequence[float], outcomes: Sequence[Outcome], name: str, label: str
+) -> None:
+    """A line through the means of a figure at their places; bars show the standard deviations."""
+    means = [outcome.mean(name) for outcome in outcomes]
+    deviations = [outcome.deviation(name) for outcome in outcomes]
+    axes.errorbar(places, means, yerr=deviations, marker="o", capsize=3, label=label)

@@ -133,11 +133,6 @@ RECIPES = {
 """Values of all `TrainingSettings`, by the name that `--recipe` takes."""
 
 
-def with_epochs(recipe: TrainingSettings, epochs: int) -> TrainingSettings:
-    """`recipe` in as many epochs."""
-    return dataclasses.replace(recipe, epochs=epochs)
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Trains a network on images, saves it, and reports."""
@@ -161,34 +156,19 @@ class Settings:
     cluster: ClusterSettings = ClusterSettings()
 
     def __post_init__(self):
-        checked_seed(self.seed)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be in [0, 2**32)")
         if self.save_every_steps is not None and self.save_every_steps < 1:
             raise ValueError(f"save_every_steps={self.save_every_steps} must be at least 1")
 
 
-def checked_seed(seed: int) -> int:
-    """`seed`, if it is one.
-
-    Raises:
-        ValueError: if it is negative or has more than 32 bits.
-    """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed} must be in [0, 2**32)")
-    return seed
-
-
-def checked_seeds(seeds: Sequence[int]) -> Sequence[int]:
-    """`seeds`, if there are any and all differ.
-
-    Raises:
-        ValueError: if not, or if one is none.
-    """
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raises `ValueError` if there is no seed, one is none, or two are equal."""
     given = ",".join(map(str, seeds))
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={given} must be different seeds, at least one")
     if not all(0 <= seed < 2**32 for seed in seeds):
         raise ValueError(f"seeds={given} must be in [0, 2**32)")
-    return seeds
 
 
 def decisive(settings: Settings) -> dict[str, Any]:
