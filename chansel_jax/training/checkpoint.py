@@ -60,10 +60,7 @@ def open_checkpoints(workdir: str | Path, report: Callable[[str], None]) -> Iter
     _set_aside_without_metrics(directory, workdir / UNFINISHED, report)
     val_loss = operator.itemgetter("val_loss")
     keep = policies.AnyPreservationPolicy(
-        [
-            policies.LatestN(LAST_KEPT),
-            policies.BestN(n=1, get_metric_fn=val_loss, reverse=True),
-        ]
+        [policies.LatestN(LAST_KEPT), policies.BestN(n=1, get_metric_fn=val_loss, reverse=True)]
     )
     with (
         _quiet(),
