@@ -26,7 +26,7 @@ from experiments.training.settings import (
     NetworkSettings,
     ReadingSettings,
     TrainingSettings,
-    checked_seeds,
+    check_seeds,
 )
 from experiments.training.settings import Settings as TrainSettings
 
@@ -76,7 +76,7 @@ class Settings:
     """The runs and the report are written to this folder, by default runs/compare-DATASET."""
 
     def __post_init__(self):
-        checked_seeds(self.seeds)
+        check_seeds(self.seeds)
         given = ",".join(self.networks)
         if not self.networks or len(set(self.networks)) < len(self.networks):
             raise ValueError(f"networks={given} must be different networks, at least one")

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.table import Table
 
 from chansel_jax.training.prediction import Scores
 from experiments.cli.command import make_output, run
 from experiments.cli.console import make_console
-from experiments.reporting import plots
-from experiments.reporting.report import LAYOUT
+from experiments.reporting import plots, report
 from experiments.training.load import Checkpoint, Run, load_run
 from experiments.training.scores import Wanted, measure, share_or_none
 
@@ -65,15 +63,15 @@ def evaluate(settings: Settings, console: Console) -> Scores:
 
 def print_scores(found: Scores, trained: Run, console: Console) -> None:
     """A row a class: precision, recall, and what its images were taken for."""
-    table = Table(title="rows: the class; columns on the right: taken for", **LAYOUT)
-    table.add_column("class")
-    for heading in ("images", "precision", "recall", *trained.class_names):
-        table.add_column(heading, justify="right")
+    headings = ["class", "images", "precision", "recall", *trained.class_names]
     precision, recall = (share_or_none(values) for values in (found.precision, found.recall))
+    rows = []
     for i, name in enumerate(trained.class_names):
         counts = found.confusion[i]
         shares = ("–" if v is None else f"{v:.2%}" for v in (precision[i], recall[i]))
-        table.add_row(name, f"{counts.sum():,}", *shares, *(f"{count:,}" for count in counts))
+        rows.append([name, f"{counts.sum():,}", *shares, *(f"{count:,}" for count in counts)])
+    table = report.terminal_table(headings, rows)
+    table.title = "rows: the class; columns on the right: taken for"
     console.print(table)
 
 

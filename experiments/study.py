@@ -24,7 +24,7 @@ from experiments.studies.runs import image_digests
 from experiments.studies.study import Study
 from experiments.studies.sweep import Outcome, run_all
 from experiments.training.scores import Wanted
-from experiments.training.settings import DataSettings, ReadingSettings, checked_seeds
+from experiments.training.settings import DataSettings, ReadingSettings, check_seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Settings:
     def __post_init__(self):
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs={self.epochs} must be at least 1")
-        checked_seeds(self.seeds)
+        check_seeds(self.seeds)
 
 
 def main(settings: Settings) -> None:

@@ -159,8 +159,3 @@ def make_evaluate(network: nnx.Module, *, mesh: Mesh) -> Callable[..., Totals]:
         return totals.add(logits, batch.labels, mask)
 
     return jax.jit(evaluate, donate_argnums=1, out_shardings=everywhere(mesh))
-
-
-def load_state(network: nnx.Module, state: TrainState) -> None:
-    """Gives `network` the parameters and batch statistics of `state`."""
-    nnx.update(network, state.params, state.batch_stats)

@@ -50,12 +50,7 @@ def make_machine(settings: Settings, platform: str, cores: int) -> Machine:
     if workers is None:
         # On CPUs, the original's epoch took 7.3 s without, 7.7 s with one for each of two cores.
         workers = 0 if platform == "cpu" else min(cores, MOST_LOADER_WORKERS)
-    return Machine(
-        platform=platform,
-        threads=cores,
-        cpu_devices=settings.cpu_devices,
-        loader_workers=workers,
-    )
+    return Machine(platform, cores, settings.cpu_devices, workers)
 
 
 def make_cases(

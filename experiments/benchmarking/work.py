@@ -38,42 +38,31 @@ class Work:
 
 def work_of(case: Case, conv: Conv) -> Work:
     """What one step of `case` takes; in an epoch too, one of its steps."""
-    return _network_work(case, conv) if case.layer is None else _layer_work(case, conv)
+    layer = case.layer
+    if layer is None:
+        rows = count_network(network_config(case, conv), case.image_size)
+        passes, touches = PASSES[case.what], TOUCHES[case.what]
+        parameters = sum(row.parameters for row in rows)
+        multiply_adds = sum(row.multiply_adds for row in rows)
+        elements = 2 * sum(math.prod(row.output) for row in rows)
+    else:
+        passes = touches = 3 if case.backward else 1
+        sizes = (layer.in_channels, layer.out_channels, layer.kernel_size)
+        given = {"output_size": layer.output_size, "use_bias": False}
+        parameters, multiply_adds = (
+            chansel_cost(*sizes, input_size=layer.size, **given)
+            if conv == "chansel"
+            else subkernel_cost(*sizes, **given)
+        )
+        elements = layer.size**2 * layer.in_channels + layer.output_size**2 * layer.out_channels
+    return Work(
+        parameters,
+        passes * case.batch_size * multiply_adds,
+        passes * case.batch_size * elements * ELEMENT_BYTES[case.dtype]
+        + touches * parameters * PARAMETER_BYTES,
+    )
 
 
 def network_config(case: Case, conv: Conv) -> ResNetConfig:
     """Of the case's network."""
     return dataclasses.replace(PRESETS[case.model], conv=CONVS[conv], num_classes=case.num_classes)
-
-
-def _network_work(case: Case, conv: Conv) -> Work:
-    rows = count_network(network_config(case, conv), case.image_size)
-    parameters = sum(row.parameters for row in rows)
-    passes = PASSES[case.what]
-    activations = case.batch_size * sum(math.prod(row.output) for row in rows)
-    return Work(
-        parameters,
-        passes * case.batch_size * sum(row.multiply_adds for row in rows),
-        passes * 2 * activations * ELEMENT_BYTES[case.dtype]
-        + TOUCHES[case.what] * parameters * PARAMETER_BYTES,
-    )
-
-
-def _layer_work(case: Case, conv: Conv) -> Work:
-    layer, passes = case.layer, 3 if case.backward else 1
-    sizes = (layer.in_channels, layer.out_channels, layer.kernel_size)
-    if conv == "chansel":
-        parameters, multiply_adds = chansel_cost(
-            *sizes, input_size=layer.size, output_size=layer.output_size, use_bias=False
-        )
-    else:
-        parameters, multiply_adds = subkernel_cost(
-            *sizes, output_size=layer.output_size, use_bias=False
-        )
-    elements = layer.size**2 * layer.in_channels + layer.output_size**2 * layer.out_channels
-    return Work(
-        parameters,
-        passes * case.batch_size * multiply_adds,
-        passes
-        * (case.batch_size * elements * ELEMENT_BYTES[case.dtype] + parameters * PARAMETER_BYTES),
-    )

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -55,23 +54,19 @@ def curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
 
 
 def confusion_matrices(matrices: Mapping[str, np.ndarray], class_names: Sequence[str]) -> Figure:
-    """One for each network, side by side."""
+    """One of counts `(C, C)` for each network, side by side."""
     size = 1.8 + 0.55 * len(class_names)
-    picture = Figure(figsize=((size + 0.2) * len(matrices), size), layout="constrained")
-    grid = picture.subplots(1, len(matrices), squeeze=False)[0]
-    for axes, (name, counts) in zip(grid, matrices.items(), strict=True):
-        _draw_confusion(axes, counts, class_names, name)
-    return picture
-
-
-def _draw_confusion(axes: Axes, counts: np.ndarray, class_names: Sequence[str], title: str) -> None:
-    """Counts `(C, C)`, coloured by the share of the row."""
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (i, j), count in np.ndenumerate(counts):
-        colour = "white" if shares[i, j] > 0.5 else "black"
-        axes.text(j, i, f"{count:,}", ha="center", va="center", color=colour, fontsize=8)
-    places = range(len(class_names))
-    axes.set_xticks(places, class_names, rotation=45, ha="right")
-    axes.set_yticks(places, class_names)
-    axes.set(title=title, xlabel="taken for", ylabel="class")
+    figure = Figure(figsize=((size + 0.2) * len(matrices), size), layout="constrained")
+    grid = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for axes, (name, confusion) in zip(grid, matrices.items(), strict=True):
+        # Coloured by the share of the row.
+        shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for (i, j), count in np.ndenumerate(confusion):
+            colour = "white" if shares[i, j] > 0.5 else "black"
+            axes.text(j, i, f"{count:,}", ha="center", va="center", color=colour, fontsize=8)
+        places = range(len(class_names))
+        axes.set_xticks(places, class_names, rotation=45, ha="right")
+        axes.set_yticks(places, class_names)
+        axes.set(title=name, xlabel="taken for", ylabel="class")
+    return figure

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from experiments.studies.study import Study
 from experiments.studies.sweep import Outcome
-from experiments.training.settings import RECIPES, DataSettings, Settings, with_epochs
+from experiments.training.settings import RECIPES, DataSettings, Settings
 
 FEW = 512
 # As many passes more, since an epoch of few images has few steps.
@@ -49,10 +49,10 @@ def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
     if data.train_images is not None and data.train_images < FEW:
         raise ValueError(f"train_images={data.train_images} must be at least {FEW} for this study")
     recipe = RECIPES["original"]
-    base = Settings(data=data, training=with_epochs(recipe, epochs))
+    base = Settings(data=data, training=dataclasses.replace(recipe, epochs=epochs))
     few = Settings(
         data=dataclasses.replace(data, train_images=FEW),
-        training=with_epochs(recipe, FEW_EPOCHS_FACTOR * epochs),
+        training=dataclasses.replace(recipe, epochs=FEW_EPOCHS_FACTOR * epochs),
     )
     found = {}
     for conv in ("subkernel", "chansel"):

@@ -1,12 +1,13 @@
 """How many channel selections a convolution needs."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
 from experiments.studies.study import Study
 from experiments.studies.sweep import Outcome, draw_outcomes, entries
-from experiments.training.settings import RECIPES, DataSettings, Settings, with_epochs
+from experiments.training.settings import RECIPES, DataSettings, Settings
 
 RANKS = (1, 2, 3, 4, 6, 9)
 PREFIX = "chansel-r"
@@ -14,7 +15,7 @@ PREFIX = "chansel-r"
 
 def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
     """Every rank, and the dense network."""
-    base = Settings(data=data, training=with_epochs(RECIPES["best"], epochs))
+    base = Settings(data=data, training=dataclasses.replace(RECIPES["best"], epochs=epochs))
     return entries(["subkernel", *(f"{PREFIX}{rank}" for rank in RANKS)], base)
 
 

@@ -1,4 +1,4 @@
-"""What a study is."""
+"""What a study is, and how its means are drawn."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from chansel_jax.counting import LayerCount, count_network
+from chansel_jax.counting import count_network
 from chansel_jax.networks.resnet import CONVS, PRESETS
 from experiments.studies.study import Study
 from experiments.studies.sweep import Outcome, draw_outcomes, entries
-from experiments.training.settings import RECIPES, DataSettings, Settings, with_epochs
+from experiments.training.settings import RECIPES, DataSettings, Settings
 
 WIDTHS = (16, 24, 32, 44)
 RANKS = (2, 3, 4)
@@ -20,7 +20,7 @@ DENSE_WIDTHS = range(4, 21)
 
 def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
     """Channel selection of every width and rank, and dense networks that cost as much."""
-    base = Settings(data=data, training=with_epochs(RECIPES["best"], epochs))
+    base = Settings(data=data, training=dataclasses.replace(RECIPES["best"], epochs=epochs))
     names = [f"chansel-w{width}" for width in WIDTHS] + [f"chansel-r{rank}" for rank in RANKS]
     return entries([*names, *(f"subkernel-w{width}" for width in dense_widths())], base)
 
@@ -29,26 +29,17 @@ def dense_widths() -> list[int]:
     """Of the dense networks nearest in parameters, and in multiply-adds, to each width's."""
     found = set()
     for width in WIDTHS:
-        for cost in (parameters, multiply_adds):
-            wanted = cost("chansel", width)
-            found.add(min(DENSE_WIDTHS, key=lambda w: abs(cost("subkernel", w) - wanted)))
+        for kind, wanted in enumerate(costs("chansel", width)):
+            found.add(min(DENSE_WIDTHS, key=lambda w: abs(costs("subkernel", w)[kind] - wanted)))
     return sorted(found)
 
 
-def parameters(conv: str, width: int) -> int:
-    """Of ResNet-14 with three classes."""
-    return sum(row.parameters for row in _layers(conv, width))
-
-
-def multiply_adds(conv: str, width: int) -> int:
-    """Of ResNet-14 for an image."""
-    return sum(row.multiply_adds for row in _layers(conv, width))
-
-
 @functools.cache
-def _layers(conv: str, width: int) -> Sequence[LayerCount]:
+def costs(conv: str, width: int) -> tuple[int, int]:
+    """Parameters of ResNet-14 with three classes, and its multiply-adds for an image."""
     config = dataclasses.replace(PRESETS["resnet14"], conv=CONVS[conv], width=width)
-    return count_network(config, config.image_size)
+    rows = count_network(config, config.image_size)
+    return sum(row.parameters for row in rows), sum(row.multiply_adds for row in rows)
 
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:

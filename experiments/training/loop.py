@@ -141,9 +141,6 @@ def train_epoch(
         feed: the images.
         between_steps: is called with how many steps of the epoch are taken, and with the progress.
         console: takes a bar.
-
-    Raises:
-        DivergedError: if a loss is not finite.
     """
     steps, epoch = experiment.steps_per_epoch, len(progress.history) + 1
     start = time.perf_counter() - progress.seconds
@@ -167,11 +164,7 @@ def train_epoch(
 def summarise_epoch(
     experiment: Experiment, progress: Progress, validation: step.Totals
 ) -> records.Row:
-    """Losses and accuracies of the epoch whose last step was taken.
-
-    Raises:
-        DivergedError: if the validation loss is not finite.
-    """
+    """Losses and accuracies of the epoch whose last step was taken."""
     totals, epoch = progress.totals, len(progress.history) + 1
     row = {
         "epoch": epoch,

@@ -8,14 +8,12 @@ a run is a list of rows, one an epoch, each a flat dict of numbers (see `best_ep
 import contextlib
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from experiments.reporting import plots
-
-Row = Mapping[str, float]
+from experiments.reporting.plots import Row, save
 
 
 @contextlib.contextmanager
@@ -120,4 +118,4 @@ def plot_losses(history: Sequence[Row], path: Path, title: str) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
-    plots.save(picture, path)
+    save(picture, path)

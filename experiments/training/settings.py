@@ -133,11 +133,6 @@ RECIPES = {
 """Values of all `TrainingSettings`, by the name that `--recipe` takes."""
 
 
-def with_epochs(recipe: TrainingSettings, epochs: int) -> TrainingSettings:
-    """`recipe` in as many epochs."""
-    return dataclasses.replace(recipe, epochs=epochs)
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Trains a network on images, saves it, and reports."""
@@ -167,8 +162,8 @@ class Settings:
             raise ValueError(f"save_every_steps={self.save_every_steps} must be at least 1")
 
 
-def checked_seeds(seeds: Sequence[int]) -> None:
-    """Raises `ValueError` if there is no seed, two are the same, or one is none."""
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raises `ValueError` if there is no seed, one is none, or two are equal."""
     given = ",".join(map(str, seeds))
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={given} must be different seeds, at least one")

@@ -167,11 +167,11 @@ def test_published_recipe_keeps_its_shares_of_the_epochs():
 
 
 def test_dense_networks_of_equal_cost():
-    assert width.parameters("chansel", 16) == 27363 and width.parameters("subkernel", 16) == 174787
+    assert width.costs("chansel", 16)[0] == 27363 and width.costs("subkernel", 16)[0] == 174787
     widths = width.dense_widths()
     for wanted in width.WIDTHS:
-        for cost in (width.parameters, width.multiply_adds):
-            nearest = min(abs(cost("subkernel", w) / cost("chansel", wanted) - 1) for w in widths)
+        for kind, cost in enumerate(width.costs("chansel", wanted)):
+            nearest = min(abs(width.costs("subkernel", w)[kind] / cost - 1) for w in widths)
             assert nearest < 0.15
 
 

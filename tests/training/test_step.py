@@ -22,7 +22,6 @@ from chansel_jax.training.step import (
     NO_STEP,
     init_state,
     init_totals,
-    load_state,
     make_evaluate,
     make_train_step,
 )
@@ -214,15 +213,6 @@ def test_first_step_whose_loss_is_not_finite_is_kept(split):
     assert run.take(3)[2].bad_step == NO_STEP
     # The rate explodes with the update of step 2, so the loss of step 3 is the first to show it.
     assert run.take(5)[2].bad_step == 3
-
-
-def test_load_state_gives_a_network_the_trained_arrays(run):
-    state, _, _ = run.take(2)
-    network = small_network()
-    load_state(network, state)
-    _, params, batch_stats, _ = nnx.split(network, nnx.Param, nnx.BatchStat, ...)
-    chex.assert_trees_all_equal(nnx.to_pure_dict(params), state.params)
-    chex.assert_trees_all_equal(nnx.to_pure_dict(batch_stats), state.batch_stats)
 
 
 def test_digest_sees_every_name_dtype_shape_and_bit():
