@@ -70,8 +70,7 @@ def chansel_cost(
 
     The pointwise part has I·O·R parameters and runs at the size of the input, the depthwise part
     has O·R·K and runs at the size of the output: H·W·I·O·R + H_out·W_out·O·R·K multiply-adds. A
-    bias has O parameters more, normalisation between the parts 2·O·R. Without them and of rank 1 it
-    has fewer than the dense convolution exactly if I > K / (K - 1).
+    bias has O parameters more, normalisation between the parts 2·O·R.
 
     Raises:
         ValueError: if a size is neither an integer of at least 1 nor a pair of them.
@@ -83,6 +82,18 @@ def chansel_cost(
     pixels_in = math.prod(pair("input_size", input_size))
     pixels_out = math.prod(pair("output_size", output_size))
     return parameters, pixels_in * pointwise + pixels_out * depthwise
+
+
+def break_even(kernel_size: int | Pair) -> float:
+    """The input channels above which channel selection of rank 1 has the fewer parameters.
+
+    I·O·K > I·O + O·K exactly if I > K / (K - 1), with K = K_h·K_w; infinite for a 1 × 1 kernel.
+
+    Raises:
+        ValueError: if `kernel_size` is neither an integer of at least 1 nor a pair of them.
+    """
+    elements = math.prod(pair("kernel_size", kernel_size))
+    return elements / (elements - 1) if elements > 1 else math.inf
 
 
 def count_network(config: ResNetConfig, image_size: int | Pair) -> list[LayerCount]:

@@ -12,12 +12,12 @@ from flax import nnx
 from chansel_jax import ChannelSelectionConv, ResNet
 from chansel_jax.counting import (
     LayerCount,
+    break_even,
     chansel_cost,
     count_network,
     subkernel_cost,
 )
 from chansel_jax.networks.resnet import CONVS, PRESETS
-from chansel_jax.ops.window import pair
 from experiments.pytorch.networks import torch_twin
 
 
@@ -171,13 +171,17 @@ def test_costs_need_no_module(options):
     assert cost == (24 + 54 + bias, 90 * 24 + 25 * 54)
 
 
+@pytest.mark.parametrize(("kernel_size", "in_channels"), [(3, 9 / 8), ((1, 2), 2), (1, math.inf)])
+def test_break_even(kernel_size, in_channels):
+    assert break_even(kernel_size) == in_channels
+
+
 @pytest.mark.parametrize("kernel_size", [1, 2, 3, (1, 2), (1, 3)])
 def test_channel_selection_is_smaller_above_the_break_even(kernel_size):
-    elements = math.prod(pair("kernel_size", kernel_size))
     for in_channels in range(1, 8):
         dense, _ = subkernel_cost(in_channels, 5, kernel_size, output_size=1)
         chansel, _ = chansel_cost(in_channels, 5, kernel_size, input_size=1, output_size=1)
-        assert (chansel < dense) == (in_channels * (elements - 1) > elements)
+        assert (chansel < dense) == (in_channels > break_even(kernel_size))
 
 
 def test_other_convolutions_have_no_closed_form():
