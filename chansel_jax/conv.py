@@ -6,7 +6,7 @@ NHWC, kernels HWIO.
 
 import functools
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 
 from chansel_jax.ops import dense, depthwise
 from chansel_jax.ops.lowerings import checked_lowering
-from chansel_jax.ops.selection import LOWERINGS, channel_selection, composed_kernel, weighted_sums
+from chansel_jax.ops.selection import LOWERINGS, composed_kernel, select, weighted_sums
 from chansel_jax.ops.window import Padding, Window, padding_spec, pair, positive
 
 he_normal = nnx.initializers.he_normal()
@@ -83,7 +83,7 @@ class SubKernelConv(nnx.Module):
         """
         images = _images(self, x)
         kernel = self.kernel[...].astype(images.dtype)
-        y = dense.dense_conv(images, kernel, **_how(self))
+        y = dense.convolve(images, kernel, self.window, self.lowering, self.precision)
         return _with_bias(self, y).reshape(*x.shape[:-3], *y.shape[1:])
 
 
@@ -187,12 +187,12 @@ class ChannelSelectionConv(nnx.Module):
             ValueError: if the shape of `x` does not fit, or is smaller than the kernel.
         """
         images, pointwise, kernel = _images(self, x), self.pointwise[...], self.depthwise[...]
+        how = self.window, self.lowering, self.precision
         if self.norm is None:
-            y = channel_selection(images, pointwise, kernel, **_how(self))
+            y = select(images, pointwise, kernel, *how)
         else:
             sums = weighted_sums(images, pointwise.astype(images.dtype), self.precision)
-            sums, kernel = self.norm(sums), kernel.astype(images.dtype)
-            y = depthwise.depthwise_conv(sums, kernel, **_how(self))
+            y = depthwise.convolve(self.norm(sums), kernel.astype(images.dtype), *how)
         return _with_bias(self, y).reshape(*x.shape[:-3], *y.shape[1:])
 
     def composed_kernel(self) -> jax.Array:
@@ -223,10 +223,6 @@ def _images(layer: SubKernelConv | ChannelSelectionConv, x: jax.Array) -> jax.Ar
     layer.window.output_size((height, width), layer.kernel_size)  # raises where there is none
     dtype = layer.dtype or jnp.result_type(x, layer.param_dtype)
     return x.reshape(math.prod(batch), height, width, channels).astype(dtype)
-
-
-def _how(layer: SubKernelConv | ChannelSelectionConv) -> dict[str, Any]:
-    return layer.window._asdict() | {"lowering": layer.lowering, "precision": layer.precision}
 
 
 def _with_bias(layer: SubKernelConv | ChannelSelectionConv, y: jax.Array) -> jax.Array:

@@ -47,7 +47,18 @@ def dense_conv(
             smaller than the kernel, or `lowering="native"` is not available.
         TypeError: if the dtypes differ, or for derivatives that the lowering does not have.
     """
-    x, kernel, window = jnp.asarray(x), jnp.asarray(kernel), Window.of(strides, padding, dilation)
+    window = Window.of(strides, padding, dilation)
+    return convolve(jnp.asarray(x), jnp.asarray(kernel), window, lowering, precision)
+
+
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    window: Window,
+    lowering: str = "auto",
+    precision: PrecisionLike = None,
+) -> jax.Array:
+    """`dense_conv` in a window that is parsed already."""
     fits = x.ndim == kernel.ndim == 4 and x.shape[-1] == kernel.shape[2]
     check(x, kernel, window, fits, "(N, H, W, C_in) and (K_h, K_w, C_in, C_out)")
     if checked_lowering(lowering, LOWERINGS) == "auto":

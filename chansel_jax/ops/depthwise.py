@@ -50,7 +50,18 @@ def depthwise_conv(
         ValueError: as `dense_conv` does.
         TypeError: likewise.
     """
-    x, kernel, window = jnp.asarray(x), jnp.asarray(kernel), Window.of(strides, padding, dilation)
+    window = Window.of(strides, padding, dilation)
+    return convolve(jnp.asarray(x), jnp.asarray(kernel), window, lowering, precision)
+
+
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    window: Window,
+    lowering: str = "auto",
+    precision: PrecisionLike = None,
+) -> jax.Array:
+    """`depthwise_conv` in a window that is parsed already."""
     fits = x.ndim == kernel.ndim == 4 and x.shape[-1] == kernel.shape[2] * kernel.shape[3]
     dense.check(x, kernel, window, fits, "(N, H, W, C_out·R) and (K_h, K_w, R, C_out)")
     if checked_lowering(lowering, LOWERINGS) == "auto":

@@ -54,8 +54,19 @@ def channel_selection(
             the lowering is in C++, which is not available.
         TypeError: for derivatives that the lowering does not have.
     """
-    x, pointwise, depthwise = map(jnp.asarray, (x, pointwise, depthwise))
-    window = Window.of(strides, padding, dilation)
+    operands = map(jnp.asarray, (x, pointwise, depthwise))
+    return select(*operands, Window.of(strides, padding, dilation), lowering, precision)
+
+
+def select(
+    x: jax.Array,
+    pointwise: jax.Array,
+    depthwise: jax.Array,
+    window: Window,
+    lowering: str = "auto",
+    precision: PrecisionLike = None,
+) -> jax.Array:
+    """`channel_selection` in a window that is parsed already."""
     fits = x.ndim == depthwise.ndim == 4
     if not fits or pointwise.shape != (x.shape[-1], depthwise.shape[2] * depthwise.shape[3]):
         raise ValueError(
@@ -71,14 +82,13 @@ def channel_selection(
         lowering = fastest_layer(x, depthwise)
     if lowering in ("composed", "composed_native"):
         kernel = composed_kernel(pointwise, depthwise).astype(x.dtype)
-        how = {"lowering": "lax" if lowering == "composed" else "native", "precision": precision}
-        return dense.dense_conv(x, kernel, **window._asdict(), **how)
+        in_dense = "lax" if lowering == "composed" else "native"
+        return dense.convolve(x, kernel, window, in_dense, precision)
     pointwise, depthwise = pointwise.astype(x.dtype), depthwise.astype(x.dtype)
     if lowering == "native":
         return native.channel_selection(x, pointwise, depthwise, window)
     sums = weighted_sums(x, pointwise, precision)
-    how = {"lowering": lowering, "precision": precision}
-    return depthwise_part.depthwise_conv(sums, depthwise, **window._asdict(), **how)
+    return depthwise_part.convolve(sums, depthwise, window, lowering, precision)
 
 
 def weighted_sums(x: jax.Array, pointwise: jax.Array, precision: PrecisionLike = None) -> jax.Array:
