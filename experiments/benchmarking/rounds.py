@@ -1,6 +1,5 @@
 """Interleaved rounds: every contestant is timed once a round, in an order of its own each round."""
 
-import contextlib
 import dataclasses
 import random
 import time
@@ -76,11 +75,10 @@ def run_case(tasks: Sequence[Task], schedule: Schedule, console: Console) -> Cas
     """
     case, by_contestant = tasks[0].case, {task.contestant: task for task in tasks}
     console.print(f"{case.title}: {len(tasks)} contestant{'s' * (len(tasks) > 1)}")
-    with contextlib.ExitStack() as stack:
-        field = _Field(console)
+    field = _Field(console)
+    try:
         for contestant, task in by_contestant.items():
             worker = WorkerHandle(contestant.framework, task.machine.threads)
-            stack.callback(worker.close)
             field.workers[contestant] = worker
         # Frameworks are imported side by side, and nothing is timed before all are.
         field.each("starting", lambda worker, _: worker.hear())
@@ -94,6 +92,9 @@ def run_case(tasks: Sequence[Task], schedule: Schedule, console: Console) -> Cas
         del prepared
         seconds = field.time(steps, schedule, case.seed)
         memory = field.each("peak memory", lambda worker, _: worker.ask("peak_memory"))
+    finally:
+        for worker in field.workers.values():
+            worker.close()
     timings = tuple(
         Timing(c, tuple(seconds[c]), steps[c], compile_seconds[c], memory[c], needed[c])
         for c in memory

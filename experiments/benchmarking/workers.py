@@ -86,7 +86,7 @@ class WorkerHandle:
         raise WorkerError(f"no answer in {PATIENCE_SECONDS:.0f} s")
 
     def close(self) -> None:
-        """Ends the process and all that it started."""
+        """Ends the process and all that it started; once, for its number may be another's then."""
         self._connection.close()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)

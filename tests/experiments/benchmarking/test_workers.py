@@ -147,5 +147,6 @@ def test_one_that_fails_is_reported_and_the_others_go_on(request_name, timed, fa
     assert all(timing.seconds == (1, 2, 3) for timing in result.timings)
     assert result.failures == {Contestant("JAX", "chansel", "b"): "out of luck"}
     assert "JAX chansel b could not run: out of luck" in printed
-    # At once, for its memory, not in the end with the others.
+    # At once, for its memory, not in the end with the others; and only then.
+    assert sorted(v for v, request in fake.log if request == "close") == ["a", "b", "c"]
     assert fake.log.index(("b", "close")) < fake.log.index(("c", "peak_memory"))
