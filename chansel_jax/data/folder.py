@@ -70,7 +70,7 @@ def folder(
 def _find(root: Path, classes: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Files]]:
     """The names of the classes, and the files of every split there is a folder for."""
     if not root.is_dir():
-        raise DataError(f"there is no folder {root}")
+        raise DataError(f"data_dir={root} is no folder")
     roots = _split_folders(root)
     class_names = tuple(classes) or _subfolders(roots["train"])
     _check_classes(class_names, _subfolders(roots["train"]), roots["train"])

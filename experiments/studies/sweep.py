@@ -116,7 +116,7 @@ def named(name: str, settings: Settings) -> Settings:
     """
     match = re.fullmatch(r"(chansel|subkernel)(?:-w(\d+))?(?:-r(\d+))?", name)
     if match is None:
-        raise ValueError(f"{name} must be {NAME_FORMAT}, CONV chansel or subkernel")
+        raise ValueError(f"{name} must be named {NAME_FORMAT}, where CONV is chansel or subkernel")
     conv, width, rank = match.groups()
     network = settings.network
     if conv == "subkernel":

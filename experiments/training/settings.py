@@ -64,7 +64,8 @@ class DataSettings:
     classes: tuple[str, ...] = ()
     """Of a folder only these classes are used, in this order."""
     train_per_class: int | None = None
-    """This many images of each class of a folder train the network; the rest are for validation."""
+    """This many images of each class of a folder train the network; the others validate it, or are
+    not used where the folder has images for validation."""
     split_seed: int = 0
     """This decides which images of a folder are for validation where they are not divided."""
     train_images: int | None = None

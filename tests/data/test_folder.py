@@ -454,12 +454,12 @@ def test_pipe_is_not_waited_for(root, write_images):
 
 
 def test_no_such_folder(root):
-    assert refusal(root) == f"there is no folder {root}"
+    assert refusal(root) == f"data_dir={root} is no folder"
 
 
 def test_file_instead_of_a_folder(root):
     root.write_text("")
-    assert refusal(root) == f"there is no folder {root}"
+    assert refusal(root) == f"data_dir={root} is no folder"
 
 
 def test_data_dir_is_needed():

@@ -140,7 +140,7 @@ def test_failure_of_another_process_ends_the_first(settings, tmp_path):
         outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [1, 1]
     assert "error: process 1 could not go on; its own message says why" in outputs[0][1]
-    assert f"there is no folder {tmp_path / 'none'}" in outputs[1][1]
+    assert f"--data-dir={tmp_path / 'none'} is no folder" in outputs[1][1]
 
 
 def test_process_that_fails_while_it_trains_ends_the_others(settings, tmp_path, monkeypatch):

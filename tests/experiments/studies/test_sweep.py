@@ -32,7 +32,7 @@ def test_names(name, conv, width, rank):
 
 @pytest.mark.parametrize("name", ["", "dense", "chansel-32", "chansel-w", "chansel-r2-w8", "x-w3"])
 def test_wrong_names(name):
-    with pytest.raises(ValueError, match="must be CONV"):
+    with pytest.raises(ValueError, match="must be named CONV"):
         named(name, Settings())
 
 
