@@ -14,13 +14,14 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-STEPS_PER_EPOCH = 512 // 16
+from commands import Command, environment
+
+STEPS_PER_EPOCH = 256 // 16
 FIGURES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
 
 
@@ -60,32 +61,35 @@ def soak(
     """
     rng = random.Random(seed)
     command = [
-        *(sys.executable, "-m", "experiments.train", "--blocks=1", "--width=4"),
-        *("--train-images=512", f"--epochs={epochs}", "--batch-size=16"),
+        *("experiments.train", "--blocks=1", "--width=4", "--batch-size=16"),
+        *(f"--train-images={16 * STEPS_PER_EPOCH}", f"--epochs={epochs}"),
     ]
-    environment = {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        **os.environ,
-    }
     whole, killed = folder / "whole", folder / "killed"
-    subprocess.run(
-        [*command, f"--workdir={whole}"], env=environment, check=True, stdout=subprocess.DEVNULL
-    )
+    finish([*command, f"--workdir={whole}"])
     again = [*command, f"--workdir={killed}", "--save-every-steps=1"]
     half_written, steps = 0, []
     for number in range(1, kills + 1):
-        kill_at_random(again, environment, killed, rng)
+        kill_at_random(again, killed, rng)
         half_written += any("tmp" in name for name in checkpoint_names(killed))
         steps.append(newest_step(killed))
         print(f"kill {number} of {kills}, after step {steps[-1]}", flush=True)
-    subprocess.run(again, env=environment, check=True, stdout=subprocess.DEVNULL)
+    finish(again)
     return Outcome(kills, half_written, tuple(steps), ending(whole) == ending(killed))
 
 
-def kill_at_random(
-    command: list[str], environment: dict[str, str], workdir: Path, rng: random.Random
-) -> None:
+def finish(command: list[str]) -> None:
+    """Waits until it has ended.
+
+    Raises:
+        RuntimeError: if it fails.
+    """
+    with Command(command, environment(devices=1)) as process:
+        _, errors = process.communicate(timeout=3600)
+    if process.returncode:
+        raise RuntimeError(f"it failed ({process.returncode}): {errors}")
+
+
+def kill_at_random(command: list[str], workdir: Path, rng: random.Random) -> None:
     """Starts `command` and kills it at some moment after it has begun to train.
 
     In three of four cases that is after it has saved once more, so that the run gets on.
@@ -94,9 +98,7 @@ def kill_at_random(
         RuntimeError: if it ends by itself.
     """
     before = newest_step(workdir)
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with Command(command, environment(devices=1)) as process:
         for line in process.stdout:
             if line.startswith("epoch"):
                 break
@@ -105,7 +107,7 @@ def kill_at_random(
                 time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate()
+        _, errors = process.communicate(timeout=60)
     if process.returncode != -signal.SIGKILL:
         raise RuntimeError(f"it ended by itself ({process.returncode}): {errors}")
 
@@ -134,10 +136,13 @@ def ending(workdir: Path) -> tuple[str, list[list[float]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--epochs", type=int, default=50, help="of 32 steps each")
+    parser.add_argument("--epochs", type=int, default=100, help="of 16 steps each")
     parser.add_argument("--seed", type=int, default=0, help="decides when to kill")
     arguments = parser.parse_args()
+    # JAX reads these when it is imported, in a process that this one starts.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(folder) / "compiled"))
         outcome = soak(Path(folder), arguments.kills, arguments.epochs, arguments.seed)
     print(
         f"killed {outcome.kills} times, {outcome.half_written} while a checkpoint was written: "

@@ -4,8 +4,6 @@ import dataclasses
 import io
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -22,9 +20,27 @@ from experiments.cli.flags import parse
 TINY = {"batch_size": 4, "rounds": 2, "round_seconds": 1e-3}
 
 
-@pytest.fixture(autouse=True)
-def little_effort(monkeypatch):
-    monkeypatch.setitem(survey.EFFORTS, "cpu", Effort(2**16, 64, 0.01))
+@pytest.fixture(autouse=True, scope="module")
+def little_effort():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(survey.EFFORTS, "cpu", Effort(2**16, 64, 0.01))
+        yield
+
+
+@pytest.fixture(scope="module")
+def surveyed_once():
+    return survey.survey(Settings(dtypes=("float32", "bfloat16")), Console(file=io.StringIO()))
+
+
+@pytest.fixture
+def surveyed(surveyed_once, monkeypatch):
+    """Has benchmarks survey the machine, which takes two processes, no more than once."""
+
+    def taken(settings, _):
+        machine = plan.make_machine(settings, "cpu", surveyed_once.machine.threads)
+        return dataclasses.replace(surveyed_once, machine=machine)
+
+    monkeypatch.setattr(benchmark, "survey", taken)
 
 
 def run(settings):
@@ -75,7 +91,7 @@ def test_step_is_compared_timed_and_written(tmp_path):
     assert "CUDA graphs exist on GPUs only" in printed
 
 
-def test_layers_forward_and_backward_in_bfloat16(tmp_path):
+def test_layers_forward_and_backward_in_bfloat16(surveyed, tmp_path):
     settings = Settings(
         **TINY,
         what="layer",
@@ -108,7 +124,7 @@ def images(tmp_path, monkeypatch):
     return tmp_path / "images"
 
 
-def test_epochs_with_their_data_on_two_devices(images, tmp_path):
+def test_epochs_with_their_data_on_two_devices(surveyed, images, tmp_path):
     settings = Settings(
         what="epoch",
         images=ImageSettings(dataset="folder", data_dir=images),
@@ -135,7 +151,7 @@ def test_epochs_with_their_data_on_two_devices(images, tmp_path):
     assert str(images) not in json.dumps(results["images"])
 
 
-def test_mismatch_ends_the_benchmark(monkeypatch, tmp_path):
+def test_mismatch_ends_the_benchmark(surveyed, monkeypatch, tmp_path):
     whole = plan.make_tasks
 
     def corrupted(*arguments):
@@ -160,26 +176,22 @@ def test_mismatch_ends_the_benchmark(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_without_pytorch_jax_is_timed_alone(tmp_path):
+def test_without_pytorch_jax_is_timed_alone(monkeypatch, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
-    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    words = [
-        *("--what=layer", "--shapes=6x8x4x3x2", "--batch-size=4", "--rounds=1"),
-        *("--round-seconds=0.001", "--lowerings=shifted", "--convs=chansel"),
-        f"--output={tmp_path / 'results'}",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.benchmark", *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-        timeout=300,
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    settings = Settings(
+        batch_size=4,
+        rounds=1,
+        round_seconds=1e-3,
+        what="layer",
+        shapes=("6x8x4x3x2",),
+        convs=("chansel",),
+        lowerings=("shifted",),
+        output=tmp_path / "results",
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert 'to install it: pip install -e ".[torch]"' in done.stdout
-    results = json.loads((tmp_path / "results" / "results.json").read_text())
-    names = {each["name"] for each in results["cases"][0]["contestants"]}
-    assert names == {"JAX chansel shifted"}
+    results, printed = run(settings)
+    assert 'to install it: pip install -e ".[torch]"' in " ".join(printed.split())
+    assert {each["name"] for each in results["cases"][0]["contestants"]} == {"JAX chansel shifted"}
     assert list(results["machine"]["runtimes"]) == ["JAX"]
 
 

@@ -4,12 +4,11 @@ import dataclasses
 import io
 import json
 import re
-import sys
 
 import jax
 import numpy as np
 import pytest
-from clusters import processes
+from commands import processes
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
@@ -143,7 +142,7 @@ def check_report(output):
 
 def test_two_processes_measure_together(tmp_path):
     """One device each; the second has no part in what one device does."""
-    command = [sys.executable, "-m", "experiments.scaling", "--blocks=1", "--batch-size=2"]
+    command = ["experiments.scaling", "--blocks=1", "--batch-size=2"]
     command += ["--rounds=1", "--steps=1", f"--output={tmp_path / 'report'}"]
     with processes(command, count=2, devices=2) as both:
         outputs = [process.communicate(timeout=300) for process in both]

@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from clusters import environment, train_arguments, train_command
+from commands import Command, environment, train_arguments, train_command
 from PIL import Image
 from rich.console import Console
 
@@ -208,14 +208,12 @@ def test_damaged_checkpoint_within_an_epoch_is_set_aside(settings, whole, tmp_pa
 
 def test_terminated_process_resumes_bit_for_bit(settings, whole, tmp_path):
     workdir = tmp_path / "ended"
-    command = train_command(settings, workdir)
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=TWO_DEVICES, **pipes) as process:
+    with Command(train_command(settings, workdir), TWO_DEVICES) as process:
         await_path(workdir / "checkpoints" / "1")
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == EXIT_SAVED
-    assert errors.startswith(b"the run was stopped by SIGTERM") and errors.count(b"\n") == 1
+    assert errors.startswith("the run was stopped by SIGTERM") and errors.count("\n") == 1
     assert (workdir / "checkpoints" / "1").exists() and not (workdir / "summary.json").exists()
     summary, output = run(variant(settings, workdir, resume="must"))
     assert "resumed after " in output
@@ -264,13 +262,12 @@ def test_interrupt_from_a_terminal_lets_a_streaming_run_save(settings, whole, tm
     workdir = tmp_path / "run"
     command = train_command(settings, workdir)
     command += ["--input=streaming", "--workers=1", "--save-every-steps=1"]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=TWO_DEVICES, start_new_session=True, **pipes) as process:
+    with Command(command, TWO_DEVICES, new_session=True) as process:
         await_path(workdir / "unfinished" / "1")
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == EXIT_SAVED
-    assert errors.startswith(b"the run was stopped by SIGINT") and errors.count(b"\n") == 1
+    assert errors.startswith("the run was stopped by SIGINT") and errors.count("\n") == 1
     summary, _ = run(variant(settings, workdir, resume="must"))
     assert summary["params_sha256"] == whole[0]["params_sha256"]
 
@@ -421,10 +418,12 @@ runpy.run_module("experiments.train", run_name="__main__")
 
 def test_full_disk_ends_the_run_and_keeps_the_older_checkpoints(settings, whole, tmp_path):
     workdir = tmp_path / "run"
-    command = [sys.executable, "-c", FULL_DISK, *train_arguments(settings, workdir), str(workdir)]
-    ended = subprocess.run(command, env=TWO_DEVICES, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 1
-    assert re.fullmatch("error: cannot save under .*; older checkpoints stay\n", ended.stderr)
+    (tmp_path / "full.py").write_text(FULL_DISK)
+    words = [tmp_path / "full.py", *train_arguments(settings, workdir), workdir]
+    with Command(words, TWO_DEVICES) as process:
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert re.fullmatch("error: cannot save under .*; older checkpoints stay\n", errors)
     summary, output = run(variant(settings, workdir))
     assert "resumed after epoch 1 of 3" in output and "damaged" not in output
     assert summary["params_sha256"] == whole[0]["params_sha256"]

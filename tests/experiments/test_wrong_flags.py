@@ -8,7 +8,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import jax
 import pytest
-from clusters import environment
+from commands import environment
 
 COMMANDS = (
     *("train", "compare", "evaluate", "predict", "study", "compress"),

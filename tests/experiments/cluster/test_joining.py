@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from clusters import free_port
+from commands import free_port
 
 from experiments.cli.errors import CommandError
 from experiments.cluster import joining
