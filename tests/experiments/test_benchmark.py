@@ -50,7 +50,7 @@ def run(settings):
     return results, console.file.getvalue()
 
 
-def test_step_is_compared_timed_and_written(tmp_path):
+def test_step_is_compared_timed_and_written(surveyed, tmp_path):
     settings = Settings(
         **TINY,
         image_size=8,

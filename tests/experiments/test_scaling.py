@@ -93,64 +93,49 @@ def test_prediction_by_hand():
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory):
-    output = tmp_path_factory.mktemp("scaling")
-    return scaling.Settings(
-        devices=(2,), blocks=(1,), batch_size=2, rounds=1, steps=1, output=output
-    )
+def outcome(tmp_path_factory):
+    """The folder of a report of two processes, one device each, and what they printed."""
+    folder = tmp_path_factory.mktemp("scaling") / "report"
+    command = ["experiments.scaling", "--blocks=1", "--batch-size=2"]
+    command += ["--rounds=1", "--steps=1", f"--output={folder}"]
+    with processes(command, count=2, devices=2) as both:
+        outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    return folder, [printed for printed, _ in outputs]
 
 
-@pytest.fixture(scope="module")
-def outcome(settings):
-    console = Console(file=io.StringIO(), width=120)
-    return scaling.scale(settings, console), console.file.getvalue()
-
-
-def test_a_step_sends_the_gradients_and_batch_norms_sums(outcome):
-    for point in outcome[0].points:
-        network = resnet14(CONVS[point.conv], blocks=(1,), rngs=nnx.Rngs(0))
-        parameters, normalised = (
-            sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, kind)))
-            for kind in (nnx.Param, nnx.BatchStat)
-        )
-        if point.devices == 1:
-            assert point.sizes == []
-        else:
-            # Three sums of each normalised channel (which has a mean and a variance), forward and
-            # backward, and the totals.
-            of_batch_norm = 3 * normalised / 2
-            assert (
-                0 <= sum(messages(point.sizes, grouped=True)) / 4 - parameters - of_batch_norm <= 16
-            )
-
-
-def test_report_has_every_case_and_the_prediction(settings, outcome):
-    check_report(settings.output)
-    assert "written to" in outcome[1]
-
-
-def check_report(output):
-    report = (output / "report.md").read_text()
+def test_report_has_every_case_and_the_prediction(outcome):
+    folder, (first, second) = outcome
+    assert "2 virtual devices of 2 processes" in first and "written to" in first
+    assert "virtual devices" not in second and "written to" not in second
+    report = (folder / "report.md").read_text()
+    assert "--num-processes=2 --process-id=0" in report
     rows = re.findall(r"^\| (chansel|subkernel) \| (\d) \|", report, re.MULTILINE)
     assert rows == [("chansel", "1"), ("chansel", "2"), ("subkernel", "1"), ("subkernel", "2")]
     assert "| 1,024 |" in report and "virtual devices" in report and "all-reduces" in report
-    assert (output / "efficiency.png").stat().st_size > 1000
-    results = json.loads((output / "results.json").read_text())
+    assert (folder / "efficiency.png").stat().st_size > 1000
+    results = json.loads((folder / "results.json").read_text())
     speeds = [point[kind] for point in results["points"] for kind in ("weak", "strong", "apart")]
     assert min(speeds) > 0 and results["link"]["latency"] > 0
 
 
-def test_two_processes_measure_together(tmp_path):
-    """One device each; the second has no part in what one device does."""
-    command = ["experiments.scaling", "--blocks=1", "--batch-size=2"]
-    command += ["--rounds=1", "--steps=1", f"--output={tmp_path / 'report'}"]
-    with processes(command, count=2, devices=2) as both:
-        outputs = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    assert "2 virtual devices of 2 processes" in outputs[0][0] and "written to" in outputs[0][0]
-    assert "virtual devices" not in outputs[1][0] and "written to" not in outputs[1][0]
-    assert "--num-processes=2 --process-id=0" in (tmp_path / "report" / "report.md").read_text()
-    check_report(tmp_path / "report")
+def test_a_step_sends_the_gradients_and_batch_norms_sums(outcome):
+    points = json.loads((outcome[0] / "results.json").read_text())["points"]
+    assert [point["devices"] for point in points] == [1, 2, 1, 2]
+    for point in points:
+        network = resnet14(CONVS[point["conv"]], blocks=(1,), rngs=nnx.Rngs(0))
+        parameters, normalised = (
+            sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, kind)))
+            for kind in (nnx.Param, nnx.BatchStat)
+        )
+        if point["devices"] == 1:
+            assert point["sizes"] == []
+        else:
+            # Three sums of each normalised channel (which has a mean and a variance), forward and
+            # backward, and the totals.
+            of_batch_norm = 3 * normalised / 2
+            sent = sum(messages(point["sizes"], grouped=True)) / 4
+            assert 0 <= sent - parameters - of_batch_norm <= 16
 
 
 def test_model_begins_with_the_devices_apart():

@@ -223,27 +223,17 @@ def test_terminated_process_resumes_bit_for_bit(settings, whole, tmp_path):
 def test_streamed_images_train_bit_for_bit_like_those_in_memory(
     settings, whole, tmp_path, monkeypatch
 ):
-    part = variant(settings, tmp_path / "part", reading=ReadingSettings("streaming", workers=1))
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        signal_after(patch, 2, 5, signal.SIGTERM)
-        run(part)
+    """From the beginning, and where a run goes on with the other input than before."""
+    memory, streaming = ReadingSettings("memory"), ReadingSettings("streaming", workers=0)
+    part = variant(settings, tmp_path / "part", reading=streaming)
+    for reading, stop in ((streaming, (1, 5)), (streaming, (2, 3)), (memory, (3, 2))):
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            signal_after(patch, *stop, signal.SIGTERM)
+            run(dataclasses.replace(part, reading=reading))
     summary, output = run(part)
-    assert "resumed after step 5 of 11 of epoch 2" in output
+    assert "resumed after step 2 of 11 of epoch 3" in output
     assert summary["params_sha256"] == whole[0]["params_sha256"]
     assert summary["best_val_loss"] == pytest.approx(whole[0]["best_val_loss"], rel=1e-6)
-
-
-@pytest.mark.parametrize("first", ["memory", "streaming"])
-def test_a_run_may_go_on_with_another_input(settings, whole, tmp_path, monkeypatch, first):
-    inputs = [ReadingSettings("memory"), ReadingSettings("streaming", workers=0)]
-    begun, ended = inputs if first == "memory" else inputs[::-1]
-    part = variant(settings, tmp_path / "part", reading=begun)
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        signal_after(patch, 2, 5, signal.SIGTERM)
-        run(part)
-    summary, output = run(variant(part, part.workdir, reading=ended))
-    assert "resumed after step 5 of 11 of epoch 2" in output
-    assert summary["params_sha256"] == whole[0]["params_sha256"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -285,7 +275,7 @@ def test_larger_images_train_resnet18_through_a_stream(settings, tmp_path):
         tmp_path / "run",
         data=data,
         network=NetworkSettings(model="resnet18", blocks=(1, 1), width=4),
-        reading=ReadingSettings("streaming", workers=1),
+        reading=ReadingSettings("streaming", workers=0),
         epochs=1,
         batch_size=8,
     )

@@ -9,7 +9,7 @@ import signal
 import time
 
 import pytest
-from commands import Command, environment, processes, train_command
+from commands import processes, train_command
 from rich.console import Console
 
 from experiments.cli.ending import EXIT_INTERRUPTED, EXIT_SAVED
@@ -17,7 +17,7 @@ from experiments.cluster import coordination, joining
 from experiments.training.experiment import load_data
 from experiments.training.run import train_and_evaluate
 
-DEVICES = 8
+DEVICES = 4
 
 
 def test_one_process_is_the_first_and_waits_for_none():
@@ -39,32 +39,6 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_processes_stop_together_and_one_goes_on_with_the_same_losses(settings, whole, tmp_path):
-    workdir = tmp_path / "run"
-    with two_processes(settings, workdir, "--input=streaming", "--workers=0") as both:
-        deadline = time.monotonic() + 300
-        while not (workdir / "checkpoints" / "1").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        both[1].send_signal(signal.SIGTERM)  # which tells the other
-        outputs = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [EXIT_SAVED] * 2
-    assert "stopped by SIGTERM after " in outputs[0][1]
-    assert "4 × cpu" not in outputs[0][0] and f"{DEVICES} × cpu" in outputs[0][0]
-    assert "stopped" not in outputs[1][1] and "epoch" not in outputs[1][0]  # one speaks
-    console = Console(file=io.StringIO())
-    train_and_evaluate(dataclasses.replace(settings, workdir=workdir), console)
-    assert "resumed after" in console.file.getvalue()
-    assert_same_losses(workdir, settings.workdir)
-
-
-def train(settings, workdir, devices):
-    """What it printed."""
-    with Command(train_command(settings, workdir), environment(devices)) as process:
-        output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return output
-
-
 def assert_same_losses(workdir, other):
     for row, expected in zip(rows(workdir), rows(other), strict=True):
         assert row["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-5)
@@ -77,19 +51,30 @@ def take_back_an_epoch(workdir):
     (workdir / "summary.json").unlink()
 
 
-def test_devices_give_the_same_losses_and_may_change_in_between(settings, whole, tmp_path):
-    """Two devices (this process's); eight; two processes of four; and one where these were."""
+def test_two_processes_train_like_one_and_may_change_in_between(settings, whole, tmp_path):
+    """They stop together, go on, and one goes on alone: with the losses of one from the first."""
     workdir = tmp_path / "run"
-    train(settings, workdir, devices=DEVICES)
-    assert_same_losses(workdir, settings.workdir)
-    take_back_an_epoch(workdir)
+    with two_processes(settings, workdir, "--input=streaming", "--workers=0") as both:
+        deadline = time.monotonic() + 300
+        while not (workdir / "checkpoints" / "1").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        both[1].send_signal(signal.SIGTERM)  # which tells the other
+        outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [EXIT_SAVED] * 2
+    assert "stopped by SIGTERM after " in outputs[0][1]
+    assert "2 × cpu" not in outputs[0][0] and f"{DEVICES} × cpu" in outputs[0][0]
+    assert "stopped" not in outputs[1][1] and "epoch" not in outputs[1][0]  # one speaks
+
     with two_processes(settings, workdir) as both:
         outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert "resumed after epoch 2 of 3" in outputs[0][0]
+    assert "resumed after " in outputs[0][0]
     assert_same_losses(workdir, settings.workdir)
+
     take_back_an_epoch(workdir)
-    assert "resumed after epoch 2 of 3" in train(settings, workdir, devices=1)
+    console = Console(file=io.StringIO())
+    train_and_evaluate(dataclasses.replace(settings, workdir=workdir), console)
+    assert "resumed after epoch 2 of 3" in console.file.getvalue()
     assert_same_losses(workdir, settings.workdir)
 
 
