@@ -79,6 +79,20 @@ def init_state(
     return replicate(jax.tree.map(jnp.copy, state), mesh)
 
 
+def abstract_state(
+    network: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The shapes of `init_state`, to compile for; the arrays of `network` are not used."""
+    tree = jax.eval_shape(lambda tree: tree, network_tree(network))
+    state = TrainState(
+        **tree,
+        opt_state=jax.eval_shape(optimizer.init, tree["params"]),
+        step=jax.ShapeDtypeStruct((), jnp.int32),
+        key=jax.ShapeDtypeStruct((2,), jnp.uint32),
+    )
+    return jax.tree.map(lambda leaf: leaf.update(sharding=everywhere(mesh)), state)
+
+
 def init_totals(mesh: Mesh) -> Totals:
     """Totals of no image, on every device."""
     totals = Totals(jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.int32(NO_STEP))

@@ -14,8 +14,8 @@ from chansel_jax.data.dataset import first_of_each_class
 from chansel_jax.digest import digest
 from chansel_jax.networks.resnet import ResNet
 from chansel_jax.training import devices, step
-from chansel_jax.training.optimizer import accumulated, make_optimizer, make_schedule
 from experiments.cluster import coordination
+from experiments.training.compilation import schedule_and_optimizer
 from experiments.training.settings import DataSettings, Settings, build_network, decisive
 
 
@@ -58,15 +58,6 @@ class Experiment:
         """Mean and standard deviation `(C,)` of each channel of the training images."""
         summary = self.dataset.splits["train"].summary
         return summary.mean, summary.std
-
-    def step_options(self) -> dict[str, Any]:
-        """What every kind of training step is made with."""
-        recipe = self.settings.training
-        return {
-            "mesh": self.mesh,
-            "augmentation": recipe.augmentation,
-            "label_smoothing": recipe.label_smoothing,
-        }
 
     def init_state(self) -> step.TrainState:
         """The state before the first step."""
@@ -119,9 +110,7 @@ def build(settings: Settings, network: ResNet | None = None) -> Experiment:
             f"cutout={recipe.augmentation.cutout} must be less than the {smallest} pixels of the "
             "images"
         )
-    schedule = make_schedule(
-        recipe.optimization, epochs=recipe.epochs, steps_per_epoch=updates_per_epoch
-    )
+    schedule, optimizer = schedule_and_optimizer(recipe, updates_per_epoch)
     mesh = devices.data_mesh()
     devices.check_batch_size(recipe.batch_size, mesh, recipe.accumulate)
     own = build_network(settings, len(dataset.class_names))
@@ -136,7 +125,7 @@ def build(settings: Settings, network: ResNet | None = None) -> Experiment:
         network=own,
         begins_with=network and digest(functional.network_tree(network)),
         schedule=schedule,
-        optimizer=accumulated(make_optimizer(recipe.optimization, schedule), recipe.accumulate),
+        optimizer=optimizer,
         mesh=mesh,
         updates_per_epoch=updates_per_epoch,
     )

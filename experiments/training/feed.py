@@ -4,18 +4,12 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 
-import jax
 import numpy as np
 
 from chansel_jax.training import devices, streaming
 from chansel_jax.training.batches import Batch, GivenOrder, TrainingOrder, take
-from chansel_jax.training.step import (
-    Totals,
-    TrainState,
-    init_totals,
-    make_evaluate,
-    make_train_step,
-)
+from chansel_jax.training.step import Totals, TrainState, init_totals
+from experiments.training.compilation import compiled, what_compilation_needs
 from experiments.training.experiment import Experiment
 
 
@@ -41,12 +35,13 @@ def open_feed(experiment: Experiment, state: TrainState) -> Iterator[Feed]:
     splits = {name: experiment.dataset.splits[name] for name in ("train", "validation")}
     counts = {name: len(split.labels) for name, split in splits.items()}
     statistics = devices.replicate(experiment.statistics, mesh)
-    step = make_train_step(experiment.network, experiment.optimizer, **experiment.step_options())
-    add = make_evaluate(experiment.network, mesh=mesh)
-    totals = init_totals(mesh)
-    batch = abstract_batch(splits["train"].images.shape[1:], size, mesh)
-    step = step.lower(state, totals, batch, *statistics).compile()
-    add = add.lower(state, totals, batch, np.int32(size), *statistics).compile()
+    step, add = compiled(
+        what_compilation_needs(experiment.settings),
+        len(experiment.dataset.class_names),
+        splits["train"].images.shape[1:],
+        experiment.updates_per_epoch,
+        mesh,
+    )
     order = TrainingOrder(np.asarray(state.key), counts["train"], size, experiment.steps_per_epoch)
     steps = range(int(state.step), experiment.steps_per_epoch * experiment.settings.training.epochs)
     given = GivenOrder(counts["validation"], size)
@@ -70,12 +65,3 @@ def open_feed(experiment: Experiment, state: TrainState) -> Iterator[Feed]:
 
     with batches("train", order, steps, reading.workers) as training:
         yield Feed(training, lambda *arguments: step(*arguments, *statistics), evaluate)
-
-
-def abstract_batch(image_shape: tuple[int, ...], size: int, mesh: jax.sharding.Mesh) -> Batch:
-    """The shapes of a batch, to compile for."""
-    sharding = devices.batch_sharding(mesh)
-    return Batch(
-        jax.ShapeDtypeStruct((size, *image_shape), np.uint8, sharding=sharding),
-        jax.ShapeDtypeStruct((size,), np.int32, sharding=sharding),
-    )
