@@ -40,7 +40,7 @@ class Settings:
     """Shows where the time of a training step goes, by kind of operation."""
 
     model: Model = "resnet14"
-    """This is the network; resnet14 takes images of 32 × 32, resnet18 of 224 × 224."""
+    """This is the network; it takes images of the size that it was made for."""
     convs: tuple[Literal["chansel", "subkernel"], ...] = ("chansel", "subkernel")
     """Channel selection, the ordinary dense convolution, or both are profiled."""
     batch_size: int = 128

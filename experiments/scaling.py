@@ -37,7 +37,7 @@ class Settings:
     """The steps are timed with each of these numbers of devices; by default 1, 2, 4, … as there
     are. Those of a single process on a CPU are virtual ones, at most as many as cores."""
     model: Model = "resnet14"
-    """This is the network; resnet14 takes images of 32 × 32, resnet18 of 224 × 224."""
+    """This is the network; it takes images of the size that it was made for."""
     blocks: tuple[int, ...] = ()
     """The stages have these numbers of residual blocks; by default they are the model's own."""
     batch_size: int = 128

@@ -108,8 +108,8 @@ class TrainingSettings:
     label_smoothing: float = 0.0
     """This share of the target is spread over all classes; the reported losses are without it."""
     dropout_rate: float | None = None
-    """This share of the pooled features is dropped in training; by default it is 0.2 for resnet14
-    and 0 for resnet18."""
+    """This share of the pooled features is dropped in training; by default it is
+    the model's own (0.2 in the original's network)."""
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "accumulate"):
