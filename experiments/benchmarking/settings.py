@@ -48,8 +48,8 @@ class Settings:
     """A step takes this many images; by default 128, or for a network for images of 224 × 224 64 on
     a GPU and 16 on a CPU."""
     image_size: int | None = None
-    """Images have this many pixels each way; by default as many as the model was made for. --what=epoch
-    takes those of the data set as they are, and resizes those of --dataset=folder."""
+    """Images have this many pixels each way; by default as many as the model was made for.
+    --what=epoch takes those of the data set as they are, and resizes those of --dataset=folder."""
     shapes: tuple[str, ...] = ()
     """With --what=layer these layers are timed, each SIZExC_INxC_OUTxKERNELxSTRIDE as in
     32x16x16x3x1; by default they are the convolutions of the model."""
