@@ -9,8 +9,10 @@ import jax
 import jaxlib.version
 import torch
 
-# What a script starts in the background ignores Ctrl-C, and so would all that the tests start.
+# What a script starts in the background ignores Ctrl-C, and under `nohup` the end of a terminal: so
+# would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # `experiments` is not installed: the processes that tests start find it here, wherever they run.
 paths = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
