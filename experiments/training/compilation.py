@@ -48,7 +48,7 @@ def compiled(
     network = nnx.eval_shape(lambda: build_network(settings, num_classes))
     _, optimizer = schedule_and_optimizer(recipe, updates_per_epoch)
     state, totals = abstract_state(network, optimizer, mesh), init_totals(mesh)
-    size = recipe.batch_size // recipe.accumulate
+    size = recipe.images_per_step
     sharding = devices.batch_sharding(mesh)
     batch = Batch(
         jax.ShapeDtypeStruct((size, *image_shape), np.uint8, sharding=sharding),

@@ -49,11 +49,6 @@ class Experiment:
         return self.updates_per_epoch * self.settings.training.accumulate
 
     @property
-    def images_per_step(self) -> int:
-        """Over all devices."""
-        return self.settings.training.batch_size // self.settings.training.accumulate
-
-    @property
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation `(C,)` of each channel of the training images."""
         summary = self.dataset.splits["train"].summary

@@ -31,19 +31,20 @@ class Feed:
 @contextlib.contextmanager
 def open_feed(experiment: Experiment, state: TrainState) -> Iterator[Feed]:
     """The images of a run that goes on from `state`, within a `with`."""
-    mesh, size, reading = experiment.mesh, experiment.images_per_step, experiment.settings.reading
+    mesh, settings = experiment.mesh, experiment.settings
+    size, reading = settings.training.images_per_step, settings.reading
     splits = {name: experiment.dataset.splits[name] for name in ("train", "validation")}
     counts = {name: len(split.labels) for name, split in splits.items()}
     statistics = devices.replicate(experiment.statistics, mesh)
     step, add = compiled(
-        what_compilation_needs(experiment.settings),
+        what_compilation_needs(settings),
         len(experiment.dataset.class_names),
         splits["train"].images.shape[1:],
         experiment.updates_per_epoch,
         mesh,
     )
     order = TrainingOrder(np.asarray(state.key), counts["train"], size, experiment.steps_per_epoch)
-    steps = range(int(state.step), experiment.steps_per_epoch * experiment.settings.training.epochs)
+    steps = range(int(state.step), experiment.steps_per_epoch * settings.training.epochs)
     given = GivenOrder(counts["validation"], size)
     if reading.input == "memory":
         on_devices = {

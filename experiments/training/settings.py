@@ -108,8 +108,13 @@ class TrainingSettings:
     label_smoothing: float = 0.0
     """This share of the target is spread over all classes; the reported losses are without it."""
     dropout_rate: float | None = None
-    """This share of the pooled features is dropped in training; by default it is
-    the model's own (0.2 in the original's network)."""
+    """This share of the pooled features is dropped in training; by default it is the
+    model's own (0.2 in the original's network)."""
+
+    @property
+    def images_per_step(self) -> int:
+        """Over all devices: a part of a batch, if gradients are accumulated."""
+        return self.batch_size // self.accumulate
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "accumulate"):
