@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+COMMANDS_IMPORT = ("experiments.parallelism.timing", "experiments.training.run")
+
 
 def path_without_torch() -> str:
     """PYTHONPATH for processes in which tensorboardX must not import PyTorch, for seconds."""
@@ -21,15 +23,15 @@ def path_without_torch() -> str:
 
 
 @functools.cache
-def _forking() -> socket.socket:
+def _forking(modules: Sequence[str], path: str) -> socket.socket:
     """Asks tests/forked.py, which ends when nobody can ask it any more."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     script, descriptor = str(Path(__file__).with_name("forked.py")), theirs.fileno()
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, script, str(descriptor)],
+            [sys.executable, script, str(descriptor), *modules],
             pass_fds=[descriptor],
-            env={**os.environ, "PYTHONPATH": path_without_torch()},
+            env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,
         )
     atexit.register(process.wait)
@@ -46,14 +48,23 @@ class Command(contextlib.AbstractContextManager):
         words: the module's name or the script's path, and the flags.
         environment: its variables.
         new_session: whether signals to its process group are its own.
+        pass_fds: the descriptors that stay open in it.
+        imported: the modules that it finds imported.
     """
 
     def __init__(
-        self, words: Sequence[str], environment: Mapping[str, str], new_session: bool = False
+        self,
+        words: Sequence[str],
+        environment: Mapping[str, str],
+        new_session: bool = False,
+        pass_fds: Sequence[int] = (),
+        imported: Sequence[str] = COMMANDS_IMPORT,
     ):
         pipes = [os.pipe() for _ in range(3)]
-        message = json.dumps([[*map(str, words)], dict(environment), new_session]).encode()
-        socket.send_fds(_forking(), [message], [writing for _, writing in pipes])
+        message = [[*map(str, words)], dict(environment), new_session, pass_fds]
+        descriptors = [*(writing for _, writing in pipes), *pass_fds]
+        forking = _forking(imported, environment["PYTHONPATH"])
+        socket.send_fds(forking, [json.dumps(message).encode()], descriptors)
         for _, writing in pipes:
             os.close(writing)
         self.stdout, self.stderr, self._told = (os.fdopen(reading) for reading, _ in pipes)
@@ -65,7 +76,7 @@ class Command(contextlib.AbstractContextManager):
             self.returncode = int(self._told.readline())
         return self.returncode
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float | None = None) -> int:
         if self.poll() is None and not select.select([self._told], [], [], timeout)[0]:
             raise subprocess.TimeoutExpired("", timeout)
         return self.poll()

@@ -1,13 +1,11 @@
 """What every test runs under."""
 
+import gc
+import importlib.metadata
 import os
 import signal
 import tempfile
 from pathlib import Path
-
-import jax
-import jaxlib.version
-import torch
 
 # What a script starts in the background ignores Ctrl-C, and under `nohup` the end of a terminal: so
 # would all that the tests start.
@@ -23,25 +21,37 @@ os.environ.setdefault("PJRT_NPROC", "16")
 # Compiling is most of what the tests do, and what they compile computes little: LLVM's
 # optimisations would cost more than they save. XLA's own are made all the same.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-jax.config.update("jax_disable_most_optimizations", True)
 if "PYTEST_XDIST_WORKER" not in os.environ:  # pytest-xdist's inherit what is set here
     # Likewise XLA's newer way to compile fused loops, where there is still another, and the
     # compiling of parts beside each other.
     flags = [*os.environ.get("XLA_FLAGS", "").split(), "--xla_cpu_parallel_codegen_split_count=1"]
-    if jaxlib.version.__version_info__ < (0, 11):  # later ones end at a flag that is unknown
+    jaxlib_version = importlib.metadata.version("jaxlib").split(".")
+    if [*map(int, jaxlib_version[:2])] < [0, 11]:  # later ones end at a flag that is unknown
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(flags)
     # The same functions are compiled for many tests, and in processes of their own too.
     compiled = tempfile.TemporaryDirectory(prefix="compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-# On a processor without AVX-512, oneDNN's float32 convolutions were off by 7e-4, and with one core
-# wrote beyond their arrays: PyTorch's own are the reference.
-torch.backends.mkldnn.enabled = False
-# Its arrays are small here: further threads would wait for each other, and for the other tests.
-torch.set_num_threads(1)
-# Both must be set before anything is computed.
-jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    if config.getoption("numprocesses", None):
+        return  # the processes of pytest-xdist run the tests, and come here too
+    import jax
+    import torch
+
+    # On a processor without AVX-512, oneDNN's float32 convolutions were off by 7e-4, and with one
+    # core wrote beyond their arrays: PyTorch's own are the reference.
+    torch.backends.mkldnn.enabled = False
+    # Its arrays are small here: further threads would wait for each other, and for other tests.
+    torch.set_num_threads(1)
+    # Both must be set before anything is computed.
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_finish():
+    # What is imported stays: to look through it for garbage took a tenth of the tests' time.
+    gc.freeze()
+    gc.set_threshold(50_000)

@@ -1,12 +1,15 @@
 """A process that has imported what commands do, and forks a process for each that it is asked for.
 
-    python forked.py DESCRIPTOR
+    python forked.py DESCRIPTOR MODULE …
 
-Importing is most of what a short command takes, and so is done once. The descriptor is of a socket:
-a message there is JSON, `[words, environment, new_session]`, with the descriptors of the command's
-standard output and error, and of a pipe that is told its process's number and how it ended.
+Importing the modules is most of what a short command takes, and so is done once. The descriptor is
+of a socket: a message there is JSON, `[words, environment, new_session, kept]`, with the
+descriptors of the command's standard output and error, of a pipe that is told its process's number
+and how it ended, and of those that the command knows by the numbers in `kept`.
 """
 
+import gc
+import importlib
 import json
 import os
 import runpy
@@ -14,14 +17,15 @@ import signal
 import socket
 import sys
 
-import experiments.parallelism.timing
-import experiments.training.run  # noqa: F401
-
 
 def main() -> None:
+    for module in sys.argv[2:]:
+        importlib.import_module(module)
+    gc.freeze()  # what is imported stays, and is shared with the commands
+    gc.set_threshold(50_000)
     with socket.socket(fileno=int(sys.argv[1])) as asked:
         while True:
-            message, descriptors, *_ = socket.recv_fds(asked, 2**20, 3)
+            message, descriptors, *_ = socket.recv_fds(asked, 2**20, 8)
             if not message:
                 return
             if parent := os.fork():
@@ -32,15 +36,15 @@ def main() -> None:
                 os._exit(0)
             else:
                 break
-    words, environment, new_session = json.loads(message)
-    output, errors, told = descriptors
+    words, environment, new_session, kept = json.loads(message)
+    output, errors, told, *others = descriptors
     if child := os.fork():
         os.write(told, f"{child}\n".encode())
         _, status = os.waitpid(child, 0)
         os.write(told, f"{os.waitstatus_to_exitcode(status)}\n".encode())
         os._exit(0)
     os.close(told)
-    for source, target in ((output, 1), (errors, 2)):
+    for source, target in ((output, 1), (errors, 2), *zip(others, kept, strict=True)):
         os.dup2(source, target)
         os.close(source)
     if new_session:

@@ -1,22 +1,31 @@
 """The benchmark as a whole: real workers, tiny shapes."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
+import subprocess
+import types
 
 import numpy as np
 import pytest
+from commands import Command
 from PIL import Image
 from rich.console import Console
 
 from chansel_jax.errors import OneLineError
 from experiments import benchmark
-from experiments.benchmarking import plan, survey
+from experiments.benchmarking import plan, survey, workers
 from experiments.benchmarking.ceilings import Effort
 from experiments.benchmarking.settings import ImageSettings, Settings
 from experiments.cli.flags import parse
 
+WORKERS_IMPORT = (
+    "experiments.benchmarking.contestants.jax_side",
+    "experiments.benchmarking.contestants.torch_side",
+    "torch._dynamo",
+)
 TINY = {"batch_size": 4, "rounds": 2, "round_seconds": 1e-3}
 
 
@@ -24,6 +33,21 @@ TINY = {"batch_size": 4, "rounds": 2, "round_seconds": 1e-3}
 def little_effort():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(survey.EFFORTS, "cpu", Effort(2**16, 64, 0.01))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forked_workers():
+    """Has workers start from a process that has imported what they do; test_workers.py does not."""
+
+    def popen(arguments, env, pass_fds, start_new_session, **_):
+        words = arguments[arguments.index("-m") + 1 :]
+        return running.enter_context(
+            Command(words, env, start_new_session, pass_fds, imported=WORKERS_IMPORT)
+        )
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as running:
+        patch.setattr(workers, "subprocess", types.SimpleNamespace(Popen=popen, DEVNULL=None))
         yield
 
 
@@ -55,7 +79,7 @@ def test_step_is_compared_timed_and_written(surveyed, tmp_path):
         **TINY,
         image_size=8,
         convs=("chansel",),
-        lowerings=("shifted",),
+        lowerings=("grouped",),
         torch=("eager", "max_autotune"),
         output=tmp_path / "results",
     )
@@ -65,7 +89,7 @@ def test_step_is_compared_timed_and_written(surveyed, tmp_path):
     )
     (case,) = results["cases"]
     names = {each["name"] for each in case["contestants"]}
-    assert names == {"JAX chansel shifted", "PyTorch chansel eager"}
+    assert names == {"JAX chansel grouped", "PyTorch chansel eager"}
     for each in case["contestants"]:
         assert len(each["rounds"]) == 2 and min(each["rounds"]) > 0
         assert each["seconds"]["p5"] <= each["seconds"]["median"] <= each["seconds"]["p95"]
@@ -179,6 +203,7 @@ def test_mismatch_ends_the_benchmark(surveyed, monkeypatch, tmp_path):
 def test_without_pytorch_jax_is_timed_alone(monkeypatch, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(workers, "subprocess", subprocess)  # a worker imports PyTorch, or cannot
     settings = Settings(
         batch_size=4,
         rounds=1,

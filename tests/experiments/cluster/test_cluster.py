@@ -125,16 +125,15 @@ def test_failure_of_another_process_ends_the_first(settings, tmp_path):
 
 def test_process_that_fails_while_it_trains_ends_the_others(settings, tmp_path, monkeypatch):
     """It cannot read its images: the other waits for it in a sum over devices."""
-    caches = [tmp_path / "good", tmp_path / "bad"]
-    for cache in caches:
-        monkeypatch.setenv("TFDS_DATA_DIR", str(cache))
-        load_data(settings.data, in_memory=False)
-    (path,) = caches[1].rglob("*train.array_record*")
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    monkeypatch.setenv("TFDS_DATA_DIR", str(good))
+    load_data(settings.data, in_memory=False)
+    shutil.copytree(good, bad)
+    (path,) = bad.rglob("*train.array_record*")
     os.truncate(path, path.stat().st_size // 2)
-    monkeypatch.setenv("TFDS_DATA_DIR", str(caches[0]))
-    bad = {"TFDS_DATA_DIR": str(caches[1])}
     words = ("--input=streaming", "--workers=0")
-    run = two_processes(settings, tmp_path / "run", *words, devices=2, last_environment=bad)
+    last = {"TFDS_DATA_DIR": str(bad)}
+    run = two_processes(settings, tmp_path / "run", *words, devices=2, last_environment=last)
     with run as both:
         outputs = [process.communicate(timeout=200) for process in both]
     assert [process.returncode for process in both] == [1, 1]
