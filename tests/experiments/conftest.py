@@ -1,17 +1,26 @@
 """A small run that the tests of several commands share."""
 
+import contextlib
 import dataclasses
 import io
+import types
 
 import numpy as np
 import pytest
+from commands import Command
 from PIL import Image
 from rich.console import Console
 
 from chansel_jax.training.optimizer import OptimizerSettings
+from experiments.benchmarking import workers
 from experiments.training import run
 from experiments.training.settings import DataSettings, NetworkSettings, Settings, TrainingSettings
 
+WORKERS_IMPORT = (
+    "experiments.benchmarking.contestants.jax_side",
+    "experiments.benchmarking.contestants.torch_side",
+    "torch._dynamo",
+)
 COLOURS = {"blue": (60, 90, 200), "green": (60, 200, 90), "red": (200, 60, 60)}
 
 
@@ -27,6 +36,21 @@ def images(tmp_path_factory):
                 pixels = rng.normal(colour, 20, (8, 8, 3)).clip(0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def forked_workers():
+    """Has a benchmark's workers start from a process that has imported what they do."""
+
+    def popen(arguments, env, pass_fds, start_new_session, **_):
+        words = arguments[arguments.index("-m") + 1 :]
+        return running.enter_context(
+            Command(words, env, start_new_session, pass_fds, imported=WORKERS_IMPORT)
+        )
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as running:
+        patch.setattr(workers, "subprocess", types.SimpleNamespace(Popen=popen, DEVNULL=None))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

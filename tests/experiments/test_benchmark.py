@@ -1,16 +1,13 @@
 """The benchmark as a whole: real workers, tiny shapes."""
 
-import contextlib
 import dataclasses
 import io
 import json
 import os
 import subprocess
-import types
 
 import numpy as np
 import pytest
-from commands import Command
 from PIL import Image
 from rich.console import Console
 
@@ -21,11 +18,6 @@ from experiments.benchmarking.ceilings import Effort
 from experiments.benchmarking.settings import ImageSettings, Settings
 from experiments.cli.flags import parse
 
-WORKERS_IMPORT = (
-    "experiments.benchmarking.contestants.jax_side",
-    "experiments.benchmarking.contestants.torch_side",
-    "torch._dynamo",
-)
 TINY = {"batch_size": 4, "rounds": 2, "round_seconds": 1e-3}
 
 
@@ -36,23 +28,8 @@ def little_effort():
         yield
 
 
-@pytest.fixture(autouse=True, scope="module")
-def forked_workers():
-    """Has workers start from a process that has imported what they do; test_workers.py does not."""
-
-    def popen(arguments, env, pass_fds, start_new_session, **_):
-        words = arguments[arguments.index("-m") + 1 :]
-        return running.enter_context(
-            Command(words, env, start_new_session, pass_fds, imported=WORKERS_IMPORT)
-        )
-
-    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as running:
-        patch.setattr(workers, "subprocess", types.SimpleNamespace(Popen=popen, DEVNULL=None))
-        yield
-
-
 @pytest.fixture(scope="module")
-def surveyed_once():
+def surveyed_once(forked_workers):
     return survey.survey(Settings(dtypes=("float32", "bfloat16")), Console(file=io.StringIO()))
 
 

@@ -274,7 +274,7 @@ def test_larger_images_train_resnet18_through_a_stream(settings, tmp_path):
         settings,
         tmp_path / "run",
         data=data,
-        network=NetworkSettings(model="resnet18", blocks=(1, 1), width=4),
+        network=NetworkSettings(model="resnet18", blocks=(1,), width=4),
         reading=ReadingSettings("streaming", workers=0),
         epochs=1,
         batch_size=8,

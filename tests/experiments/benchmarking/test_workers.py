@@ -51,7 +51,7 @@ def test_worker_that_fails_says_why_in_one_line_and_goes_on():
         assert worker.ask("peak_memory") > 10**7
 
 
-def test_network_is_compiled_or_the_compiler_missed():
+def test_network_is_compiled_or_the_compiler_missed(forked_workers):
     task = make_task("PyTorch", "subkernel", "compiled")
     with contextlib.closing(WorkerHandle("PyTorch", 2)) as worker:
         worker.hear()

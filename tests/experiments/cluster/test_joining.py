@@ -52,7 +52,8 @@ def test_those_who_can_be_reached_are_waited_for():
         ):
             assert joining._awaited(settings) == "the other processes"
     awaited = joining._awaited(ClusterSettings("no..host:1", 2, 1))
-    assert awaited.startswith("process 0 at --coordinator=no..host:1 (encoding with 'idna' codec")
+    assert awaited.startswith("process 0 at --coordinator=no..host:1 (")
+    assert "label empty or too long" in awaited  # among other words in Python 3.11
 
 
 def test_waiting_can_be_interrupted():
