@@ -10,12 +10,13 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
 from rich.console import Console
 
 from chansel_jax.files import write_json
-from chansel_jax.networks.resnet import CONVS, PRESETS, Model
+from chansel_jax.networks.resnet import PRESETS, Model
 from experiments.cli.command import make_output, run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
@@ -38,6 +39,8 @@ class Settings:
     are. Those of a single process on a CPU are virtual ones, at most as many as cores."""
     model: Model = "resnet14"
     """This is the network; it takes images of the size that it was made for."""
+    convs: tuple[Literal["chansel", "subkernel"], ...] = ("chansel", "subkernel")
+    """Channel selection, the ordinary dense convolution, or both are timed."""
     blocks: tuple[int, ...] = ()
     """The stages have these numbers of residual blocks; by default they are the model's own."""
     batch_size: int = 128
@@ -59,6 +62,8 @@ class Settings:
         for name in ("batch_size", "rounds", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.convs:
+            raise ValueError("convs= must name at least one convolution")
         for name in ("bandwidth", "latency"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
@@ -181,7 +186,7 @@ def measure(settings: Settings, counts: Sequence[int], console: Console) -> Meas
             "strong": Case(conv, count, images),
             "apart": Case(conv, count, images * count, apart=count > 1),
         }
-        for conv in CONVS
+        for conv in settings.convs
         for count in counts
     }
     preset = PRESETS[settings.model]

@@ -158,6 +158,7 @@ WRONG = [
     ("profile", "--convs=", "--convs= must name at least one convolution"),
     ("profile", "--output=FILE", "--output=FILE"),
     ("scaling", "--batch-size=0", "--batch-size=0 must be at least 1"),
+    ("scaling", "--convs=", "--convs= must name at least one convolution"),
     ("scaling", "--blocks=0", "--blocks=0 must be at least 1"),
     ("scaling", "--devices=0", "--devices=0"),
     ("scaling", "--devices=1,3", "--batch-size=128 must be divisible by --devices=3"),
