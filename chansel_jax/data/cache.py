@@ -77,6 +77,11 @@ class ChanselImages(tfds.core.GeneratorBasedBuilder):
         pass
 
 
+def cache_folder(data_dir: str | Path | None = None) -> Path:
+    """Where prepared data sets and downloads are kept, as `load_source` has it."""
+    return Path(data_dir or constants.get_default_data_dir()).expanduser()
+
+
 def load_source(
     source: Source, data_dir: str | Path | None = None, *, in_memory: bool = True
 ) -> Dataset:
@@ -93,7 +98,7 @@ def load_source(
         DataError: the source is at fault, `data_dir` cannot be written, or what has been
             prepared cannot be read.
     """
-    data_dir = Path(data_dir or constants.get_default_data_dir()).expanduser()
+    data_dir = cache_folder(data_dir)
     folder = data_dir / ChanselImages.name / source.name
     with quiet():
         with unreadable(folder):

@@ -2,8 +2,9 @@
 
 Understood are PATH/{train,validation,test}/<class>/, without validation or test or both, and
 PATH/<class>/. Beside train, the folder of the validation images may also be called val, valid or
-eval. Hidden files and files with other extensions than IMAGE_EXTENSIONS are passed over; images
-that lie elsewhere are refused, as nobody could tell what class they are of.
+eval. Hidden files and files with other extensions than IMAGE_EXTENSIONS are passed over, and so are
+prepared data sets; images that lie elsewhere are refused, as nobody could tell what class they are
+of.
 """
 
 import hashlib
@@ -23,6 +24,8 @@ SPLIT_FOLDERS = {  # what the folder of a split may be called
     "test": ("test",),
 }
 IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# What a prepared data set leaves in the folder that it is kept in.
+PREPARED, DOWNLOADS = "chansel_images", "downloads"
 VALIDATION_SHARE = 5  # one image in five
 
 Files = list[tuple[Path, int]]  # image files and their labels
@@ -65,6 +68,11 @@ def folder(
         )
 
     return Source(f"folder-{digest}", read)
+
+
+def image_among(root: Path) -> Path | None:
+    """Some image in `root`, no deeper than `folder` takes images; None if there is none."""
+    return _image_below(root, depth=2)
 
 
 def _find(root: Path, classes: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Files]]:
@@ -130,9 +138,14 @@ def _check_classes(wanted: Sequence[str], there: Sequence[str], root: Path) -> N
 
 
 def _subfolders(root: Path) -> tuple[str, ...]:
-    """The names of the folders in `root` that are not hidden, sorted."""
+    """The names of the folders in `root` that are neither hidden nor of a prepared data set."""
     with os.scandir(root) as entries:
-        return tuple(sorted(e.name for e in entries if e.is_dir() and not _is_hidden(e.name)))
+        names = {e.name for e in entries if e.is_dir() and not _is_hidden(e.name)}
+    if PREPARED in names:
+        names.remove(PREPARED)
+        if not _image_below(root / DOWNLOADS):
+            names.discard(DOWNLOADS)
+    return tuple(sorted(names))
 
 
 def _image_files(root: Path) -> list[Path]:
@@ -145,10 +158,11 @@ def _image_files(root: Path) -> list[Path]:
     return sorted(paths)
 
 
-def _image_below(root: Path) -> Path | None:
-    """Some image in `root` or deeper; None if there is none but hidden ones."""
+def _image_below(root: Path, depth: int | None = None) -> Path | None:
+    """Some image in `root` or so many folders deeper; None if there is none but hidden ones."""
     for folder, names, files in os.walk(root):
-        names[:] = [name for name in names if not _is_hidden(name)]
+        deepest = len(Path(folder).relative_to(root).parts) == depth
+        names[:] = [] if deepest else sorted(name for name in names if not _is_hidden(name))
         for path in map(Path(folder).joinpath, sorted(files)):
             if _is_image(path):
                 return path

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from chansel_jax.data.cache import load_source
+from chansel_jax.data.cache import cache_folder, load_source
 from chansel_jax.data.cifar import cifar10, cifar100, dog_cat_bird
 from chansel_jax.data.dataset import Dataset
 from chansel_jax.data.errors import DataError
-from chansel_jax.data.folder import folder
+from chansel_jax.data.folder import folder, image_among
 from chansel_jax.data.silhouettes import silhouettes
 
 SOURCES = {
@@ -59,6 +59,12 @@ def load(
     if name == "folder":
         if data_dir is None:
             raise DataError("the data set folder needs --data-dir=PATH, the folder of images")
+        images, kept = Path(data_dir).expanduser().resolve(), cache_folder().resolve()
+        if kept.is_relative_to(images):
+            raise DataError(
+                f"TFDS_DATA_DIR={kept}, where the prepared images are kept, must not be in "
+                f"data_dir={images}, where the images are"
+            )
         source = folder(
             data_dir,
             image_size=image_size,
@@ -78,4 +84,9 @@ def load(
     ):
         if value is not None:
             raise DataError(f"{option}={value} is for the data set folder only, not for {name}")
+    if data_dir is not None and (image := image_among(cache_folder(data_dir))):
+        raise DataError(
+            f"data_dir={data_dir} holds images ({image}), among which nothing is to be kept of the "
+            f"data set {name}: images in a folder are --dataset=folder"
+        )
     return load_source(SOURCES[name](), data_dir, in_memory=in_memory)

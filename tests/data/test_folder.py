@@ -546,3 +546,37 @@ def test_images_of_different_sizes(root, write_images):
         8,
         8,
     )
+
+
+@pytest.mark.parametrize("place", [".", "cat", "train/cat"])
+def test_no_other_data_set_is_kept_among_images(root, write_images, place):
+    """Who forgets to say that the images are a folder's is told, and they stay alone."""
+    write_images(root, {place: 2})
+    before = sorted(root.rglob("*"))
+    with pytest.raises(DataError, match=r"^data_dir=.* holds images \(.*--dataset=folder$"):
+        load("silhouettes", data_dir=root)
+    assert sorted(root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("splits", [{"cat": 10, "dog": 10}, SPLITS], ids=["classes", "splits"])
+def test_data_sets_that_were_kept_among_images_are_passed_over(root, write_images, splits):
+    write_images(root, splits)
+    expected = counts(load("folder", data_dir=root))
+    (root / "chansel_images" / "silhouettes" / "1.0.0").mkdir(parents=True)
+    (root / "downloads").mkdir()
+    dataset = load("folder", data_dir=root)
+    assert dataset.class_names == ("cat", "dog") and counts(dataset) == expected
+
+
+def test_class_of_downloads_stays_one(root, write_images):
+    write_images(root, {"cat": 10, "downloads": 10})
+    (root / "chansel_images").mkdir()
+    assert load("folder", data_dir=root).class_names == ("cat", "downloads")
+
+
+@pytest.mark.parametrize("place", [".", "cache/deeper"])
+def test_prepared_images_are_not_kept_among_images(root, write_images, monkeypatch, place):
+    write_images(root, {"cat": 10, "dog": 10})
+    monkeypatch.setenv("TFDS_DATA_DIR", str(root / place))
+    assert refusal(root).startswith(f"TFDS_DATA_DIR={root / place}, where the prepared images")
+    assert sorted(path.name for path in root.iterdir()) == ["cat", "dog"]
