@@ -53,7 +53,7 @@ def benchmark(settings: Settings, console: Console) -> dict[str, Any]:
         raise CommandError("no contestant could run: " + "; ".join(report.failures(results)))
     write(results, output)
     report.print_report(results, console)
-    console.print(f"the results are written to {output}", markup=False)
+    console.print(f"the results are written to {output}")
     return results
 
 

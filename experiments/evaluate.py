@@ -57,7 +57,7 @@ def evaluate(settings: Settings, console: Console) -> Scores:
     title = f"{settings.split}, epoch {trained.epoch}, {found.accuracy:.2%}"
     picture = output / f"confusion-{wanted.name}.png"
     plots.save(plots.confusion_matrices({title: found.confusion}, trained.class_names), picture)
-    console.print(f"the results are written to {output}", markup=False)
+    console.print(f"the results are written to {output}")
     return found
 
 

@@ -99,7 +99,7 @@ def predict(settings: Settings, console: Console) -> None:
                 raise CommandError(f"images={settings.images} holds no image that can be read")
     except OSError as error:
         raise CommandError(f"output={settings.output}: {error.strerror or error}") from error
-    console.print(f"{written:,} predictions are written to {settings.output}", markup=False)
+    console.print(f"{written:,} predictions are written to {settings.output}")
     if bad:
         names = ", ".join(path.name for path in bad[:5])
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
@@ -165,7 +165,7 @@ def predictions(
             readable, images = [], []
             for path, image in zip(paths, pool.map(read, paths), strict=True):
                 if isinstance(image, DataError):
-                    console.print(f"no image: {image}", markup=False)
+                    console.print(f"no image: {image}")
                     bad.append(path)
                 else:
                     readable.append(path)

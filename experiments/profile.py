@@ -100,7 +100,7 @@ def main(settings: Settings) -> None:
         print_profile(conv, profiles[conv], console)
     if settings.output is not None:
         write_json(settings.output / "profile.json", as_json(settings, profiles))
-        console.print(f"traces and profile.json are in {settings.output}", markup=False)
+        console.print(f"traces and profile.json are in {settings.output}")
 
 
 def profile_step(settings: Settings, conv: str, folder: Path) -> Profile:

@@ -103,7 +103,7 @@ def scale(settings: Settings, console: Console) -> Measured:
     coordination.check_equal("settings", shared)
     counts = device_counts(settings)
     coordination.first_alone(lambda: make_output(settings.output))
-    console.print(device_names(), markup=False)
+    console.print(device_names())
     measured = measure(settings, counts, console)
     coordination.first_alone(lambda: write(measured, settings, console))
     return measured
@@ -126,7 +126,7 @@ def write(measured: Measured, settings: Settings, console: Console) -> None:
         console.print(f"\n{name}")
         console.print(report.terminal_table(*table))
     console.print(f"\n{scaling_report.legend(measured)}")
-    console.print(f"the results are written to {settings.output}", markup=False)
+    console.print(f"the results are written to {settings.output}")
 
 
 def what_to_type(settings: Settings) -> str:

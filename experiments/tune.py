@@ -114,7 +114,7 @@ def main(settings: Settings) -> None:
                 for shape in track(LAYERS, title, console=console, transient=True)
             ]
             title = f"{title}, {dtype}, forward + backward, ms"
-            console.print(report(title, results), markup=False)
+            console.print(report(title, results))
 
 
 CONVOLUTIONS = {

@@ -78,8 +78,19 @@ class ChanselImages(tfds.core.GeneratorBasedBuilder):
 
 
 def cache_folder(data_dir: str | Path | None = None) -> Path:
-    """Where prepared data sets and downloads are kept, as `load_source` has it."""
-    return Path(data_dir or constants.get_default_data_dir()).expanduser()
+    """Where prepared data sets and downloads are kept, as `load_source` has it.
+
+    Raises:
+        DataError: that is in the user's home, and there is none.
+    """
+    data_dir = data_dir or constants.get_default_data_dir()
+    try:
+        return Path(data_dir).expanduser()
+    except RuntimeError as error:
+        raise DataError(
+            f"prepared data sets are kept in {data_dir}, but no home is known: give another folder "
+            "as TFDS_DATA_DIR"
+        ) from error
 
 
 def load_source(

@@ -33,6 +33,7 @@ from chansel_jax.training.step import Totals, TrainState
 # The folders, within that of a run, of its checkpoints after an epoch, and within one.
 CHECKPOINTS, UNFINISHED = "checkpoints", "unfinished"
 DAMAGED = "damaged-"
+PATTERN = "*?[]\\"  # these stand for other characters in a pattern of paths
 
 # Those of a run: after epochs by `"epoch"`, within epochs by `"step"`, which is what numbers them.
 Checkpoints = Mapping[Literal["epoch", "step"], ocp.CheckpointManager]
@@ -40,6 +41,26 @@ Checkpoints = Mapping[Literal["epoch", "step"], ocp.CheckpointManager]
 
 class CheckpointError(OneLineError):
     """No checkpoint could be restored, or one could not be written."""
+
+
+def check_workdir(workdir: str | Path) -> None:
+    """Holds that checkpoints can be kept in `workdir`, or a folder to be.
+
+    Orbax looks for what it has written by a pattern made of the path, so that what stands for
+    other characters in one would lose the arrays; TensorStore takes text for a path.
+
+    Raises:
+        CheckpointError: if its absolute path is none that they take as it is.
+    """
+    path = str(Path(workdir).absolute())
+    told = path.encode(errors="backslashreplace").decode()
+    if told != path:
+        raise CheckpointError(f"workdir={told} must be UTF-8 for checkpoints to be kept in it")
+    if odd := sorted(set(path) & set(PATTERN)):
+        raise CheckpointError(
+            f"workdir={path} must have none of {' '.join(PATTERN)} in its path for checkpoints to "
+            f"be kept in it, but has {' '.join(odd)}"
+        )
 
 
 @contextlib.contextmanager
@@ -51,9 +72,10 @@ def open_checkpoints(workdir: str | Path, report: Callable[[str], None]) -> Iter
         report: takes one line for each checkpoint that had to be set aside as damaged.
 
     Raises:
-        CheckpointError: if there are checkpoints, and none can be read; all stay then. In the end,
-            if the last checkpoint could not be written.
+        CheckpointError: if `check_workdir` does; if there are checkpoints, and none can be read;
+            all stay then. In the end, if the last checkpoint could not be written.
     """
+    check_workdir(workdir)
     workdir = Path(workdir).absolute()
     directory = workdir / CHECKPOINTS
     _set_aside_without_metrics(directory, workdir / UNFINISHED, report)

@@ -33,12 +33,12 @@ WIDE_COLUMNS, OPTIONAL = 110, ("GMAC/s", "GB/s")
 def print_report(results: Figures, console: Console) -> None:
     """Prints every table."""
     for line in [headline(results), *context(results)]:
-        console.print(line, markup=False)
+        console.print(line)
     for table in tables(results):
         console.print()
         console.print(_fitted(table, console.width))
     for line in failures(results):
-        console.print(line, markup=False)
+        console.print(line)
 
 
 def markdown(results: Figures) -> str:

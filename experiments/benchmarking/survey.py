@@ -81,8 +81,6 @@ def survey(settings: Settings, console: Console) -> Survey:
         except WorkerError as error:
             missing = str(error).startswith(("ImportError", "ModuleNotFoundError"))
             hint = '; to install it: pip install -e ".[torch]"' if missing else ""
-            console.print(
-                f"PyTorch cannot be timed ({error}), so JAX is timed alone{hint}", markup=False
-            )
+            console.print(f"PyTorch cannot be timed ({error}), so JAX is timed alone{hint}")
     device = machines.cpu_name() if machine.platform == "cpu" else described["device"]
     return Survey(machine, device, runtimes, busy, best(measured))

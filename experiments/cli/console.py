@@ -19,8 +19,17 @@ class _PatientConsole(Console):
 
 
 def make_console() -> Console:
-    """The console of a command; of several processes only process 0 prints."""
-    return _PatientConsole(highlight=False, soft_wrap=True, quiet=jax.process_index() != 0)
+    """The console of a command; of several processes only process 0 prints.
+
+    Names and paths are printed as they are: [brackets] and :colons: mean nothing in them.
+    """
+    return _PatientConsole(
+        markup=False,
+        emoji=False,
+        highlight=False,
+        soft_wrap=True,
+        quiet=jax.process_index() != 0,
+    )
 
 
 def tracked(sequence: Sequence, description: str, console: Console) -> Iterable:

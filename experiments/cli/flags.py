@@ -206,7 +206,10 @@ def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     def instance_from_str(word: str) -> Path:
         if not word:  # as of a variable that is not set; it would be the current folder
             raise ValueError("the path must not be empty")
-        return Path(word)
+        try:
+            return Path(word).expanduser()  # no shell does behind `=`
+        except RuntimeError as error:
+            raise ValueError(f"whose home {word} begins with is not known") from error
 
     return _of_one_word("PATH", Path, instance_from_str)
 

@@ -71,7 +71,7 @@ def publish(
     console.print()
     for headings, rows in tables:
         console.print(terminal_table(headings, rows))
-    console.print(f"the results are written to {folder}", markup=False)
+    console.print(f"the results are written to {folder}")
     if left_out:
         raise CommandError("; ".join(left_out))
 

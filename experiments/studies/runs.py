@@ -154,14 +154,14 @@ def finished(
                 f"the run {name} in {output} has other settings ({'; '.join(found)}): "
                 "take another --output"
             )
-        console.print(f"finished before: {name}", markup=False)
+        console.print(f"finished before: {name}")
     else:
         given = dataclasses.replace(settings, workdir=workdir, resume="auto")
         train_and_evaluate(given, console, network)
         record = record_of(workdir)
     for each in wanted:
         if not record.has(each):
-            console.print(f"{name}: ", end="", markup=False)
+            console.print(f"{name}: ", end="")
             measure(
                 load_run(workdir, each.checkpoint), each, settings.data.data_dir, workdir, console
             )

@@ -80,13 +80,13 @@ def run_all(
     diverged: list[str] = []
     every = list(itertools.product(seeds, entries.items()))
     for number, (seed, (label, settings)) in enumerate(every, start=1):
-        console.print(f"\n[{number}/{len(every)}] {label}, seed {seed}", markup=False)
+        console.print(f"\n[{number}/{len(every)}] {label}, seed {seed}")
         given, name = dataclasses.replace(settings, seed=seed), f"{folder_name(label)}-seed{seed}"
         try:
             done[label].append(finished(output, name, given, console, wanted))
         except DivergedError as error:
             diverged.append(f"{label}, seed {seed}: {error}")
-            console.print(diverged[-1], markup=False)
+            console.print(diverged[-1])
     if not any(done.values()):
         raise CommandError("; ".join(diverged))
     return [Outcome(label, runs) for label, runs in done.items() if runs], diverged

@@ -49,6 +49,7 @@ def train_and_evaluate(
     """
     workdir = settings.workdir or Path("runs", run_name(settings))
     refuse_workdir_among_images(workdir, settings)
+    checkpoint.check_workdir(workdir)
     coordination.check_equal("settings", equal_in_all_processes(settings))
     experiment = build(settings, network)
     description = experiment.describe()

@@ -116,8 +116,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _rename_aside(workdir: Path) -> Path:
-    """Renames `workdir` to the first free of `WORKDIR.1`, `WORKDIR.2`, …"""
-    number = 1
-    while (aside := workdir.with_name(f"{workdir.name}.{number}")).exists():
+    """Renames `workdir` to the first free of `WORKDIR.1`, `WORKDIR.2`, …
+
+    A link stays, and leads to the new run on the same disk: what it leads to is renamed.
+    """
+    real, number = workdir.resolve() if workdir.is_symlink() else workdir, 1
+    while (aside := real.with_name(f"{real.name}.{number}")).exists():
         number += 1
-    return workdir.rename(aside)
+    real.rename(aside)
+    real.mkdir()
+    return aside

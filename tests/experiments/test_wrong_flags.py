@@ -81,6 +81,7 @@ WRONG = [
     ("train", FOLDER + "--resume=must", "--resume=must"),
     ("train", "--workdir=", "--workdir: no type matching"),
     ("train", FOLDER + "--workdir=FILE", "--workdir=FILE"),
+    ("train", FOLDER + "--workdir=NONE/a[b]", "--workdir=NONE/a[b] must have none of"),
     ("train", FOLDER + "--workdir=IMAGES/run", "--workdir=IMAGES/run"),
     ("train", "--save-every-steps=0", "--save-every-steps=0 must be at least 1"),
     ("train", "--coordinator=host:1", "--coordinator=host:1 needs all of --coordinator, "),

@@ -102,6 +102,27 @@ def test_nothing_to_restore(tmp_path):
     assert restore(tmp_path / "new" / "checkpoints") == (None, [])
 
 
+@pytest.mark.parametrize("name", ["a#b", "50%", "a%20b", "a|b", "{a,b}", "$HOME", "~", "a: b\n"])
+def test_names_of_folders_are_taken_as_they_are(tmp_path, name):
+    with checkpoint.open_checkpoints(tmp_path / name, print) as checkpoints:
+        checkpoint.save(checkpoints, 1, make_state(1), {"history": [1]}, 1.0)
+    (state, record), lines = restore(tmp_path / name / "checkpoints")
+    chex.assert_trees_all_equal(state, make_state(1))
+    assert record == {"history": [1]} and lines == []
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["a*b", "a?b", "a[b]", "a[b", "a\\b", "caf\udce9"])
+@pytest.mark.parametrize("below", ["", "run"])
+def test_names_that_would_lose_checkpoints_are_refused(tmp_path, name, below):
+    with (
+        pytest.raises(checkpoint.CheckpointError, match="^workdir=.* must .* to be kept in it"),
+        checkpoint.open_checkpoints(tmp_path / name / below, print),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("file", "damage"),
     [

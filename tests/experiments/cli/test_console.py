@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import jax
+import pytest
 
 from experiments.cli.console import make_console
+from experiments.reporting.report import terminal_table
 
 UNREAD = """
 import sys
@@ -24,6 +26,14 @@ def test_that_nobody_reads_what_is_printed_ends_nothing():
         process.stdout.close()
         assert process.stderr.read() == "done\n"
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("name", ["[x]", "[/x]", "[red]cat[/red]", ":cat:", "a\\[b]"])
+def test_names_are_printed_as_they_are(capsys, name):
+    make_console().print(f"run: {name}")
+    make_console().print(terminal_table([name, "images"], [[name, "3"]]))
+    heading, _, row = capsys.readouterr().out.removeprefix(f"run: {name}\n").splitlines()
+    assert heading.split() == [name, "images"] and row.split() == [name, "3"]
 
 
 def test_only_process_0_prints(monkeypatch, capsys):

@@ -18,6 +18,7 @@ from experiments.cli import ending
 from experiments.cli.command import make_output, run
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import parse
+from experiments.training import settings as training
 
 ROOT = Path(experiments.__file__).parents[1]
 
@@ -267,6 +268,22 @@ def test_without_its_packages_a_command_says_what_to_install():
 
 
 # Output
+
+
+def test_paths_of_a_home_are_found(monkeypatch, tmp_path):
+    """The shell replaces ~ at the beginning of a word only."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = parse(
+        training.Settings, "train", ["--workdir=~/a/~b", "--data-dir", "~"], training.RECIPES
+    )
+    assert (found.workdir, found.data.data_dir) == (tmp_path / "a" / "~b", tmp_path)
+
+
+def test_path_of_an_unknown_home_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse(training.Settings, "train", ["--workdir=~nobody-of-this-name/x"], training.RECIPES)
+    told = capsys.readouterr().err
+    assert "--workdir" in told and "~nobody-of-this-name/x" in told and told.count("\n") == 1
 
 
 def test_output_is_made_and_left_empty(tmp_path):

@@ -143,6 +143,15 @@ def test_never_renames_the_run_and_keeps_its_content(tmp_path, workdir, config):
         claim(workdir, config, "must")
 
 
+def test_never_leaves_a_link_and_the_new_run_on_its_disk(tmp_path, workdir):
+    before = contents(workdir)
+    link = tmp_path / "link"
+    link.symlink_to(workdir, target_is_directory=True)
+    assert claim(link, CONFIG, "never") == tmp_path / "runs" / "mine.1"
+    assert contents(tmp_path / "runs" / "mine.1") == before
+    assert link.is_symlink() and contents(workdir).keys() == {".", ".lock", "config.json"}
+
+
 def test_never_counts_on_past_folders_and_files(tmp_path, workdir):
     (tmp_path / "runs" / "mine.2").write_text("a file of someone else's")
     contents_of = {}
