@@ -8,6 +8,7 @@ descriptors of the command's standard output and error, of a pipe that is told i
 and how it ended, and of those that the command knows by the numbers in `kept`.
 """
 
+import contextlib
 import gc
 import importlib
 import json
@@ -20,7 +21,8 @@ import sys
 
 def main() -> None:
     for module in sys.argv[2:]:
-        importlib.import_module(module)
+        with contextlib.suppress(ImportError):  # which is the command's to tell
+            importlib.import_module(module)
     gc.freeze()  # what is imported stays, and is shared with the commands
     gc.set_threshold(50_000)
     with socket.socket(fileno=int(sys.argv[1])) as asked:

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import os
-import subprocess
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from rich.console import Console
 
 from chansel_jax.errors import OneLineError
 from experiments import benchmark
-from experiments.benchmarking import plan, survey, workers
+from experiments.benchmarking import plan, survey
 from experiments.benchmarking.ceilings import Effort
 from experiments.benchmarking.settings import ImageSettings, Settings
 from experiments.cli.flags import parse
@@ -46,7 +45,7 @@ def surveyed(surveyed_once, monkeypatch):
 
 def run(settings):
     """The results, and what was printed."""
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), width=120, markup=False)
     results = benchmark.benchmark(settings, console)
     return results, console.file.getvalue()
 
@@ -177,10 +176,9 @@ def test_mismatch_ends_the_benchmark(surveyed, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_without_pytorch_jax_is_timed_alone(monkeypatch, tmp_path):
+def test_without_pytorch_jax_is_timed_alone(forked_workers, monkeypatch, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(workers, "subprocess", subprocess)  # a worker imports PyTorch, or cannot
     settings = Settings(
         batch_size=4,
         rounds=1,

@@ -510,7 +510,7 @@ def test_layers_are_columns_and_contestants_rows():
 
 @pytest.mark.parametrize("width", [80, 160])
 def test_terminal_shows_the_tables_at_every_width(width):
-    console = Console(file=io.StringIO(), width=width)
+    console = Console(file=io.StringIO(), width=width, markup=False)
     report.print_report(some_results(), console)
     text = console.file.getvalue()
     assert "1.50 (1.05–1.95)" in text and "[no] compiler" in text
