@@ -1,4 +1,5 @@
 import os
+import pwd
 import subprocess
 import sys
 
@@ -191,3 +192,11 @@ def test_choose_per_class():
 def test_choice_is_the_same_on_every_machine():
     chosen, _ = choose_per_class(np.arange(20) % 2, [3, 3], seed=0)
     assert chosen.tolist() == [4, 5, 7, 8, 12, 19]
+
+
+def test_user_without_a_home_is_asked_for_a_folder(monkeypatch):
+    """As of a user id that the machine does not know."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    with pytest.raises(DataError, match="^prepared data sets are kept in ~/kept, but no home is"):
+        load(data_dir="~/kept")
