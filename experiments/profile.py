@@ -30,6 +30,7 @@ from experiments.cli.console import make_console
 from experiments.cli.flags import typed
 from experiments.reporting import machine
 from experiments.training.noise import training_on_noise
+from experiments.training.settings import Conv
 
 WARM_UP_STEPS = 20  # until the heap has stopped growing
 SLOWEST = 8  # operations that are listed one by one
@@ -41,7 +42,7 @@ class Settings:
 
     model: Model = "resnet14"
     """This is the network; it takes images of the size that it was made for."""
-    convs: tuple[Literal["chansel", "subkernel"], ...] = ("chansel", "subkernel")
+    convs: tuple[Conv, ...] = ("chansel", "subkernel")
     """Channel selection, the ordinary dense convolution, or both are profiled."""
     batch_size: int = 128
     """A step takes this many images."""

@@ -10,7 +10,6 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import jax
 from rich.console import Console
@@ -28,6 +27,7 @@ from experiments.parallelism.allreduce import Link
 from experiments.parallelism.report import Measured, Point
 from experiments.parallelism.timing import Case, measured_link, prepare, time_in_turn
 from experiments.reporting import machine, report
+from experiments.training.settings import Conv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Settings:
     are. Those of a single process on a CPU are virtual ones, at most as many as cores."""
     model: Model = "resnet14"
     """This is the network; it takes images of the size that it was made for."""
-    convs: tuple[Literal["chansel", "subkernel"], ...] = ("chansel", "subkernel")
+    convs: tuple[Conv, ...] = ("chansel", "subkernel")
     """Channel selection, the ordinary dense convolution, or both are timed."""
     blocks: tuple[int, ...] = ()
     """The stages have these numbers of residual blocks; by default they are the model's own."""

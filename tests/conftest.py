@@ -52,6 +52,6 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    # What is imported stays: to look through it for garbage took a tenth of the tests' time.
+    # What is imported stays: to look through it for garbage took a tenth of a short command's time.
     gc.freeze()
     gc.set_threshold(50_000)

@@ -47,8 +47,9 @@ def main() -> None:
         os._exit(0)
     os.close(told)
     for source, target in ((output, 1), (errors, 2), *zip(others, kept, strict=True)):
-        os.dup2(source, target)
-        os.close(source)
+        if source != target:
+            os.dup2(source, target)
+            os.close(source)
     if new_session:
         os.setsid()
     os.environ.clear()

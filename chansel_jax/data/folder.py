@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chansel_jax.data.cache import ChanselImages
 from chansel_jax.data.errors import DataError
 from chansel_jax.data.image_files import read_image
 from chansel_jax.data.source import Content, Source, choose_per_class
@@ -25,7 +26,7 @@ SPLIT_FOLDERS = {  # what the folder of a split may be called
 }
 IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # What a prepared data set leaves in the folder that it is kept in.
-PREPARED, DOWNLOADS = "chansel_images", "downloads"
+PREPARED, DOWNLOADS = ChanselImages.name, "downloads"
 VALIDATION_SHARE = 5  # one image in five
 
 Files = list[tuple[Path, int]]  # image files and their labels

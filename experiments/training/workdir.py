@@ -124,5 +124,5 @@ def _rename_aside(workdir: Path) -> Path:
     while (aside := real.with_name(f"{real.name}.{number}")).exists():
         number += 1
     real.rename(aside)
-    real.mkdir()
+    real.mkdir(exist_ok=True)  # another process may have
     return aside
