@@ -63,6 +63,17 @@ def test_run_is_loaded_as_it_was(trained, settings, whole):
     assert set(dataset.splits) == {"train", "validation"} and others == ()
 
 
+def test_images_are_found_where_they_were_or_where_they_are_said_to_be(trained, copy, settings):
+    config = json.loads((copy / "config.json").read_text())
+    assert config["data_dir"] == str(settings.data.data_dir)
+    assert load_images(load_run(trained), None)[1] == ()
+    (copy / "config.json").write_text(json.dumps({**config, "data_dir": "/no/such/folder"}))
+    run = load_run(copy)
+    with pytest.raises(OneLineError, match="--data-dir=PATH"):
+        load_images(run, None)
+    assert load_images(run, settings.data.data_dir)[1] == ()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -143,8 +154,6 @@ def test_evaluation_on_other_images_says_so(trained, images, tmp_path, console):
 def test_evaluation_refuses_what_is_not_there(trained, images, tmp_path, console):
     with pytest.raises(CommandError, match="split=test: .* train, validation only"):
         evaluate.evaluate(evaluate.Settings(trained, split="test", data_dir=images), console)
-    with pytest.raises(OneLineError, match="--data-dir=PATH"):
-        evaluate.evaluate(evaluate.Settings(trained), console)
     for name in ("blue", "green", "violet"):
         (tmp_path / "train" / name).mkdir(parents=True)
         for i in range(2):
