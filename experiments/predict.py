@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from chansel_jax.data import DataError
-from chansel_jax.data.image_files import read_image
+from chansel_jax.data.image_files import files_below, read_image
 from chansel_jax.files import replaced
 from chansel_jax.training.prediction import BATCH_SIZE, make_predict
 from experiments.cli.command import run
@@ -107,18 +107,14 @@ def predict(settings: Settings, console: Console) -> None:
 
 
 def find_files(root: Path) -> list[Path]:
-    """All files under `root` but hidden ones, sorted.
+    """All files under `root` but hidden ones, sorted; links are followed.
 
     Raises:
         CommandError: if there is none.
     """
     if not root.is_dir():
         raise CommandError(f"images={root} is not a folder")
-    files = sorted(
-        path
-        for path in root.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    )
+    files = sorted(files_below(root))
     if not files:
         raise CommandError(f"images={root} holds no files")
     return files

@@ -3,8 +3,8 @@
 Understood are PATH/{train,validation,test}/<class>/, without validation or test or both, and
 PATH/<class>/. Beside train, the folder of the validation images may also be called val, valid or
 eval. Hidden files and files with other extensions than IMAGE_EXTENSIONS are passed over, and so are
-prepared data sets; images that lie elsewhere are refused, as nobody could tell what class they are
-of.
+prepared data sets and folders of thumbnails and the like; images that lie elsewhere are refused, as
+nobody could tell what class they are of.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import numpy as np
 
 from chansel_jax.data.cache import ChanselImages
 from chansel_jax.data.errors import DataError
-from chansel_jax.data.image_files import read_image
+from chansel_jax.data.image_files import files_below, is_hidden, leads_back, read_image
 from chansel_jax.data.source import Content, Source, choose_per_class
 
 SPLIT_FOLDERS = {  # what the folder of a split may be called
@@ -141,7 +141,8 @@ def _check_classes(wanted: Sequence[str], there: Sequence[str], root: Path) -> N
 def _subfolders(root: Path) -> tuple[str, ...]:
     """The names of the folders in `root` that are neither hidden nor of a prepared data set."""
     with os.scandir(root) as entries:
-        names = {e.name for e in entries if e.is_dir() and not _is_hidden(e.name)}
+        names = {e.name for e in entries if e.is_dir() and not is_hidden(e.name)}
+    names = {name for name in names if not leads_back(root / name)}
     if PREPARED in names:
         names.remove(PREPARED)
         if not _image_below(root / DOWNLOADS):
@@ -161,21 +162,11 @@ def _image_files(root: Path) -> list[Path]:
 
 def _image_below(root: Path, depth: int | None = None) -> Path | None:
     """Some image in `root` or so many folders deeper; None if there is none but hidden ones."""
-    for folder, names, files in os.walk(root):
-        deepest = len(Path(folder).relative_to(root).parts) == depth
-        names[:] = [] if deepest else sorted(name for name in names if not _is_hidden(name))
-        for path in map(Path(folder).joinpath, sorted(files)):
-            if _is_image(path):
-                return path
-    return None
+    return next(filter(_is_image, files_below(root, depth)), None)
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_EXTENSIONS and not _is_hidden(path.name)
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "__MACOSX"))  # the latter of archives made on a Mac
+    return path.suffix.lower() in IMAGE_EXTENSIONS and not is_hidden(path.name)
 
 
 def _digest(root: Path, found: dict[str, Files], *settings: object) -> str:

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from chansel_jax.data import DataError, load
 from chansel_jax.data.image_files import read_image
@@ -178,8 +178,13 @@ def test_hidden_and_other_files_are_passed_over(root, write_images):
         root / ".hidden",
         root / "__MACOSX",
         root / "train" / "cat" / ".ipynb_checkpoints",
+        root / "train" / "@eaDir" / "cat",
+        root / "train" / "cat" / "@eaDir" / "00.png",
+        root / "train" / "dog" / "__MACOSX",
+        root / "validation" / "$RECYCLE.BIN",
+        root / "#recycle",
     ):
-        folder.mkdir()
+        folder.mkdir(parents=True)
         (folder / "00.png").write_bytes(b"")
     (root / "train" / "readme.txt").write_text("no image")
     assert counts(load("folder", data_dir=root)) == {"train": [10, 10], "validation": [2, 2]}
@@ -194,6 +199,37 @@ def test_photograph_taken_sideways_is_turned(root, write_images):
     Image.fromarray(pixels).save(path, exif=exif)
     splits = load("folder", data_dir=root).splits.values()
     assert any((np.rot90(pixels, -1) == image).all() for s in splits for image in s.images)
+
+
+def exif(*entries):
+    """EXIF data of the entries (tag, type, count, four bytes)."""
+    packed = b"".join(struct.pack("<HHL4s", *entry) for entry in entries)
+    return struct.pack("<6sHHLH", b"Exif", 0x4949, 42, 8, len(entries)) + packed + bytes(4)
+
+
+def png_text(profile):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Raw profile type exif", profile)
+    return {"pnginfo": text}
+
+
+TURNED, TEXT = (0x0112, 3, 1, b"\6\0\0\0"), (0x0112, 2, 2, b"6\0\0\0")
+TEXT_AS_WIDTH = (0x0100, 2, 4, b"abc\0")
+DAMAGED_EXIF = {
+    "orientation as text": ({"exif": exif(TEXT)}, 0),
+    "width as text": ({"exif": exif(TEXT_AS_WIDTH)}, 0),
+    "width as text, turned": ({"exif": exif(TEXT_AS_WIDTH, TURNED)}, -1),
+    "no EXIF data": ({"exif": b"Exif\0\0no EXIF data"}, 0),
+    "raw profile": (png_text("\nexif\n 12\nnot hexadecimal\n"), 0),
+    "short raw profile": (png_text("exif"), 0),
+}
+
+
+@pytest.mark.parametrize(("damage", "turns"), DAMAGED_EXIF.values(), ids=DAMAGED_EXIF)
+def test_damaged_exif_data_are_not_the_image(tmp_path, damage, turns):
+    pixels = NOISE[:6]
+    Image.fromarray(pixels).save(tmp_path / "00.png", **damage)
+    np.testing.assert_array_equal(read_image(tmp_path / "00.png"), np.rot90(pixels, turns))
 
 
 def animated(array, other):
@@ -445,6 +481,17 @@ def test_link_to_nothing(root, write_images):
     write_images(root, SPLITS)
     (root / "train" / "cat" / "link.png").symlink_to(root / "none")
     assert refusal(root).endswith(f"No such file or directory: '{root}/train/cat/link.png'")
+
+
+def test_links_to_folders_are_followed_unless_they_lead_back(root, write_images, tmp_path):
+    write_images(tmp_path, {"elsewhere/cat": 10, "elsewhere/more": 1})
+    write_images(root, {"dog": 10})
+    (root / "cat").symlink_to(tmp_path / "elsewhere" / "cat")
+    for folder in (root, root / "cat", root / "dog"):
+        (folder / "back").symlink_to(root)
+    assert counts(load("folder", data_dir=root)) == {"train": [8, 8], "validation": [2, 2]}
+    (root / "dog" / "link").symlink_to(tmp_path / "elsewhere")
+    assert refusal(root).startswith(f"{root}/dog/link/cat/00.png lies in a folder within")
 
 
 def test_pipe_is_not_waited_for(root, write_images):
