@@ -18,6 +18,8 @@ from chansel_jax.data.cache import ChanselImages
 from chansel_jax.data.errors import DataError
 from chansel_jax.data.image_files import files_below, is_hidden, leads_back, read_image
 from chansel_jax.data.source import Content, Source, choose_per_class
+from chansel_jax.data.terminal import progress_bar
+from chansel_jax.errors import listed
 
 SPLIT_FOLDERS = {  # what the folder of a split may be called
     "train": ("train",),
@@ -30,6 +32,7 @@ PREPARED, DOWNLOADS = ChanselImages.name, "downloads"
 VALIDATION_SHARE = 5  # one image in five
 
 Files = list[tuple[Path, int]]  # image files and their labels
+Unread = dict[Path, tuple[int, int] | None]  # image files and the sizes that they are read in
 
 
 def folder(
@@ -60,12 +63,13 @@ def folder(
     splits = _divide(found, class_names, train_per_class, split_seed)
 
     def read(download_dir: Path) -> Content:
-        first = splits["train"][0][0]
         size = image_size and (image_size, image_size)
-        shape = read_image(first, size).shape
+        unread = {path: size for files in splits.values() for path, _ in files}
+        first = splits["train"][0][0]
+        shape = _read(first, unread).shape
         return Content(
             class_names,
-            {name: _images(files, size, first, shape) for name, files in splits.items()},
+            {name: _images(files, unread, first, shape) for name, files in splits.items()},
         )
 
     return Source(f"folder-{digest}", read)
@@ -174,7 +178,8 @@ def _digest(root: Path, found: dict[str, Files], *settings: object) -> str:
     digest = hashlib.sha256(repr((str(root), settings)).encode())
     for split, files in found.items():
         for path, label in files:
-            stat = path.stat()
+            # A link to nothing is refused later, with all other files that cannot be read.
+            stat = path.stat() if path.exists() else path.lstat()
             entry = (split, label, path.name, stat.st_size, stat.st_mtime_ns)
             digest.update(repr(entry).encode())
     return digest.hexdigest()[:32]
@@ -206,11 +211,12 @@ def _divide(
 
 
 def _images(
-    files: Files, size: tuple[int, int] | None, first: Path, shape: tuple[int, ...]
+    files: Files, unread: Unread, first: Path, shape: tuple[int, ...]
 ) -> Iterator[tuple[np.ndarray, int]]:
     """The decoded images, refused unless they have the shape of the `first`."""
     for path, label in files:
-        image = read_image(path, size)
+        image = _read(path, unread)
+        del unread[path]
         if image.shape != shape:
             sizes = [f"{width} x {height}" for height, width, _ in (shape, image.shape)]
             raise DataError(
@@ -218,3 +224,24 @@ def _images(
                 "give --image-size=N to resize them"
             )
         yield image, label
+
+
+def _read(path: Path, unread: Unread) -> np.ndarray:
+    """The decoded image; if it cannot be read, all that are `unread` are looked at and refused."""
+    try:
+        return read_image(path, unread[path])
+    except DataError as error:
+        others = [other for other in unread if other != path]
+        faults = [str(error), *_faults(others)]
+        raise DataError(listed(faults, "; ")) from error
+
+
+def _faults(paths: Sequence[Path]) -> Iterator[str]:
+    """Why those that cannot be read as images cannot."""
+    with progress_bar("Looking for others", len(paths)) as advance:
+        for path in paths:
+            try:
+                read_image(path)
+            except DataError as error:
+                yield str(error)
+            advance(1)

@@ -581,6 +581,19 @@ def test_refused_image_leaves_nothing_and_can_be_replaced(root, write_images, ca
     load("folder", data_dir=root)
 
 
+@pytest.mark.parametrize("first", [0, 3])
+def test_all_images_that_cannot_be_read_are_named(root, write_images, first):
+    paths = [path for path in write_images(root, SPLITS) if int(path.stem) >= first]
+    for path in paths[: len(paths) // 2]:
+        path.write_text("no image")
+    for path in paths[len(paths) // 2 :]:
+        path.unlink()
+        path.symlink_to("nowhere")
+    told, kept = refusal(root), paths[:20]
+    assert [told.count(f"{path} cannot be read as an image: ") for path in kept] == [1] * len(kept)
+    assert told.endswith("and 4 more") == (first == 0)
+
+
 def test_images_of_different_sizes(root, write_images):
     write_images(root, SPLITS)
     other = root / "validation" / "dog" / "01.png"
