@@ -9,6 +9,7 @@ nobody could tell what class they are of.
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -140,6 +141,17 @@ def _check_classes(wanted: Sequence[str], there: Sequence[str], root: Path) -> N
     for name in wanted:
         if name not in there:
             raise DataError(f"there is no class {name} in {root}, but {', '.join(there)}")
+    if changed := [repr(name) for name in wanted if not _can_be_kept(name)]:
+        raise DataError(
+            f"rename {listed(changed)} in {root}: the name of a class must be UTF-8 without line "
+            "breaks or other control characters, and neither begin nor end with a blank"
+        )
+
+
+def _can_be_kept(name: str) -> bool:
+    """Whether `name` stays what it is as a line of a text file."""
+    kinds = {unicodedata.category(character) for character in name}
+    return name == name.strip() and kinds.isdisjoint(("Cc", "Cs", "Zl", "Zp"))
 
 
 def _subfolders(root: Path) -> tuple[str, ...]:

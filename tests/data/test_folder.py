@@ -581,6 +581,19 @@ def test_refused_image_leaves_nothing_and_can_be_replaced(root, write_images, ca
     load("folder", data_dir=root)
 
 
+@pytest.mark.parametrize("name", ["cat ", "\u3000cat", "c\nat", "c\rat", "c\u2028at", "caf\udce9"])
+def test_class_names_that_would_be_changed_are_refused(root, write_images, name):
+    write_images(root, {"cat": 2, name: 2, f"{name}s": 2})
+    told = refusal(root)
+    assert told.startswith("rename ") and repr(name) in told and repr("cat") not in told
+
+
+def test_class_names_are_kept_as_they_are(root, write_images):
+    names = ("$a_$", "a  b", "caf\xe9", "cafe\u0301", "\u732b", "\U0001f431")
+    write_images(root, dict.fromkeys(names, 2))
+    assert load("folder", data_dir=root).class_names == tuple(sorted(names))
+
+
 @pytest.mark.parametrize("first", [0, 3])
 def test_all_images_that_cannot_be_read_are_named(root, write_images, first):
     paths = [path for path in write_images(root, SPLITS) if int(path.stem) >= first]
