@@ -127,8 +127,11 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 
 def _refuse_loose_images(root: Path, beside: str) -> None:
-    if loose := [path for path in root.iterdir() if _is_image(path)]:
+    paths = [path for path in root.iterdir() if not is_hidden(path.name)]
+    if loose := [path for path in paths if _is_image(path)]:
         raise DataError(f"{min(loose)} lies beside {beside}")
+    if lost := [path for path in paths if not path.exists()]:  # it may have been a class
+        raise DataError(f"{min(lost)} is a link to nothing")
 
 
 def _check_classes(wanted: Sequence[str], there: Sequence[str], root: Path) -> None:

@@ -494,6 +494,12 @@ def test_links_to_folders_are_followed_unless_they_lead_back(root, write_images,
     assert refusal(root).startswith(f"{root}/dog/link/cat/00.png lies in a folder within")
 
 
+def test_class_that_is_a_link_to_nothing_is_not_left_out(root, write_images):
+    write_images(root, {"cat": 10, "dog": 10})
+    (root / "eel").symlink_to("nowhere")
+    assert refusal(root) == f"{root}/eel is a link to nothing"
+
+
 def test_pipe_is_not_waited_for(root, write_images):
     write_images(root, SPLITS)
     os.mkfifo(root / "train" / "cat" / "pipe.png")
