@@ -14,7 +14,12 @@ class OneLineError(Exception):
 
     def __init__(self, message: object = ""):
         # Other libraries put line breaks into their messages, and some of those are quoted.
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(in_one_line(str(message)))
+
+
+def in_one_line(text: str) -> str:
+    """`text` without line breaks; blanks within a line stay, they may be those of a name."""
+    return " ".join(filter(None, map(str.strip, text.splitlines())))
 
 
 def listed(things: Sequence[str], separator: str = ", ") -> str:

@@ -567,7 +567,7 @@ NO_IMAGES = {
 
 @pytest.mark.parametrize("name", [*NO_IMAGES, "bomb"])
 def test_file_that_is_no_image(tmp_path, name):
-    path = tmp_path / "00.png"
+    path = tmp_path / "0  0.png"
     path.write_bytes(bomb() if name == "bomb" else NO_IMAGES[name])
     with pytest.raises(DataError, match=f"^{path} cannot be read as an image: ") as error:
         read_image(path)
