@@ -1,5 +1,6 @@
 """What commands print to."""
 
+import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,15 @@ class _PatientConsole(Console):
         self.quiet = True
         # Python flushes the standard output once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_any_character() -> None:
+    """Has the standard output write `\\u2013` and the like for what its encoding does not have.
+
+    The standard error does so of itself.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def make_console() -> Console:

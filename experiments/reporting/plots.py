@@ -1,9 +1,11 @@
 """Pictures that several commands draw."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -12,6 +14,7 @@ from chansel_jax.files import replaced
 DPI = 120
 Row = Mapping[str, float]
 
+USUAL = "sans-serif"  # the family of the fonts in pictures
 FEW_EPOCHS = 5  # which lines alone would hardly show
 
 
@@ -55,6 +58,8 @@ def curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
 
 def confusion_matrices(matrices: Mapping[str, np.ndarray], class_names: Sequence[str]) -> Figure:
     """One of counts `(C, C)` for each network, side by side."""
+    labels, families = drawable(class_names)
+    style = {"fontfamily": families, "parse_math": False}
     size = 1.8 + 0.55 * len(class_names)
     figure = Figure(figsize=((size + 0.2) * len(matrices), size), layout="constrained")
     grid = figure.subplots(1, len(matrices), squeeze=False)[0]
@@ -66,7 +71,34 @@ def confusion_matrices(matrices: Mapping[str, np.ndarray], class_names: Sequence
             colour = "white" if shares[i, j] > 0.5 else "black"
             axes.text(j, i, f"{count:,}", ha="center", va="center", color=colour, fontsize=8)
         places = range(len(class_names))
-        axes.set_xticks(places, class_names, rotation=45, ha="right")
-        axes.set_yticks(places, class_names)
+        axes.set_xticks(places, labels, rotation=45, ha="right", **style)
+        axes.set_yticks(places, labels, **style)
         axes.set(title=name, xlabel="taken for", ylabel="class")
     return figure
+
+
+def drawable(class_names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What classes are called in a picture, and the families of fonts that it takes.
+
+    A name with a character that no font of this machine has becomes the number of its class.
+    """
+    families = _families(set("".join(class_names)))
+    labels = [
+        name if families.keys() >= set(name) else f"class {number}"
+        for number, name in enumerate(class_names)
+    ]
+    return labels, [USUAL, *sorted({*families.values()} - {USUAL})]
+
+
+def _families(characters: Set[str]) -> dict[str, str]:
+    """For each of the characters a family of fonts that has it, where there is one."""
+    usual = font_manager.findfont(font_manager.FontProperties(family=[USUAL]))
+    # The fonts of last resort draw a box for every character.
+    others = [f for f in font_manager.fontManager.ttflist if "lastresort" not in f.fname.lower()]
+    found = {}
+    for path, family in ((usual, USUAL), *((font.fname, font.name) for font in others)):
+        if missing := characters - found.keys():
+            with contextlib.suppress(OSError, RuntimeError):  # it is gone, or of bitmaps
+                font = font_manager.get_font(path)
+                found |= {c: family for c in missing if font.get_char_index(ord(c))}
+    return found

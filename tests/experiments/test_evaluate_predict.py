@@ -273,6 +273,23 @@ def test_a_file_beside_the_images_changes_no_names(trained, unlabelled, tmp_path
     ]
 
 
+def test_all_files_but_hidden_ones_are_found(tmp_path, monkeypatch):
+    elsewhere, root = tmp_path / "elsewhere", tmp_path / "images"
+    for path in (elsewhere / "a.png", elsewhere / "@eaDir" / "a.png", elsewhere / ".a.png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    root.mkdir()
+    (root / "link").symlink_to(elsewhere)
+    assert predict.find_files(root) == [root / "link" / "a.png"]
+    (elsewhere / "back").symlink_to(root)
+    (root / "deep").mkdir()
+    (root / "deep" / "link").symlink_to(elsewhere)
+    (root / "none.png").symlink_to("nowhere")
+    monkeypatch.chdir(root)
+    found = [Path("deep/link/a.png"), Path("link/a.png"), Path("none.png")]
+    assert predict.find_files(Path()) == found
+
+
 @pytest.mark.parametrize("output", [Path(), Path("/")])
 def test_output_that_is_a_folder_is_refused_first(output, console):
     with pytest.raises(CommandError, match=f"output={output} is a folder"):
