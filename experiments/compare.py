@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from chansel_jax.training import checkpoint
 from experiments.cli.command import make_output, run
 from experiments.cli.console import make_console
 from experiments.cli.flags import typed
@@ -98,6 +99,7 @@ def compare(settings: Settings, console: Console) -> dict[str, Any]:
         OneLineError: if a setting or the data is wrong, or a training fails.
     """
     output = settings.output or Path("runs", f"compare-{settings.data.dataset}")
+    checkpoint.check_workdir(output, "output")  # where the runs will be
     make_output(output)
     base = TrainSettings(
         network=settings.network,

@@ -21,6 +21,7 @@ from chansel_jax.digest import digest
 from chansel_jax.factorize import component_energies, dense_layers, factorize, max_rank
 from chansel_jax.functional import network_tree
 from chansel_jax.networks.resnet import ResNet
+from chansel_jax.training import checkpoint
 from chansel_jax.training.optimizer import OptimizerSettings
 from experiments.cli.command import make_output, run
 from experiments.cli.console import make_console
@@ -111,6 +112,7 @@ def compress(settings: Settings, console: Console) -> dict[str, Any]:
     if others:
         raise CommandError(f"the {' and '.join(others)} images are not those of the run")
     output = settings.output or settings.workdir / "compressed"
+    checkpoint.check_workdir(output, "output")  # where the runs will be
     make_output(output)
     validation = dataset.splits["validation"]
     whole = scores_of(dense.network, dense, validation).accuracy

@@ -14,6 +14,7 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
+from chansel_jax.training import checkpoint
 from experiments.cli.command import make_output, run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
@@ -77,6 +78,7 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
     if not entries:
         raise CommandError(f"only={settings.only} is part of none of: {'; '.join(every)}")
     output = settings.output or Path("runs", f"study-{settings.name}-{data.dataset}")
+    checkpoint.check_workdir(output, "output")  # where the runs will be
     make_output(output)
     scored = [split for split in chosen.scored if split in image_digests(data)]
     wanted = [Wanted(split, "last") for split in scored]

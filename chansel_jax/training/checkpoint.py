@@ -43,8 +43,8 @@ class CheckpointError(OneLineError):
     """No checkpoint could be restored, or one could not be written."""
 
 
-def check_workdir(workdir: str | Path) -> None:
-    """Holds that checkpoints can be kept in `workdir`, or a folder to be.
+def check_workdir(workdir: str | Path, name: str = "workdir") -> None:
+    """Holds that checkpoints can be kept in `workdir`, the argument `name`, or a folder to be.
 
     Orbax looks for what it has written by a pattern made of the path, so that what stands for
     other characters in one would lose the arrays; TensorStore takes text for a path.
@@ -55,10 +55,10 @@ def check_workdir(workdir: str | Path) -> None:
     path = str(Path(workdir).absolute())
     told = path.encode(errors="backslashreplace").decode()
     if told != path:
-        raise CheckpointError(f"workdir={told} must be UTF-8 for checkpoints to be kept in it")
+        raise CheckpointError(f"{name}={told} must be UTF-8 for checkpoints to be kept in it")
     if odd := sorted(set(path) & set(PATTERN)):
         raise CheckpointError(
-            f"workdir={path} must have none of {' '.join(PATTERN)} in its path for checkpoints to "
+            f"{name}={path} must have none of {' '.join(PATTERN)} in its path for checkpoints to "
             f"be kept in it, but has {' '.join(odd)}"
         )
 
