@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from experiments.benchmarking.cases import LayerShape
 from experiments.reporting import report
@@ -26,17 +25,14 @@ DTYPES = {
     "bfloat16": "bfloat16 (float32 parameters)",
 }
 
-# A terminal narrower than this is not shown these columns.
-WIDE_COLUMNS, OPTIONAL = 110, ("GMAC/s", "GB/s")
-
 
 def print_report(results: Figures, console: Console) -> None:
     """Prints every table."""
     for line in [headline(results), *context(results)]:
         console.print(line)
-    for table in tables(results):
+    for title, headings, rows in tables(results):
         console.print()
-        console.print(_fitted(table, console.width))
+        report.print_table(headings, rows, console, title)
     for line in failures(results):
         console.print(line)
 
@@ -220,17 +216,3 @@ def _rounds(results: Figures) -> str:
     if results["what"] == "epoch":
         return f"{results['runs']} runs of {results['epochs']} epochs"
     return f"{results['rounds']} rounds"
-
-
-def _fitted(table: Table, width: int) -> RichTable:
-    title, headings, rows = table
-    natural = sum(2 + max(map(len, column)) for column in zip(headings, *rows, strict=True))
-    if natural > width:  # the names need the room more
-        headings = [heading.replace(" ", "\n") for heading in headings]
-    shown = [i for i, h in enumerate(headings) if width >= WIDE_COLUMNS or h not in OPTIONAL]
-    headings, *rows = ([line[i] for i in shown] for line in (headings, *rows))
-    rich = report.terminal_table(headings, rows)
-    rich.title = title
-    for i, column in enumerate(rich.columns):
-        column.no_wrap, column.overflow = i > 0, "ellipsis"  # names are wrapped at spaces
-    return rich

@@ -514,7 +514,7 @@ def test_terminal_shows_the_tables_at_every_width(width):
     report.print_report(some_results(), console)
     text = console.file.getvalue()
     assert "1.50 (1.05–1.95)" in text and "[no] compiler" in text
-    assert ("GMAC/s  " in text) == (width == 160)
+    assert "GMAC/s" in text and "…" not in text
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from experiments.cli.console import make_console
-from experiments.reporting.report import terminal_table
+from experiments.reporting.report import print_table
 
 UNREAD = """
 import sys
@@ -31,7 +31,7 @@ def test_that_nobody_reads_what_is_printed_ends_nothing():
 @pytest.mark.parametrize("name", ["[x]", "[/x]", "[red]cat[/red]", ":cat:", "a\\[b]"])
 def test_names_are_printed_as_they_are(capsys, name):
     make_console().print(f"run: {name}")
-    make_console().print(terminal_table([name, "images"], [[name, "3"]]))
+    print_table([name, "images"], [[name, "3"]], make_console())
     heading, _, row = capsys.readouterr().out.removeprefix(f"run: {name}\n").splitlines()
     assert heading.split() == [name, "images"] and row.split() == [name, "3"]
 
