@@ -5,8 +5,10 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +17,12 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from experiments.cli.ending import EXIT_USAGE, print_error
+from experiments.cli.ending import EXIT_USAGE, discard_output, print_error
 
 Settings = TypeVar("Settings")
 
+
+NARROWEST = 40  # columns: in fewer tyro may never end with wrapping its help
 
 # These decide where results go and when, and none of them.
 WRITTEN = ("output", "workdir", "resume", "save_every_steps")
@@ -108,6 +112,8 @@ def parse(
     registry = ConstructorRegistry()
     registry.primitive_rule(_comma_separated)
     registry.primitive_rule(_path)
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
     framed = io.StringIO()
     try:
         with contextlib.redirect_stderr(framed):
@@ -120,6 +126,9 @@ def parse(
                 registry=registry,
                 config=(tyro.conf.OmitArgPrefixes,),
             )
+    except BrokenPipeError:  # of --help, say before `| head`
+        discard_output()
+        sys.exit()
     except SystemExit:
         if said := framed.getvalue():
             said = in_flags(_without_frame(said), settings_type)

@@ -1,5 +1,7 @@
 """What commands print to."""
 
+import errno
+import io
 import subprocess
 import sys
 
@@ -26,6 +28,28 @@ def test_that_nobody_reads_what_is_printed_ends_nothing():
         process.stdout.close()
         assert process.stderr.read() == "done\n"
     assert process.returncode == 0
+
+
+class Full(io.StringIO):
+    """A file on a full disk."""
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fileno(self):
+        return self.descriptor
+
+
+def test_a_full_disk_behind_what_is_printed_ends_nothing(monkeypatch, capsys, tmp_path):
+    full = Full()
+    with (tmp_path / "log").open("w") as log:
+        full.descriptor = log.fileno()
+        monkeypatch.setattr(sys, "stdout", full)
+        console = make_console()
+        console.print("first")
+        console.print("second")
+    told = "note: nothing more is printed (No space left on device)\n"
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize("name", ["[x]", "[/x]", "[red]cat[/red]", ":cat:", "a\\[b]"])
