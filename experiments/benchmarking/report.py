@@ -1,7 +1,7 @@
 """The results as tables: on the terminal, and in Markdown to be pasted."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -23,6 +23,18 @@ DTYPES = {
     "float32": "float32 (TF32 off)",
     "tf32": "float32 (TF32 on)",
     "bfloat16": "bfloat16 (float32 parameters)",
+}
+
+
+def _share(contestant: Figures) -> float:
+    return max(contestant["of_product_ceiling"], contestant["of_copy_ceiling"])
+
+
+# What is told of each layer, by what it is called.
+LAYER_FIGURES: Mapping[str, Callable[[Figures], float]] = {
+    "ms": lambda contestant: contestant["seconds"]["median"] * 1e3,
+    "GMAC/s": lambda contestant: contestant["multiply_adds_per_second"] / 1e9,
+    "% of ceiling": lambda contestant: 100 * _share(contestant),
 }
 
 
@@ -133,7 +145,6 @@ def _case_table(case: Figures) -> Table:
     rows = []
     for each in case["contestants"]:
         compiled = each["compile_seconds"]
-        share = max(each["of_product_ceiling"], each["of_copy_ceiling"])
         rows.append(
             [
                 each["name"],
@@ -141,7 +152,7 @@ def _case_table(case: Figures) -> Table:
                 f"{each['images_per_second']:,.0f}",
                 f"{each['multiply_adds_per_second'] / 1e9:,.1f}",
                 f"{each['bytes_per_second'] / 1e9:,.1f}",
-                f"{100 * share:.0f} % {each['bound']}",
+                f"{100 * _share(each):.0f} % {each['bound']}",
                 "–" if compiled is None else f"{compiled:.1f} s",
                 f"{each['peak_memory_bytes'] / 1e6:,.0f}",
             ]
@@ -177,10 +188,9 @@ def _layer_tables(results: Figures) -> list[Table]:
     found = []
     for (passes, dtype), cases in groups.items():
         headings = ["", *(str(LayerShape(**case["layer"])) for case in cases)]
-        times = [
-            {c["name"]: c["seconds"]["median"] * 1e3 for c in case["contestants"]} for case in cases
-        ]
-        found.append((f"ms {passes}, {dtype}", headings, _matrix(times)))
+        for title, figure in LAYER_FIGURES.items():
+            columns = [{c["name"]: figure(c) for c in case["contestants"]} for case in cases]
+            found.append((f"{title} {passes}, {dtype}", headings, _matrix(columns)))
         ratios = [{ratio["name"]: ratio["median"] for ratio in case["ratios"]} for case in cases]
         if any(ratios):
             found.append((f"Ratios of time, {passes}, {dtype}", headings, _matrix(ratios)))

@@ -108,6 +108,14 @@ def test_wrong_shape_is_named(text):
         Settings(shapes=(text,))
 
 
+@pytest.mark.parametrize("text", ["56x56x64x128x2", "2x8x8x3x1"])
+def test_kernel_larger_than_the_image_is_refused(text):
+    kernel, size = text.split("x")[3], text.split("x")[0]
+    told = f"shapes={text}: the kernel of {kernel} × {kernel} .* image of {size} × {size}"
+    with pytest.raises(ValueError, match=told):
+        Settings(what="layer", shapes=(text,))
+
+
 def test_command_gives_the_same_settings():
     given = Settings(
         images=ImageSettings(dataset="folder", classes=("cat", "big dog")),
@@ -506,6 +514,12 @@ def test_layers_are_columns_and_contestants_rows():
     assert "|  | 8² 4→6 3×3/2 | 4² 2→2 1×1 |" in text
     assert "| JAX chansel auto | 1.50 | 1.50 |" in text
     assert text.count("| JAX chansel auto | 1.50 (1.05–1.95) | ") == 2
+    for title, cell in (("GMAC/s", "0.667"), ("% of ceiling", "66.7")):
+        heading, row = (
+            f"{title} forward, float32 (TF32 off):",
+            f"| JAX chansel auto | {cell} | {cell} |",
+        )
+        assert row in text.partition(heading)[2].partition("\n\n|")[2].split("\n\n")[0]
 
 
 @pytest.mark.parametrize("width", [80, 160])
