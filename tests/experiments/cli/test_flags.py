@@ -142,6 +142,45 @@ def test_help_shows_texts_choices_and_defaults(capsys):
     assert "--counts INT,… Counts in order. (default: 1,2)" in text
 
 
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("--counts 0 1 2", "several values have commas between them: --counts=0,1,2"),
+        ("--rate=1 --names a b --flag", "several values have commas between them: --names=a,b"),
+        ("--flag=False", "it is --flag or --no-flag, without a value"),
+        ("--flag true", "it is --flag or --no-flag, without a value"),
+        ("--no-flag=1", "it is --flag or --no-flag, without a value"),
+        ("--num-counts=3", "perhaps --counts"),
+        ("--nothing-alike=3", "Unrecognized options: --nothing-alike=3 (python"),
+        ("stray", "Unrecognized options: stray (python"),
+        ("--rate 1 2", "Unrecognized options: 2 (python"),
+    ],
+)
+def test_habits_from_other_programs_are_hinted_at(words, hint, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parsed(*words.split())
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and hint in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("--lr=0.1", "--learning-rate"),
+        ("--wd=0", "--weight-decay"),
+        ("--bs=8", "--batch-size"),
+        ("--num-epochs=3", "--epochs"),
+        ("--num-workers=2", "--workers"),
+        ("--dropout=0.1", "--dropout-rate"),
+        ("--data=x", "--data-dir"),
+    ],
+)
+def test_usual_names_of_flags_are_understood(word, meant, capsys):
+    with pytest.raises(SystemExit):
+        parse(training.Settings, "train", [word], training.RECIPES)
+    assert f"perhaps {meant} (" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("columns", ["1", "5", "20"])
 def test_help_ends_on_the_narrowest_terminal(columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", columns)
