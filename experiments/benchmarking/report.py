@@ -191,18 +191,22 @@ def _layer_tables(results: Figures) -> list[Table]:
         for title, figure in LAYER_FIGURES.items():
             columns = [{c["name"]: figure(c) for c in case["contestants"]} for case in cases]
             found.append((f"{title} {passes}, {dtype}", headings, _matrix(columns)))
+        took = [{c["name"]: c["took"] for c in case["contestants"] if c["took"]} for case in cases]
+        if any(took):
+            found.append((f"Lowerings that auto takes, {passes}, {dtype}", headings, _matrix(took)))
         ratios = [{ratio["name"]: ratio["median"] for ratio in case["ratios"]} for case in cases]
         if any(ratios):
             found.append((f"Ratios of time, {passes}, {dtype}", headings, _matrix(ratios)))
     return found
 
 
-def _matrix(columns: Sequence[Mapping[str, float]]) -> list[list[str]]:
+def _matrix(columns: Sequence[Mapping[str, float | str]]) -> list[list[str]]:
     names = sorted({name for column in columns for name in column})
-    return [
-        [name, *(three_digits(column[name]) if name in column else "–" for column in columns)]
-        for name in names
-    ]
+    return [[name, *(_cell(column.get(name, "–")) for column in columns)] for name in names]
+
+
+def _cell(value: float | str) -> str:
+    return value if isinstance(value, str) else three_digits(value)
 
 
 def _spread(figures: Figures, scale: float) -> str:
