@@ -29,7 +29,7 @@ from experiments.cli.flags import typed
 from experiments.reporting import machine, report
 from experiments.studies.runs import finished
 from experiments.studies.sweep import folder_name
-from experiments.training.load import Checkpoint, Run, load_images, load_run
+from experiments.training.load import Checkpoint, Run, data_settings, load_images, load_run
 from experiments.training.scores import scores_of
 from experiments.training.settings import RECIPES as TRAINING_RECIPES
 from experiments.training.settings import ReadingSettings, TrainingSettings
@@ -56,7 +56,7 @@ class Settings:
     workdir: Path
     """The dense network of this run, from experiments.train --conv=subkernel, is compressed."""
     data_dir: Path | None = None
-    """The images are found here, as by experiments.train; a run on a folder of images needs it."""
+    """The images are found here; by default where they were when the run was trained."""
     epoch: Checkpoint = "best"
     """The network has the parameters of this checkpoint: best (the lowest validation loss), last,
     or the number of an epoch that was kept."""
@@ -167,7 +167,7 @@ def fine_tuning(dense: Run, settings: Settings, network: ResNet) -> TrainSetting
         dense.settings,
         conv="chansel",
         network=dataclasses.replace(dense.settings.network, **changes),
-        data=dataclasses.replace(dense.settings.data, data_dir=settings.data_dir),
+        data=data_settings(dense, settings.data_dir),
         reading=settings.reading,
         training=settings.training,
     )
@@ -178,8 +178,7 @@ def results_of(
 ) -> dict[str, Any]:
     """What `results.json` holds of the factorised networks, and of the dense one."""
     layers = count_network(dense.network.config, dense.image_shape[:2])
-    data = dataclasses.replace(dense.settings.data, data_dir=settings.data_dir)
-    trained = dataclasses.replace(dense.settings, data=data)
+    trained = dataclasses.replace(dense.settings, data=data_settings(dense, settings.data_dir))
     return {
         "command": typed("compress", settings, RECIPES),
         "written_with": machine.versions(),

@@ -26,7 +26,7 @@ class Settings:
     split: Literal["train", "validation", "test"] = "validation"
     """Its network is evaluated on these of its images."""
     data_dir: Path | None = None
-    """The images are found here, as by experiments.train; a run on a folder of images needs it."""
+    """The images are found here; by default where they were when the run was trained."""
     epoch: Checkpoint = "best"
     """The network has the parameters of this checkpoint: best (the lowest validation loss), last,
     or the number of an epoch that was kept."""

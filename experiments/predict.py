@@ -16,7 +16,8 @@ from PIL import Image
 from rich.console import Console
 
 from chansel_jax.data import DataError
-from chansel_jax.data.image_files import read_image
+from chansel_jax.data.image_files import files_below, read_image
+from chansel_jax.errors import listed
 from chansel_jax.files import replaced
 from chansel_jax.training.prediction import BATCH_SIZE, make_predict
 from experiments.cli.command import run
@@ -101,24 +102,19 @@ def predict(settings: Settings, console: Console) -> None:
         raise CommandError(f"output={settings.output}: {error.strerror or error}") from error
     console.print(f"{written:,} predictions are written to {settings.output}")
     if bad:
-        names = ", ".join(path.name for path in bad[:5])
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise CommandError(f"{len(bad)} of {len(files)} files are not predicted: {names}{more}")
+        names = listed([path.name for path in bad])
+        raise CommandError(f"{len(bad)} of {len(files)} files are not predicted: {names}")
 
 
 def find_files(root: Path) -> list[Path]:
-    """All files under `root` but hidden ones, sorted.
+    """All files under `root` but hidden ones, sorted; links are followed.
 
     Raises:
         CommandError: if there is none.
     """
     if not root.is_dir():
         raise CommandError(f"images={root} is not a folder")
-    files = sorted(
-        path
-        for path in root.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    )
+    files = sorted(files_below(root))
     if not files:
         raise CommandError(f"images={root} holds no files")
     return files

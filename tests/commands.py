@@ -16,12 +16,6 @@ from pathlib import Path
 COMMANDS_IMPORT = ("experiments.parallelism.timing", "experiments.training.run")
 
 
-def path_without_torch() -> str:
-    """PYTHONPATH for processes in which tensorboardX must not import PyTorch, for seconds."""
-    without_torch = str(Path(__file__).with_name("without_torch"))
-    return os.pathsep.join([without_torch, os.environ.get("PYTHONPATH", "")])
-
-
 @functools.cache
 def _forking(modules: Sequence[str], path: str) -> socket.socket:
     """Asks tests/forked.py, which ends when nobody can ask it any more."""
@@ -106,7 +100,6 @@ def environment(devices: int) -> dict[str, str]:
     return {
         **os.environ,
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {virtual}",
-        "PYTHONPATH": path_without_torch(),
     }
 
 

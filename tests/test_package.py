@@ -43,7 +43,7 @@ for name in serves_networks:
 
 # Prints what is installed, why there is no library, and that both lowerings agree.
 LAYER = """
-import importlib, importlib.metadata, importlib.util, sys
+import functools, importlib, importlib.metadata, importlib.util, sys
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 import chansel_jax
@@ -55,6 +55,7 @@ for name in serves_networks.split():
 def loss(layer, x):
     y = layer(x)
     return jnp.sum(y * jnp.cos(y)), y
+@functools.partial(jax.jit, static_argnums=0)
 def outputs(lowering):
     layer = chansel_jax.ChannelSelectionConv(
         5, 7, (3, 3), strides=2, use_bias=True, lowering=lowering, rngs=nnx.Rngs(0)
@@ -150,7 +151,7 @@ def test_wheel_in_a_fresh_environment(tmp_path, compiler):
 
     python, installed = fresh_environment(tmp_path / "environment")
     # With no index to ask, pip refuses a wheel that requires more.
-    run(*pip, "--python", python, "install", "--no-index", wheel)
+    run(*pip, "--python", python, "install", "--no-index", "--no-compile", wheel)
     lowering = "native" if compiled else "auto"
     arguments = lowering, " ".join(SERVES_NETWORKS), " ".join(FOR_TRAINING)
     printed = run(python, "-I", "-c", LAYER, *arguments, JAX_PLATFORMS="cpu")

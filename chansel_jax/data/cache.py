@@ -81,11 +81,17 @@ def cache_folder(data_dir: str | Path | None = None) -> Path:
     """Where prepared data sets and downloads are kept, as `load_source` has it.
 
     Raises:
-        DataError: that is in the user's home, and there is none.
+        DataError: that is in the user's home, and there is none; or it is not UTF-8, as
+            array_record has it.
     """
     data_dir = data_dir or constants.get_default_data_dir()
     try:
-        return Path(data_dir).expanduser()
+        folder = Path(data_dir).expanduser()
+        str(folder.absolute()).encode()
+        return folder
+    except UnicodeEncodeError as error:
+        told = ascii(str(data_dir))
+        raise DataError(f"{told} must be UTF-8 for prepared data sets to be kept in it") from error
     except RuntimeError as error:
         raise DataError(
             f"prepared data sets are kept in {data_dir}, but no home is known: give another folder "

@@ -45,15 +45,15 @@ class Dataset:
     splits: dict[str, Split]
 
 
-def first_of_each_class(split: Split, count: int) -> Split:
-    """`count` images of `split` in its order, of each class as many, give or take one.
+def first_of_each_class(split: Split, count: int, name: str) -> Split:
+    """`count` images of `split`, which has that name, in its order, of each class about as many.
 
     Raises:
         DataError: if there are fewer.
     """
     if count > len(split.labels):
         raise DataError(
-            f"train_images={count} must be at most the {len(split.labels)} training images"
+            f"{name}_images={count} must be at most the {len(split.labels)} {name} images"
         )
     # How many images of its class come before each.
     ranks = np.zeros(len(split.labels), np.int64)

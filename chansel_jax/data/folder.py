@@ -3,12 +3,13 @@
 Understood are PATH/{train,validation,test}/<class>/, without validation or test or both, and
 PATH/<class>/. Beside train, the folder of the validation images may also be called val, valid or
 eval. Hidden files and files with other extensions than IMAGE_EXTENSIONS are passed over, and so are
-prepared data sets; images that lie elsewhere are refused, as nobody could tell what class they are
-of.
+prepared data sets and folders of thumbnails and the like; images that lie elsewhere are refused, as
+nobody could tell what class they are of.
 """
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,8 +17,10 @@ import numpy as np
 
 from chansel_jax.data.cache import ChanselImages
 from chansel_jax.data.errors import DataError
-from chansel_jax.data.image_files import read_image
+from chansel_jax.data.image_files import files_below, is_hidden, leads_back, read_image
 from chansel_jax.data.source import Content, Source, choose_per_class
+from chansel_jax.data.terminal import progress_bar
+from chansel_jax.errors import listed
 
 SPLIT_FOLDERS = {  # what the folder of a split may be called
     "train": ("train",),
@@ -30,6 +33,7 @@ PREPARED, DOWNLOADS = ChanselImages.name, "downloads"
 VALIDATION_SHARE = 5  # one image in five
 
 Files = list[tuple[Path, int]]  # image files and their labels
+Unread = dict[Path, tuple[int, int] | None]  # image files and the sizes that they are read in
 
 
 def folder(
@@ -60,12 +64,13 @@ def folder(
     splits = _divide(found, class_names, train_per_class, split_seed)
 
     def read(download_dir: Path) -> Content:
-        first = splits["train"][0][0]
         size = image_size and (image_size, image_size)
-        shape = read_image(first, size).shape
+        unread = {path: size for files in splits.values() for path, _ in files}
+        first = splits["train"][0][0]
+        shape = _read(first, unread).shape
         return Content(
             class_names,
-            {name: _images(files, size, first, shape) for name, files in splits.items()},
+            {name: _images(files, unread, first, shape) for name, files in splits.items()},
         )
 
     return Source(f"folder-{digest}", read)
@@ -130,8 +135,11 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 
 def _refuse_loose_images(root: Path, beside: str) -> None:
-    if loose := [path for path in root.iterdir() if _is_image(path)]:
+    paths = [path for path in root.iterdir() if not is_hidden(path.name)]
+    if loose := [path for path in paths if _is_image(path)]:
         raise DataError(f"{min(loose)} lies beside {beside}")
+    if lost := [path for path in paths if not path.exists()]:  # it may have been a class
+        raise DataError(f"{min(lost)} is a link to nothing")
 
 
 def _check_classes(wanted: Sequence[str], there: Sequence[str], root: Path) -> None:
@@ -145,12 +153,24 @@ def _check_classes(wanted: Sequence[str], there: Sequence[str], root: Path) -> N
     for name in wanted:
         if name not in there:
             raise DataError(f"there is no class {name} in {root}, but {', '.join(there)}")
+    if changed := [repr(name) for name in wanted if not _can_be_kept(name)]:
+        raise DataError(
+            f"rename {listed(changed)} in {root}: the name of a class must be UTF-8 without line "
+            "breaks or other control characters, and neither begin nor end with a blank"
+        )
+
+
+def _can_be_kept(name: str) -> bool:
+    """Whether `name` stays what it is as a line of a text file."""
+    kinds = {unicodedata.category(character) for character in name}
+    return name == name.strip() and kinds.isdisjoint(("Cc", "Cs", "Zl", "Zp"))
 
 
 def _subfolders(root: Path) -> tuple[str, ...]:
     """The names of the folders in `root` that are neither hidden nor of a prepared data set."""
     with os.scandir(root) as entries:
-        names = {e.name for e in entries if e.is_dir() and not _is_hidden(e.name)}
+        names = {e.name for e in entries if e.is_dir() and not is_hidden(e.name)}
+    names = {name for name in names if not leads_back(root / name)}
     if PREPARED in names:
         names.remove(PREPARED)
         if not _image_below(root / DOWNLOADS):
@@ -170,21 +190,11 @@ def _image_files(root: Path) -> list[Path]:
 
 def _image_below(root: Path, depth: int | None = None) -> Path | None:
     """Some image in `root` or so many folders deeper; None if there is none but hidden ones."""
-    for folder, names, files in os.walk(root):
-        deepest = len(Path(folder).relative_to(root).parts) == depth
-        names[:] = [] if deepest else sorted(name for name in names if not _is_hidden(name))
-        for path in map(Path(folder).joinpath, sorted(files)):
-            if _is_image(path):
-                return path
-    return None
+    return next(filter(_is_image, files_below(root, depth)), None)
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_EXTENSIONS and not _is_hidden(path.name)
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "__MACOSX"))  # the latter of archives made on a Mac
+    return path.suffix.lower() in IMAGE_EXTENSIONS and not is_hidden(path.name)
 
 
 def _digest(root: Path, found: dict[str, Files], *settings: object) -> str:
@@ -192,7 +202,8 @@ def _digest(root: Path, found: dict[str, Files], *settings: object) -> str:
     digest = hashlib.sha256(repr((str(root), settings)).encode())
     for split, files in found.items():
         for path, label in files:
-            stat = path.stat()
+            # A link to nothing is refused later, with all other files that cannot be read.
+            stat = path.stat() if path.exists() else path.lstat()
             entry = (split, label, path.name, stat.st_size, stat.st_mtime_ns)
             digest.update(repr(entry).encode())
     return digest.hexdigest()[:32]
@@ -224,11 +235,12 @@ def _divide(
 
 
 def _images(
-    files: Files, size: tuple[int, int] | None, first: Path, shape: tuple[int, ...]
+    files: Files, unread: Unread, first: Path, shape: tuple[int, ...]
 ) -> Iterator[tuple[np.ndarray, int]]:
     """The decoded images, refused unless they have the shape of the `first`."""
     for path, label in files:
-        image = read_image(path, size)
+        image = _read(path, unread)
+        del unread[path]
         if image.shape != shape:
             sizes = [f"{width} x {height}" for height, width, _ in (shape, image.shape)]
             raise DataError(
@@ -236,3 +248,24 @@ def _images(
                 "give --image-size=N to resize them"
             )
         yield image, label
+
+
+def _read(path: Path, unread: Unread) -> np.ndarray:
+    """The decoded image; if it cannot be read, all that are `unread` are looked at and refused."""
+    try:
+        return read_image(path, unread[path])
+    except DataError as error:
+        others = [other for other in unread if other != path]
+        faults = [str(error), *_faults(others)]
+        raise DataError(listed(faults, "; ")) from error
+
+
+def _faults(paths: Sequence[Path]) -> Iterator[str]:
+    """Why those that cannot be read as images cannot."""
+    with progress_bar("Looking for others", len(paths)) as advance:
+        for path in paths:
+            try:
+                read_image(path)
+            except DataError as error:
+                yield str(error)
+            advance(1)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from experiments.cli.console import print_any_character
 from experiments.cli.ending import (
     EXIT_ERROR,
     EXIT_INTERRUPTED,
@@ -45,6 +46,7 @@ def run(
     """
     keep_freed_memory()
     handle_interrupts()
+    print_any_character()
     try:
         _call(main, parse(settings_type, name, recipes=recipes))
     except Interrupted as stop:

@@ -1,5 +1,7 @@
 """What commands print to."""
 
+import io
+import sys
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -25,6 +27,15 @@ class _PatientConsole(Console):
     def on_broken_pipe(self) -> None:
         self.quiet = True
         discard_output()
+
+
+def print_any_character() -> None:
+    """Has the standard output write `\\u2013` and the like for what its encoding does not have.
+
+    The standard error does so of itself.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def make_console() -> Console:

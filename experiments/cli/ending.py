@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from typing import NoReturn
 
+from chansel_jax.errors import in_one_line
+
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_SAVED = 75  # "try again later" in BSD's sysexits.h
@@ -36,7 +38,7 @@ def discard_output() -> None:
 
 def print_error(error: Exception | str) -> None:
     """Prints an error as one line, at once."""
-    say(f"error: {' '.join(str(error).split())}")
+    say(f"error: {in_one_line(str(error))}")
 
 
 def end_at_once(code: int) -> NoReturn:

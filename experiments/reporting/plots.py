@@ -1,9 +1,11 @@
 """Pictures that several commands draw."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -12,6 +14,7 @@ from chansel_jax.files import replaced
 DPI = 120
 Row = Mapping[str, float]
 
+USUAL = "sans-serif"  # the family of the fonts in pictures
 FEW_EPOCHS = 5  # which lines alone would hardly show
 FEW_CLASSES = 20  # of which a picture and a terminal have room for every count
 MOST_NAMES = 100  # that can be read beside a picture
@@ -57,6 +60,10 @@ def curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
 
 def confusion_matrices(matrices: Mapping[str, np.ndarray], class_names: Sequence[str]) -> Figure:
     """One of counts `(C, C)` for each network, side by side; of many classes colours alone."""
+    labels, families = drawable(class_names)
+    few = len(class_names) <= FEW_CLASSES
+    style = {"fontfamily": families, "parse_math": False, "fontsize": 10 if few else 6}
+    turned = {"rotation": 45, "ha": "right"} if few else {"rotation": 90}
     size = 1.8 + 0.55 * min(len(class_names), FEW_CLASSES)
     figure = Figure(figsize=((size + 0.2) * len(matrices), size), layout="constrained")
     grid = figure.subplots(1, len(matrices), squeeze=False)[0]
@@ -64,14 +71,39 @@ def confusion_matrices(matrices: Mapping[str, np.ndarray], class_names: Sequence
         # Coloured by the share of the row.
         shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        few = len(class_names) <= FEW_CLASSES
         for (i, j), count in np.ndenumerate(confusion if few else []):
             colour = "white" if shares[i, j] > 0.5 else "black"
             axes.text(j, i, f"{count:,}", ha="center", va="center", color=colour, fontsize=8)
         step = -(-len(class_names) // MOST_NAMES)
-        places, shown = range(0, len(class_names), step), class_names[::step]
-        turned = {"rotation": 45, "ha": "right"} if few else {"rotation": 90}
-        axes.set_xticks(places, shown, fontsize=10 if few else 6, **turned)
-        axes.set_yticks(places, shown, fontsize=10 if few else 6)
+        places, shown = range(0, len(class_names), step), labels[::step]
+        axes.set_xticks(places, shown, **turned, **style)
+        axes.set_yticks(places, shown, **style)
         axes.set(title=name, xlabel="taken for", ylabel="class")
     return figure
+
+
+def drawable(class_names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What classes are called in a picture, and the families of fonts that it takes.
+
+    A name with a character that no font of this machine has becomes the number of its class.
+    """
+    families = _families(set("".join(class_names)))
+    labels = [
+        name if families.keys() >= set(name) else f"class {number}"
+        for number, name in enumerate(class_names)
+    ]
+    return labels, [USUAL, *sorted({*families.values()} - {USUAL})]
+
+
+def _families(characters: Set[str]) -> dict[str, str]:
+    """For each of the characters a family of fonts that has it, where there is one."""
+    usual = font_manager.findfont(font_manager.FontProperties(family=[USUAL]))
+    # The fonts of last resort draw a box for every character.
+    others = [f for f in font_manager.fontManager.ttflist if "lastresort" not in f.fname.lower()]
+    found = {}
+    for path, family in ((usual, USUAL), *((font.fname, font.name) for font in others)):
+        if missing := characters - found.keys():
+            with contextlib.suppress(OSError, RuntimeError):  # it is gone, or of bitmaps
+                font = font_manager.get_font(path)
+                found |= {c: family for c in missing if font.get_char_index(ord(c))}
+    return found

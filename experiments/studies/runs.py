@@ -22,7 +22,7 @@ from experiments.training.records import Row
 from experiments.training.run import BEFORE_THEY_WERE, train_and_evaluate
 from experiments.training.scores import Wanted, measure
 from experiments.training.settings import DataSettings, Settings, decisive
-from experiments.training.workdir import filled
+from experiments.training.workdir import DATA_DIR, filled
 
 RUNS = "runs.jsonl"
 
@@ -81,10 +81,12 @@ def record_of(workdir: Path) -> Record:
         CommandError: if one of its files is not there or cannot be read.
     """
     with readable(f"the run in {workdir}"):
+        config = json.loads((workdir / "config.json").read_text())
+        config.pop(DATA_DIR, None)  # it says something of the machine, not of the result
         rows = (workdir / "metrics.jsonl").read_text().splitlines()
         return Record(
             name=workdir.name,
-            **json.loads((workdir / "config.json").read_text()),
+            **config,
             metrics=[json.loads(row) for row in rows],
             summary=json.loads((workdir / "summary.json").read_text()),
             evaluations={

@@ -133,9 +133,11 @@ def load_data(settings: DataSettings, in_memory: bool = True) -> data.Dataset:
         DataError: if they cannot be had.
     """
     arguments = dataclasses.asdict(settings)
-    train_images = arguments.pop("train_images")
+    wanted = {name: arguments.pop(f"{name}_images") for name in ("train", "validation")}
     dataset = data.load(arguments.pop("dataset"), **arguments, in_memory=in_memory)
-    if train_images is None:
-        return dataset
-    few = first_of_each_class(dataset.splits["train"], train_images)
-    return dataclasses.replace(dataset, splits=dataset.splits | {"train": few})
+    few = {
+        name: first_of_each_class(dataset.splits[name], count, name)
+        for name, count in wanted.items()
+        if count is not None
+    }
+    return dataclasses.replace(dataset, splits=dataset.splits | few)

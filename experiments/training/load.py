@@ -16,7 +16,8 @@ from chansel_jax.networks.resnet import ResNet
 from chansel_jax.training.checkpoint import restore_network
 from experiments.cli.errors import CommandError
 from experiments.training.experiment import load_data
-from experiments.training.settings import Settings, build_network
+from experiments.training.settings import DataSettings, Settings, build_network
+from experiments.training.workdir import DATA_DIR
 
 Checkpoint = int | Literal["best", "last"]
 
@@ -29,7 +30,7 @@ class Run:
         workdir: the run's folder.
         network: with the parameters of one checkpoint.
         epoch: of that checkpoint.
-        settings: all of them, but for where its images lay.
+        settings: all of them, with where its images lie if that is known and they still do.
         class_names: of the logits.
         image_shape: `(H, W, C)`.
         digests: of the images of each split.
@@ -70,6 +71,9 @@ def load_run(workdir: Path, epoch: Checkpoint = "best") -> Run:
     with readable(path):
         config = json.loads(path.read_text())
         settings, images = settings_from(Settings, config["settings"]), config["data"]
+        if DATA_DIR in config and (data_dir := Path(config[DATA_DIR])).is_dir():
+            of_data = dataclasses.replace(settings.data, data_dir=data_dir)
+            settings = dataclasses.replace(settings, data=of_data)
         network = build_network(settings, len(images["class_names"]))
         described = {
             "settings": settings,
@@ -83,6 +87,12 @@ def load_run(workdir: Path, epoch: Checkpoint = "best") -> Run:
     return Run(workdir, network, epoch, **described)
 
 
+def data_settings(run: Run, data_dir: Path | None) -> DataSettings:
+    """Those of `run`, whose images lie in `data_dir`, by default where they lay."""
+    settings = run.settings.data
+    return dataclasses.replace(settings, data_dir=data_dir or settings.data_dir)
+
+
 def load_images(run: Run, data_dir: Path | None) -> tuple[data.Dataset, tuple[str, ...]]:
     """The images of `run`, and the splits whose images are not those it was trained with.
 
@@ -92,12 +102,12 @@ def load_images(run: Run, data_dir: Path | None) -> tuple[data.Dataset, tuple[st
         DataError: if they cannot be had.
         CommandError: if they are of other classes.
     """
-    settings = dataclasses.replace(run.settings.data, data_dir=data_dir)
+    settings = data_settings(run, data_dir)
     dataset = load_data(settings, in_memory=False)
     if dataset.class_names != run.class_names:
         raise CommandError(
-            f"data_dir={data_dir} has the classes {', '.join(dataset.class_names)}, the run in "
-            f"{run.workdir} has {', '.join(run.class_names)}"
+            f"data_dir={settings.data_dir} has the classes {', '.join(dataset.class_names)}, the "
+            f"run in {run.workdir} has {', '.join(run.class_names)}"
         )
     splits = dataset.splits.items()
     others = tuple(name for name, split in splits if split.summary.digest != run.digests.get(name))

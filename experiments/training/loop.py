@@ -22,7 +22,7 @@ from experiments.cluster import coordination
 from experiments.training import feed as feeds
 from experiments.training import printing, records
 from experiments.training.experiment import Experiment
-from experiments.training.settings import run_name
+from experiments.training.settings import title
 from experiments.training.workdir import WorkdirError
 
 
@@ -67,11 +67,12 @@ def train(experiment: Experiment, workdir: Path, console: Console) -> Progress:
         if len(progress.history) == epochs:
             return progress
         coordination.first_alone(lambda: discard_results(workdir, progress))
+        console.print("the steps are compiled …")
         start = time.perf_counter()
         feed = opened.enter_context(feeds.open_feed(experiment, progress.state))
         console.print(f"the steps were compiled in {time.perf_counter() - start:.1f} s")
         record = opened.enter_context(
-            records.recorded(workdir, progress.history, run_name(experiment.settings))
+            records.recorded(workdir, progress.history, title(experiment.settings))
             if coordination.is_first()
             else contextlib.nullcontext(lambda row: None)
         )

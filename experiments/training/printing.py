@@ -16,7 +16,7 @@ from experiments.reporting.report import LAYOUT
 from experiments.training.records import Row, best_epoch
 
 EPOCH_HEADER = (
-    "epoch  train loss     acc  val loss     acc  learning rate  images/s  seconds  best epoch"
+    "epoch  train loss     acc  val loss     acc  learning rate  images/s  train s  best epoch"
 )
 
 
@@ -72,7 +72,7 @@ def print_summary(summary: Mapping[str, Any], workdir: Path, console: Console) -
         "best accuracy": (
             f"{summary['best_val_accuracy']:.2%} (epoch {summary['best_accuracy_epoch']})"
         ),
-        "s an epoch": f"{summary['seconds_per_epoch']:.2f}",
+        "train s an epoch": f"{summary['seconds_per_epoch']:.2f}",
     }
     for heading in cells:
         table.add_column(heading, justify="right")

@@ -8,6 +8,7 @@ a run is a list of rows, one an epoch, each a flat dict of numbers (see `best_ep
 import contextlib
 import json
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -30,13 +31,10 @@ def recorded(workdir: Path, history: Sequence[Row], title: str) -> Iterator[Call
     Yields:
         A function that appends a row; its `epoch` is TensorBoard's step.
     """
-    # It imports PyTorch where that is installed, which takes seconds.
-    from tensorboardX import SummaryWriter
-
     rows = []
     with (
         (workdir / "metrics.jsonl").open("w") as lines,
-        SummaryWriter(str(workdir), purge_step=len(history) + 1) as events,
+        summary_writer()(str(workdir), purge_step=len(history) + 1) as events,
         contextlib.ExitStack() as ending,
     ):
         lines.writelines(json.dumps(row) + "\n" for row in history)
@@ -61,6 +59,17 @@ def recorded(workdir: Path, history: Sequence[Row], title: str) -> Iterator[Call
 
         ending.push(draw)
         yield write
+
+
+def summary_writer() -> type:
+    """TensorBoard's writer, without PyTorch, which it would import for tensors, for seconds."""
+    hidden = sys.modules.setdefault("torch", None) is None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def best_epoch(history: Sequence[Row]) -> Row:

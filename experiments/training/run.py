@@ -24,7 +24,7 @@ from experiments.training import printing, records
 from experiments.training.experiment import Experiment, build
 from experiments.training.loop import Progress, train
 from experiments.training.settings import Settings, decisive, run_name
-from experiments.training.workdir import claim
+from experiments.training.workdir import check, claim
 
 # What settings are worth in the files of runs that are older than they.
 BEFORE_THEY_WERE = {"settings": decisive(Settings())}
@@ -51,6 +51,9 @@ def train_and_evaluate(
     refuse_workdir_among_images(workdir, settings)
     checkpoint.check_workdir(workdir)
     coordination.check_equal("settings", equal_in_all_processes(settings))
+    known = {"settings": decisive(settings)}
+    coordination.first_alone(lambda: check(workdir, known, settings.resume, BEFORE_THEY_WERE))
+    console.print(f"the images are loaded ({settings.data.dataset}) …")
     experiment = build(settings, network)
     description = experiment.describe()
     coordination.check_equal("images", description)
@@ -58,7 +61,13 @@ def train_and_evaluate(
         with contextlib.ExitStack() as claimed:
             aside = coordination.first_alone(
                 lambda: claimed.enter_context(
-                    claim(workdir, description, settings.resume, BEFORE_THEY_WERE)
+                    claim(
+                        workdir,
+                        description,
+                        settings.resume,
+                        BEFORE_THEY_WERE,
+                        settings.data.data_dir,
+                    )
                 )
             )
             seen = {"config": (workdir / "config.json").exists()}
@@ -98,6 +107,11 @@ def print_beginning(
         experiment.network.config, experiment.dataset.splits["train"].images.shape[1:3]
     )
     printing.print_layers(rows, f"{settings.network.model}, multiply-adds for one image", console)
+    if jax.default_backend() == "cpu" and not native.available():
+        console.print(
+            f"note: the layers are not computed in C++, so an epoch takes two to three times as "
+            f"long: {native.why_not()}"
+        )
     console.print(f"run: {workdir}" + (f" (the one before is now {aside})" if aside else ""))
     return rows
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,8 @@ from chansel_jax.training.optimizer import OptimizerSettings
 from experiments.cluster.joining import ClusterSettings
 
 Conv = Literal["chansel", "subkernel"]
+
+LONGEST_NAME = 100  # characters of a run's default name, before the digest of longer ones
 
 INITIALISERS = {
     "he": None,
@@ -71,9 +75,13 @@ class DataSettings:
     train_images: int | None = None
     """Only this many of the training images are used, of each class as many, give or take one."""
 
+    validation_images: int | None = None
+    """Likewise of the validation images."""
+
     def __post_init__(self):
-        if self.train_images is not None and self.train_images < 1:
-            raise ValueError(f"train_images={self.train_images} must be at least 1")
+        for name in ("train_images", "validation_images"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +160,8 @@ class Settings:
     seed: int = 0
     """This decides the initial parameters, the order of the images, augmentation and dropout."""
     workdir: Path | None = None
-    """The run lives in this folder; by default it is runs/DATASET-MODEL-CONV-seedSEED."""
+    """The run lives in this folder; by default it is runs/DATASET-MODEL-CONV-seedSEED, with the
+    recipe, and with the settings that differ from it, before the seed."""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto goes on with the run in --workdir if there is one; never starts anew (an older run is
     renamed, not lost); must fails if there is none."""
@@ -191,9 +200,47 @@ def decisive(settings: Settings) -> dict[str, Any]:
 
 
 def run_name(settings: Settings) -> str:
-    """The default name of a run's folder."""
-    model = settings.network.model
-    return f"{settings.data.dataset}-{model}-{settings.conv}-seed{settings.seed}"
+    """The default name of a run's folder, which tells it from runs of other settings.
+
+    After data set, network and convolution come the recipe that is nearest, what differs from it
+    and from the other defaults, and the seed.
+    """
+    data, network = settings.data.dataset, settings.network.model
+    plain = Settings(
+        conv=settings.conv,
+        network=NetworkSettings(model=network),
+        data=DataSettings(dataset=data),
+        seed=settings.seed,
+    )
+    changes = {
+        name: _changes(decisive(dataclasses.replace(plain, training=recipe)), decisive(settings))
+        for name, recipe in RECIPES.items()
+    }
+    recipe = min(changes, key=lambda name: len(changes[name]))
+    named = [] if plain.training == RECIPES[recipe] else [recipe]
+    parts = [data, network, settings.conv, *named, *changes[recipe], f"seed{settings.seed}"]
+    name = re.sub(r"[^\w.,=+-]", "_", "-".join(parts))
+    if len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(json.dumps(decisive(settings)).encode()).hexdigest()[:8]
+    return f"{name[:LONGEST_NAME]}-{digest}"
+
+
+def title(settings: Settings) -> str:
+    """What pictures of a run are called."""
+    return f"{settings.data.dataset}, {settings.network.model}, {settings.conv}"
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One `name=value` for each entry of nested `now` that is another in `before`."""
+    found = []
+    for name, value in now.items():
+        if isinstance(value, Mapping):
+            found += _changes(before[name], value)
+        elif value != before[name]:
+            values = value if isinstance(value, list) else [value]
+            found.append(f"{name}={','.join(map(str, values))}")
+    return found
 
 
 def build_network(settings: Settings, num_classes: int) -> ResNet:

@@ -1,7 +1,9 @@
 """The folder of a run: whose it is, and that no run is lost in it."""
 
 import contextlib
+import errno
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,17 +15,49 @@ from chansel_jax.files import write_json
 from chansel_jax.training.checkpoint import CHECKPOINTS, UNFINISHED
 from experiments.cli.differences import differences
 
+DATA_DIR = "data_dir"  # of `config.json`; the rest decides the result
+
 
 class WorkdirError(OneLineError):
     """The folder holds another run, or none to resume, or it cannot be written to."""
+
+
+Resume = Literal["auto", "never", "must"]
+
+
+def check(
+    workdir: Path,
+    config: Mapping[str, Any],
+    resume: Resume,
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Raises what `claim` would, as far as that can be told of a part of `config`.
+
+    It makes and changes nothing, and so costs nothing before the data are there.
+    """
+    if resume == "must" and not holds_run(workdir):
+        raise WorkdirError(f"--resume=must: there is no run in {workdir}")
+    if resume == "never" and holds_run(workdir) and workdir.samefile(Path.cwd()):
+        # Renamed, it would still be where everything is written to.
+        raise WorkdirError("--resume=never cannot rename the current folder: name its --workdir")
+    with _refused_writes(workdir):
+        there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    if holds_run(workdir) and resume != "never":
+        stored = filled(_read(workdir / "config.json"), defaults or {})
+        _check_same(workdir, {name: stored.get(name) for name in config}, config)
 
 
 @contextlib.contextmanager
 def claim(
     workdir: Path,
     config: Mapping[str, Any],
-    resume: Literal["auto", "never", "must"],
+    resume: Resume,
     defaults: Mapping[str, Any] | None = None,
+    data_dir: Path | None = None,
 ) -> Iterator[Path | None]:
     """Makes `workdir` with `config.json`, or checks that the run in it has the same `config`.
 
@@ -36,6 +70,8 @@ def claim(
         resume: `"auto"` goes on with a run that is there, `"must"` fails where there is none, and
             `"never"` renames the folder of a run that is there, to begin anew.
         defaults: values of what the `config.json` of an older run may not have yet.
+        data_dir: where the images lie now, which `config.json` holds too, and nothing is compared
+            with.
 
     Yields:
         What a folder that was there has been renamed to, or None.
@@ -45,29 +81,32 @@ def claim(
             `config` (the message names all that differs), or, with `"must"`, none; nothing is
             touched then. Or if it cannot be written.
     """
-    config = json.loads(json.dumps(config))
-    if resume == "must" and not holds_run(workdir):
-        raise WorkdirError(f"--resume=must: there is no run in {workdir}")
-    if resume == "never" and holds_run(workdir) and workdir.samefile(Path.cwd()):
-        # Renamed, it would still be where everything is written to.
-        raise WorkdirError("--resume=never cannot rename the current folder: name its --workdir")
+    config = asked = json.loads(json.dumps(config))
+    check(workdir, {}, resume)
     with contextlib.ExitStack() as locks:
         aside = None
         _lock(workdir, locks)
         if holds_run(workdir) and resume == "never":
             aside = _rename_aside(workdir)
             _lock(workdir, locks)
+        stored = {}
         if holds_run(workdir):
-            found = differences(filled(_read(workdir / "config.json"), defaults or {}), config)
-            if found:
-                raise WorkdirError(
-                    f"the run in {workdir} has other settings ({'; '.join(found)}): "
-                    "take another --workdir, or --resume=never to start anew"
-                )
-        else:
+            stored = config = _read(workdir / "config.json")
+            stored_settings = {name: value for name, value in stored.items() if name != DATA_DIR}
+            _check_same(workdir, filled(stored_settings, defaults or {}), asked)
+        where = {DATA_DIR: str(data_dir.absolute())} if data_dir else {}
+        if not stored or not where.items() <= stored.items():
             with _refused_writes(workdir):
-                write_json(workdir / "config.json", config)
+                write_json(workdir / "config.json", config | where)
         yield aside
+
+
+def _check_same(workdir: Path, stored: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    if found := differences(stored, config):
+        raise WorkdirError(
+            f"the run in {workdir} has other settings ({'; '.join(found)}): "
+            "take another --workdir, or --resume=never to start anew"
+        )
 
 
 def holds_run(workdir: Path) -> bool:

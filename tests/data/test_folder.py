@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from chansel_jax.data import DataError, load
 from chansel_jax.data.image_files import read_image
@@ -178,8 +178,13 @@ def test_hidden_and_other_files_are_passed_over(root, write_images):
         root / ".hidden",
         root / "__MACOSX",
         root / "train" / "cat" / ".ipynb_checkpoints",
+        root / "train" / "@eaDir" / "cat",
+        root / "train" / "cat" / "@eaDir" / "00.png",
+        root / "train" / "dog" / "__MACOSX",
+        root / "validation" / "$RECYCLE.BIN",
+        root / "#recycle",
     ):
-        folder.mkdir()
+        folder.mkdir(parents=True)
         (folder / "00.png").write_bytes(b"")
     (root / "train" / "readme.txt").write_text("no image")
     assert counts(load("folder", data_dir=root)) == {"train": [10, 10], "validation": [2, 2]}
@@ -194,6 +199,37 @@ def test_photograph_taken_sideways_is_turned(root, write_images):
     Image.fromarray(pixels).save(path, exif=exif)
     splits = load("folder", data_dir=root).splits.values()
     assert any((np.rot90(pixels, -1) == image).all() for s in splits for image in s.images)
+
+
+def exif(*entries):
+    """EXIF data of the entries (tag, type, count, four bytes)."""
+    packed = b"".join(struct.pack("<HHL4s", *entry) for entry in entries)
+    return struct.pack("<6sHHLH", b"Exif", 0x4949, 42, 8, len(entries)) + packed + bytes(4)
+
+
+def png_text(profile):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Raw profile type exif", profile)
+    return {"pnginfo": text}
+
+
+TURNED, TEXT = (0x0112, 3, 1, b"\6\0\0\0"), (0x0112, 2, 2, b"6\0\0\0")
+TEXT_AS_WIDTH = (0x0100, 2, 4, b"abc\0")
+DAMAGED_EXIF = {
+    "orientation as text": ({"exif": exif(TEXT)}, 0),
+    "width as text": ({"exif": exif(TEXT_AS_WIDTH)}, 0),
+    "width as text, turned": ({"exif": exif(TEXT_AS_WIDTH, TURNED)}, -1),
+    "no EXIF data": ({"exif": b"Exif\0\0no EXIF data"}, 0),
+    "raw profile": (png_text("\nexif\n 12\nnot hexadecimal\n"), 0),
+    "short raw profile": (png_text("exif"), 0),
+}
+
+
+@pytest.mark.parametrize(("damage", "turns"), DAMAGED_EXIF.values(), ids=DAMAGED_EXIF)
+def test_damaged_exif_data_are_not_the_image(tmp_path, damage, turns):
+    pixels = NOISE[:6]
+    Image.fromarray(pixels).save(tmp_path / "00.png", **damage)
+    np.testing.assert_array_equal(read_image(tmp_path / "00.png"), np.rot90(pixels, turns))
 
 
 def animated(array, other):
@@ -456,6 +492,23 @@ def test_link_to_nothing(root, write_images):
     assert refusal(root).endswith(f"No such file or directory: '{root}/train/cat/link.png'")
 
 
+def test_links_to_folders_are_followed_unless_they_lead_back(root, write_images, tmp_path):
+    write_images(tmp_path, {"elsewhere/cat": 10, "elsewhere/more": 1})
+    write_images(root, {"dog": 10})
+    (root / "cat").symlink_to(tmp_path / "elsewhere" / "cat")
+    for folder in (root, root / "cat", root / "dog"):
+        (folder / "back").symlink_to(root)
+    assert counts(load("folder", data_dir=root)) == {"train": [8, 8], "validation": [2, 2]}
+    (root / "dog" / "link").symlink_to(tmp_path / "elsewhere")
+    assert refusal(root).startswith(f"{root}/dog/link/cat/00.png lies in a folder within")
+
+
+def test_class_that_is_a_link_to_nothing_is_not_left_out(root, write_images):
+    write_images(root, {"cat": 10, "dog": 10})
+    (root / "eel").symlink_to("nowhere")
+    assert refusal(root) == f"{root}/eel is a link to nothing"
+
+
 def test_pipe_is_not_waited_for(root, write_images):
     write_images(root, SPLITS)
     os.mkfifo(root / "train" / "cat" / "pipe.png")
@@ -523,7 +576,7 @@ NO_IMAGES = {
 
 @pytest.mark.parametrize("name", [*NO_IMAGES, "bomb"])
 def test_file_that_is_no_image(tmp_path, name):
-    path = tmp_path / "00.png"
+    path = tmp_path / "0  0.png"
     path.write_bytes(bomb() if name == "bomb" else NO_IMAGES[name])
     with pytest.raises(DataError, match=f"^{path} cannot be read as an image: ") as error:
         read_image(path)
@@ -541,6 +594,32 @@ def test_refused_image_leaves_nothing_and_can_be_replaced(root, write_images, ca
     assert not list(cache_dir.rglob("folder-*"))
     path.write_bytes(good)
     load("folder", data_dir=root)
+
+
+@pytest.mark.parametrize("name", ["cat ", "\u3000cat", "c\nat", "c\rat", "c\u2028at", "caf\udce9"])
+def test_class_names_that_would_be_changed_are_refused(root, write_images, name):
+    write_images(root, {"cat": 2, name: 2, f"{name}s": 2})
+    told = refusal(root)
+    assert told.startswith("rename ") and repr(name) in told and repr("cat") not in told
+
+
+def test_class_names_are_kept_as_they_are(root, write_images):
+    names = ("$a_$", "a  b", "caf\xe9", "cafe\u0301", "\u732b", "\U0001f431")
+    write_images(root, dict.fromkeys(names, 2))
+    assert load("folder", data_dir=root).class_names == tuple(sorted(names))
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_all_images_that_cannot_be_read_are_named(root, write_images, first):
+    paths = [path for path in write_images(root, SPLITS) if int(path.stem) >= first]
+    for path in paths[: len(paths) // 2]:
+        path.write_text("no image")
+    for path in paths[len(paths) // 2 :]:
+        path.unlink()
+        path.symlink_to("nowhere")
+    told, kept = refusal(root), paths[:20]
+    assert [told.count(f"{path} cannot be read as an image: ") for path in kept] == [1] * len(kept)
+    assert told.endswith("and 4 more") == (first == 0)
 
 
 def test_images_of_different_sizes(root, write_images):

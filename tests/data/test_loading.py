@@ -200,3 +200,10 @@ def test_user_without_a_home_is_asked_for_a_folder(monkeypatch):
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
     with pytest.raises(DataError, match="^prepared data sets are kept in ~/kept, but no home is"):
         load(data_dir="~/kept")
+
+
+def test_folder_that_is_not_utf8_keeps_no_data_sets(tmp_path):
+    folder = tmp_path / "caf\udce9"
+    with pytest.raises(DataError, match=r"caf\\udce9' must be UTF-8"):
+        load("silhouettes", data_dir=folder)
+    assert not folder.exists()

@@ -63,6 +63,17 @@ def test_run_is_loaded_as_it_was(trained, settings, whole):
     assert set(dataset.splits) == {"train", "validation"} and others == ()
 
 
+def test_images_are_found_where_they_were_or_where_they_are_said_to_be(trained, copy, settings):
+    config = json.loads((copy / "config.json").read_text())
+    assert config["data_dir"] == str(settings.data.data_dir)
+    assert load_images(load_run(trained), None)[1] == ()
+    (copy / "config.json").write_text(json.dumps({**config, "data_dir": "/no/such/folder"}))
+    run = load_run(copy)
+    with pytest.raises(OneLineError, match="--data-dir=PATH"):
+        load_images(run, None)
+    assert load_images(run, settings.data.data_dir)[1] == ()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -164,8 +175,6 @@ def test_evaluation_on_other_images_says_so(trained, images, tmp_path, console):
 def test_evaluation_refuses_what_is_not_there(trained, images, tmp_path, console):
     with pytest.raises(CommandError, match="split=test: .* train, validation only"):
         evaluate.evaluate(evaluate.Settings(trained, split="test", data_dir=images), console)
-    with pytest.raises(OneLineError, match="--data-dir=PATH"):
-        evaluate.evaluate(evaluate.Settings(trained), console)
     for name in ("blue", "green", "violet"):
         (tmp_path / "train" / name).mkdir(parents=True)
         for i in range(2):
@@ -283,6 +292,23 @@ def test_a_file_beside_the_images_changes_no_names(trained, unlabelled, tmp_path
         "002",
         "more/003",
     ]
+
+
+def test_all_files_but_hidden_ones_are_found(tmp_path, monkeypatch):
+    elsewhere, root = tmp_path / "elsewhere", tmp_path / "images"
+    for path in (elsewhere / "a.png", elsewhere / "@eaDir" / "a.png", elsewhere / ".a.png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    root.mkdir()
+    (root / "link").symlink_to(elsewhere)
+    assert predict.find_files(root) == [root / "link" / "a.png"]
+    (elsewhere / "back").symlink_to(root)
+    (root / "deep").mkdir()
+    (root / "deep" / "link").symlink_to(elsewhere)
+    (root / "none.png").symlink_to("nowhere")
+    monkeypatch.chdir(root)
+    found = [Path("deep/link/a.png"), Path("link/a.png"), Path("none.png")]
+    assert predict.find_files(Path()) == found
 
 
 @pytest.mark.parametrize("output", [Path(), Path("/")])

@@ -54,11 +54,11 @@ def assert_whole(folder, *names):
 
 
 def test_page_shows_what_the_markdown_says(tmp_path):
-    table = report.table(["", "a"], [["x < y", "1"]])
+    table = report.table(["", "a"], [["x < y | z", "1"]])
     text = f"{table}\n\n![one](one.png) <b>not bold</b>"
     report.write(tmp_path, "A & B", text, {"one": Figure()})
     page = (tmp_path / "report.html").read_text()
-    assert "<h1>A &amp; B</h1>" in page and "<td>x &lt; y</td>" in page
+    assert "<h1>A &amp; B</h1>" in page and "<td>x &lt; y | z</td>" in page
     assert "&lt;b&gt;" in page and 'alt="one"' in page and "one.png" not in page
     assert (tmp_path / "report.md").read_text().startswith("# A & B\n\n|  | a |\n| --- | ---: |\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == [

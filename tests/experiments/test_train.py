@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,15 +18,18 @@ from PIL import Image
 from rich.console import Console
 
 from chansel_jax.errors import OneLineError
+from chansel_jax.ops import native
 from chansel_jax.training import checkpoint
 from chansel_jax.training.optimizer import OptimizerSettings, make_schedule
 from experiments.cli.ending import EXIT_SAVED
 from experiments.cli.errors import CommandError, Interrupted
 from experiments.reporting.machine import cpu_name
 from experiments.training import loop
+from experiments.training import run as runs
 from experiments.training.experiment import load_data
 from experiments.training.run import train_and_evaluate
 from experiments.training.settings import DataSettings, NetworkSettings, ReadingSettings
+from experiments.training.workdir import WorkdirError
 
 
 def run(settings):
@@ -77,6 +81,36 @@ def test_run_leaves_all_its_files(settings, whole):
     assert list(workdir.glob("events.out.tfevents.*"))
     with Image.open(workdir / "losses.png") as picture:
         assert picture.format == "PNG"
+
+
+@pytest.mark.parametrize("change", [{"workdir": Path("pyproject.toml/run")}, {"resume": "must"}])
+def test_folder_is_refused_before_images_are_loaded(settings, tmp_path, monkeypatch, change):
+    monkeypatch.setattr(runs, "build", lambda *_: pytest.fail("the images were loaded"))
+    with pytest.raises(WorkdirError):
+        run(variant(settings, **{"workdir": tmp_path / "run", **change}))
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_few_images_of_each_class_train_and_validate(settings, in_memory):
+    few = dataclasses.replace(settings.data, train_images=7, validation_images=3)
+    splits = load_data(few, in_memory).splits
+    assert np.bincount(splits["train"].labels).tolist() == [3, 2, 2]
+    assert splits["validation"].labels.tolist() == [0, 1, 2]
+    assert len(splits["validation"].images) == 3
+    many = dataclasses.replace(settings.data, validation_images=28)
+    message = "validation_images=28 must be at most the 27 validation images"
+    with pytest.raises(OneLineError, match=message):
+        load_data(many, in_memory)
+
+
+def test_missing_library_is_told(settings, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(native, "why_not", lambda: "there is no compiler")
+    copy = copy_run(settings.workdir, tmp_path / "copy")
+    _, printed = run(variant(settings, copy))
+    assert "note: the layers are not computed in C++" in printed
+    assert "as long: there is no compiler\n" in printed
+    assert "C++" not in whole[1]
 
 
 def test_summary_holds_the_runs_figures(settings, whole):

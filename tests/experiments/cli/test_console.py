@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from experiments.cli.console import make_console
+from experiments.cli.console import make_console, print_any_character
 from experiments.reporting.report import print_table
 
 UNREAD = """
@@ -58,6 +58,18 @@ def test_names_are_printed_as_they_are(capsys, name):
     print_table([name, "images"], [[name, "3"]], make_console())
     heading, _, row = capsys.readouterr().out.removeprefix(f"run: {name}\n").splitlines()
     assert heading.split() == [name, "images"] and row.split() == [name, "3"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_an_encoding_does_not_have_ends_nothing(monkeypatch, encoding):
+    """Dashes, other scripts, and the names of files that are not UTF-8."""
+    text, written = "caf\xe9 \u2013 \u732b \udce9", io.BytesIO()
+    with io.TextIOWrapper(written, encoding) as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        print_any_character()
+        print_table([text, "images"], [[text, "3"]], make_console())
+        output.flush()
+        assert text.encode(encoding, "backslashreplace") in written.getvalue()
 
 
 def test_only_process_0_prints(monkeypatch, capsys):

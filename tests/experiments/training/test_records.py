@@ -3,6 +3,7 @@
 import itertools
 import json
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,13 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from chansel_jax.files import write_json
-from experiments.training.records import best_epoch, plot_losses, recorded, summarise
+from experiments.training.records import (
+    best_epoch,
+    plot_losses,
+    recorded,
+    summarise,
+    summary_writer,
+)
 
 BLUE, ORANGE = (31, 119, 180), (255, 127, 14)  # matplotlib's tab:blue and tab:orange
 
@@ -186,3 +193,11 @@ def test_plot_of_a_single_epoch_shows_both_losses(tmp_path):
     path = tmp_path / "losses.png"
     plot_losses(HISTORY[:1], path, "title")
     assert len(rows_of(path, BLUE)) and len(rows_of(path, ORANGE))
+
+
+def test_pytorch_is_not_imported(monkeypatch):
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("torch", "tensorboardX"):
+            monkeypatch.delitem(sys.modules, name)
+    assert summary_writer().__module__ == "tensorboardX.writer"
+    assert not any(name.partition(".")[0] == "torch" for name in sys.modules)

@@ -34,6 +34,7 @@ from experiments.training.settings import (
 )
 
 
+@functools.cache
 def built(num_classes=3, conv="chansel", dropout_rate=None, **network):
     """The network of these settings, without arrays."""
     settings = Settings(
@@ -68,6 +69,32 @@ def test_run_is_named_by_dataset_model_conv_and_seed():
     )
     assert run_name(settings) == "cifar10-resnet18-subkernel-seed7"
     assert run_name(Settings()) == "silhouettes-resnet14-chansel-seed0"
+
+
+def test_name_tells_runs_of_other_settings_apart():
+    best = RECIPES["best"]
+    shorter = dataclasses.replace(best, epochs=15, dropout_rate=None)
+    names = {
+        run_name(Settings(**given)): given
+        for given in (
+            {},
+            {"training": best},
+            {"training": shorter},
+            {"network": NetworkSettings(width=32, rank=2)},
+            {"data": DataSettings(dataset="folder", classes=("cat", "[a/b]"))},
+            {"network": NetworkSettings(ranks=(1, 2) * 6), "training": shorter},
+            {"network": NetworkSettings(ranks=(1, 3) * 6), "training": shorter},
+        )
+    }
+    *short, first, second = names
+    assert short == [
+        "silhouettes-resnet14-chansel-seed0",
+        "silhouettes-resnet14-chansel-best-seed0",
+        "silhouettes-resnet14-chansel-best-epochs=15-dropout_rate=None-seed0",
+        "silhouettes-resnet14-chansel-width=32-rank=2-seed0",
+        "folder-resnet14-chansel-classes=cat,_a_b_-seed0",
+    ]
+    assert first != second and max(map(len, names)) < 120
 
 
 # Values

@@ -31,9 +31,9 @@ def workdir(tmp_path, request):
     return path
 
 
-def claim(workdir, config, resume, defaults=None):
+def claim(workdir, config, resume, defaults=None, data_dir=None):
     """Claims the folder and lets it go."""
-    with workdirs.claim(workdir, config, resume, defaults) as aside:
+    with workdirs.claim(workdir, config, resume, defaults, data_dir) as aside:
         return aside
 
 
@@ -175,6 +175,41 @@ def test_must_without_a_run_fails_and_makes_nothing(tmp_path, exists):
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("resume", ["auto", "must"])
+def test_settings_are_checked_before_the_data_are_there(tmp_path, workdir, resume):
+    before = snapshot(tmp_path)
+    part = {"settings": CONFIG["settings"]}
+    workdirs.check(workdir, part, resume)
+    with pytest.raises(WorkdirError, match=r"other settings \(seed: 0 → 1\)"):
+        workdirs.check(workdir, changed(part, seed=1), resume)
+    workdirs.check(workdir, changed(part, seed=1), "never")
+    assert snapshot(tmp_path) == before
+
+
+def test_folder_that_cannot_be_made_is_refused_and_none_is_made(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    workdirs.check(tmp_path / "new" / "run", CONFIG, "auto")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(WorkdirError, match=f"cannot write to --workdir={path}: .* is a file"):
+            workdirs.check(path, CONFIG, "auto")
+    monkeypatch.setattr(workdirs.os, "access", lambda path, mode: False)
+    with pytest.raises(WorkdirError, match="Permission denied"):
+        workdirs.check(tmp_path / "new", CONFIG, "auto")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_config_knows_where_the_images_lie_and_follows_them(tmp_path, workdir):
+    for name in ("here", "there"):
+        claim(workdir, CONFIG, "auto", data_dir=tmp_path / name)
+        stored = json.loads((workdir / "config.json").read_text())
+        assert stored == {**json.loads(json.dumps(CONFIG)), "data_dir": str(tmp_path / name)}
+    before = snapshot(tmp_path)
+    claim(workdir, CONFIG, "auto")
+    assert snapshot(tmp_path) == before
+    with pytest.raises(WorkdirError, match=r"\(seed: 0 → 1\)"):
+        claim(workdir, changed(CONFIG, seed=1), "auto")
+
+
 DAMAGED = [b"", b'{"settings": {', b"[]", b"null", b"\xff\xfe"]
 
 
@@ -245,9 +280,3 @@ with claim(pathlib.Path(sys.argv[1]), {"epochs": 1}, "never"):
         first.kill()
     for resume in ("auto", "must", "never"):
         claim(workdir, {"epochs": 1}, resume)
-
-
-def test_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(WorkdirError, match="cannot write to --workdir=.*Not a directory"):
-        claim(tmp_path / "file" / "run", CONFIG, "auto")

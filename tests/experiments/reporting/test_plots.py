@@ -1,0 +1,32 @@
+"""Pictures that several commands draw."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.reporting import plots
+
+# DejaVu Sans, the usual font, lacks the script A that the STIX fonts have, which come with
+# Matplotlib too; of what is for private use no font has this.
+NAMES = ("cat", "\U0001d49c", "\U00102345 dog")
+
+
+def test_names_are_drawn_with_fonts_that_have_them(tmp_path):
+    labels, families = plots.drawable(NAMES)
+    assert labels == ["cat", "\U0001d49c", "class 2"]
+    assert families[0] == "sans-serif" and len(families) == 2
+    # A character without a glyph would be warned of.
+    picture = plots.confusion_matrices({"any": np.eye(3, dtype=int)}, NAMES)
+    plots.save(picture, tmp_path / "confusion.png")
+    with Image.open(tmp_path / "confusion.png") as image:
+        assert image.format == "PNG"
+
+
+@pytest.mark.parametrize("name", ["$a_$", "$", "a_b^c", "\\alpha"])
+def test_names_are_no_formulas(tmp_path, name):
+    picture = plots.confusion_matrices({"any": np.eye(2, dtype=int)}, (name, "b$"))
+    plots.save(picture, tmp_path / "confusion.png")
+    (axes,) = picture.axes
+    for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [tick.get_text() for tick in ticks] == [name, "b$"]
+        assert not any(tick.get_parse_math() for tick in ticks)
