@@ -62,17 +62,20 @@ def evaluate(settings: Settings, console: Console) -> Scores:
 
 
 def print_scores(found: Scores, trained: Run, console: Console) -> None:
-    """A row a class: precision, recall, and what its images were taken for."""
-    headings = ["class", "images", "precision", "recall", *trained.class_names]
+    """A row a class: precision, recall, and, of few classes, what its images were taken for."""
+    taken_for = trained.class_names if len(trained.class_names) <= plots.FEW_CLASSES else ()
+    headings = ["class", "images", "precision", "recall", *taken_for]
     precision, recall = (share_or_none(values) for values in (found.precision, found.recall))
     rows = []
     for i, name in enumerate(trained.class_names):
         counts = found.confusion[i]
         shares = ("–" if v is None else f"{v:.2%}" for v in (precision[i], recall[i]))
-        rows.append([name, f"{counts.sum():,}", *shares, *(f"{count:,}" for count in counts)])
-    table = report.terminal_table(headings, rows)
-    table.title = "rows: the class; columns on the right: taken for"
-    console.print(table)
+        counted = (f"{count:,}" for count in counts[: len(taken_for)])
+        rows.append([name, f"{counts.sum():,}", *shares, *counted])
+    title = "rows: the class; columns on the right: taken for" if taken_for else ""
+    report.print_table(headings, rows, console, title)
+    if not taken_for:
+        console.print("the files show what each class was taken for")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def write(measured: Measured, settings: Settings, console: Console) -> None:
     )
     for name, table in scaling_report.tables(measured).items():
         console.print(f"\n{name}")
-        console.print(report.terminal_table(*table))
+        report.print_table(*table, console)
     console.print(f"\n{scaling_report.legend(measured)}")
     console.print(f"the results are written to {settings.output}")
 

@@ -84,7 +84,8 @@ def image_among(root: Path) -> Path | None:
 def _find(root: Path, classes: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Files]]:
     """The names of the classes, and the files of every split there is a folder for."""
     if not root.is_dir():
-        raise DataError(f"data_dir={root} is no folder")
+        hint = ": an archive must be unpacked first" if root.is_file() else ""
+        raise DataError(f"data_dir={root} is no folder{hint}")
     roots = _split_folders(root)
     class_names = tuple(classes) or _subfolders(roots["train"])
     _check_classes(class_names, _subfolders(roots["train"]), roots["train"])
@@ -108,7 +109,14 @@ def _split_folders(root: Path) -> dict[str, Path]:
     """The folder of each split; `root` itself is train where it holds the classes."""
     there = _subfolders(root)
     if "train" not in there:
-        if alone := [name for name in there if name in ("test", "validation")]:
+        known = {name for names in SPLIT_FOLDERS.values() for name in names}
+        alone = [
+            name
+            for name in there
+            if name in ("test", "validation")
+            or (name.lower() in known | {"training"} and _subfolders(root / name))
+        ]
+        if alone:
             raise DataError(f"{root} has a folder {alone[0]} but no folder train")
         return {"train": root}
     roots = {}
@@ -136,7 +144,8 @@ def _refuse_loose_images(root: Path, beside: str) -> None:
 
 def _check_classes(wanted: Sequence[str], there: Sequence[str], root: Path) -> None:
     if not there:
-        raise DataError(f"{root} has no folders, one is expected for each class")
+        hint = ": nobody could tell what its images show" if _image_below(root, depth=0) else ""
+        raise DataError(f"{root} has no folders, one is expected for each class{hint}")
     if len(set(wanted)) < len(wanted):
         raise DataError(f"--classes={','.join(wanted)} names a class twice")
     if len(wanted) < 2:

@@ -5,6 +5,7 @@ They are those of a training whose images are on the devices, in the same order.
 
 import collections
 import contextlib
+import errno
 import functools
 import gc
 import itertools
@@ -27,6 +28,10 @@ from chansel_jax.training.batches import Batch, GivenOrder, TrainingOrder, local
 
 READ_AHEAD = 2  # batches of a worker, or of a thread
 MOST_THREADS = 8
+NO_ROOM = (
+    "/dev/shm, the shared memory that workers hand images over in, is full: fewer workers take "
+    "less of it, workers=0 none, and docker run --shm-size=1g makes it larger"
+)
 
 
 @contextlib.contextmanager
@@ -87,10 +92,15 @@ def _checked(batches: Iterator[Batch], workers: int) -> Iterator[Batch]:
         yield from batches
     except RuntimeError as error:  # Grain's, where a worker ends
         reason = str(error).partition(". ")[0]  # logs come next, which we do not keep
+        full = f"exit code {-signal.SIGBUS}" in reason  # as of a page for which there is no room
         raise DataError(
-            f"workers={workers}: the images cannot be read ({reason}); memory may be short, which "
-            "fewer workers take less of"
+            f"workers={workers}: the images cannot be read ({reason}); "
+            + (NO_ROOM if full else "memory may be short, which fewer workers take less of")
         ) from error
+    except OSError as error:
+        if not workers or error.errno != errno.ENOSPC:
+            raise
+        raise DataError(f"workers={workers}: the images cannot be read; {NO_ROOM}") from error
 
 
 @contextlib.contextmanager

@@ -1,11 +1,10 @@
 """The results as tables: on the terminal, and in Markdown to be pasted."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from experiments.benchmarking.cases import LayerShape
 from experiments.reporting import report
@@ -26,17 +25,26 @@ DTYPES = {
     "bfloat16": "bfloat16 (float32 parameters)",
 }
 
-# A terminal narrower than this is not shown these columns.
-WIDE_COLUMNS, OPTIONAL = 110, ("GMAC/s", "GB/s")
+
+def _share(contestant: Figures) -> float:
+    return max(contestant["of_product_ceiling"], contestant["of_copy_ceiling"])
+
+
+# What is told of each layer, by what it is called.
+LAYER_FIGURES: Mapping[str, Callable[[Figures], float]] = {
+    "ms": lambda contestant: contestant["seconds"]["median"] * 1e3,
+    "GMAC/s": lambda contestant: contestant["multiply_adds_per_second"] / 1e9,
+    "% of ceiling": lambda contestant: 100 * _share(contestant),
+}
 
 
 def print_report(results: Figures, console: Console) -> None:
     """Prints every table."""
     for line in [headline(results), *context(results)]:
         console.print(line)
-    for table in tables(results):
+    for title, headings, rows in tables(results):
         console.print()
-        console.print(_fitted(table, console.width))
+        report.print_table(headings, rows, console, title)
     for line in failures(results):
         console.print(line)
 
@@ -137,7 +145,6 @@ def _case_table(case: Figures) -> Table:
     rows = []
     for each in case["contestants"]:
         compiled = each["compile_seconds"]
-        share = max(each["of_product_ceiling"], each["of_copy_ceiling"])
         rows.append(
             [
                 each["name"],
@@ -145,7 +152,7 @@ def _case_table(case: Figures) -> Table:
                 f"{each['images_per_second']:,.0f}",
                 f"{each['multiply_adds_per_second'] / 1e9:,.1f}",
                 f"{each['bytes_per_second'] / 1e9:,.1f}",
-                f"{100 * share:.0f} % {each['bound']}",
+                f"{100 * _share(each):.0f} % {each['bound']}",
                 "–" if compiled is None else f"{compiled:.1f} s",
                 f"{each['peak_memory_bytes'] / 1e6:,.0f}",
             ]
@@ -181,22 +188,25 @@ def _layer_tables(results: Figures) -> list[Table]:
     found = []
     for (passes, dtype), cases in groups.items():
         headings = ["", *(str(LayerShape(**case["layer"])) for case in cases)]
-        times = [
-            {c["name"]: c["seconds"]["median"] * 1e3 for c in case["contestants"]} for case in cases
-        ]
-        found.append((f"ms {passes}, {dtype}", headings, _matrix(times)))
+        for title, figure in LAYER_FIGURES.items():
+            columns = [{c["name"]: figure(c) for c in case["contestants"]} for case in cases]
+            found.append((f"{title} {passes}, {dtype}", headings, _matrix(columns)))
+        took = [{c["name"]: c["took"] for c in case["contestants"] if c["took"]} for case in cases]
+        if any(took):
+            found.append((f"Lowerings that auto takes, {passes}, {dtype}", headings, _matrix(took)))
         ratios = [{ratio["name"]: ratio["median"] for ratio in case["ratios"]} for case in cases]
         if any(ratios):
             found.append((f"Ratios of time, {passes}, {dtype}", headings, _matrix(ratios)))
     return found
 
 
-def _matrix(columns: Sequence[Mapping[str, float]]) -> list[list[str]]:
+def _matrix(columns: Sequence[Mapping[str, float | str]]) -> list[list[str]]:
     names = sorted({name for column in columns for name in column})
-    return [
-        [name, *(three_digits(column[name]) if name in column else "–" for column in columns)]
-        for name in names
-    ]
+    return [[name, *(_cell(column.get(name, "–")) for column in columns)] for name in names]
+
+
+def _cell(value: float | str) -> str:
+    return value if isinstance(value, str) else three_digits(value)
 
 
 def _spread(figures: Figures, scale: float) -> str:
@@ -220,17 +230,3 @@ def _rounds(results: Figures) -> str:
     if results["what"] == "epoch":
         return f"{results['runs']} runs of {results['epochs']} epochs"
     return f"{results['rounds']} rounds"
-
-
-def _fitted(table: Table, width: int) -> RichTable:
-    title, headings, rows = table
-    natural = sum(2 + max(map(len, column)) for column in zip(headings, *rows, strict=True))
-    if natural > width:  # the names need the room more
-        headings = [heading.replace(" ", "\n") for heading in headings]
-    shown = [i for i, h in enumerate(headings) if width >= WIDE_COLUMNS or h not in OPTIONAL]
-    headings, *rows = ([line[i] for i in shown] for line in (headings, *rows))
-    rich = report.terminal_table(headings, rows)
-    rich.title = title
-    for i, column in enumerate(rich.columns):
-        column.no_wrap, column.overflow = i > 0, "ellipsis"  # names are wrapped at spaces
-    return rich

@@ -83,6 +83,7 @@ def contestant_figures(
         "of_copy_ceiling": of_copies,
         "bound": "memory" if of_copies > of_products else "compute",
         "tolerance_needed": timing.tolerance_needed,
+        "took": timing.took,
     }
 
 

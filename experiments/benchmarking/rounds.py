@@ -48,6 +48,7 @@ class Timing:
         compile_seconds: None where nothing is compiled.
         peak_memory: bytes, after compilation where that can be told apart.
         tolerance_needed: the largest part of a tolerance that its outputs needed.
+        took: as in `Prepared`.
     """
 
     contestant: Contestant
@@ -56,6 +57,7 @@ class Timing:
     compile_seconds: float | None
     peak_memory: int
     tolerance_needed: float
+    took: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,7 @@ def run_case(tasks: Sequence[Task], schedule: Schedule, console: Console) -> Cas
         needed = check_outputs(case, {c: p.outputs for c, p in prepared.items()})
         steps = {c: steps_per_round(p.step_seconds, schedule) for c, p in prepared.items()}
         compile_seconds = {c: p.compile_seconds for c, p in prepared.items()}
+        took = {c: p.took for c, p in prepared.items()}
         # Outputs may be large.
         del prepared
         seconds = field.time(steps, schedule, case.seed)
@@ -96,7 +99,7 @@ def run_case(tasks: Sequence[Task], schedule: Schedule, console: Console) -> Cas
         for worker in field.workers.values():
             worker.close()
     timings = tuple(
-        Timing(c, tuple(seconds[c]), steps[c], compile_seconds[c], memory[c], needed[c])
+        Timing(c, tuple(seconds[c]), steps[c], compile_seconds[c], memory[c], needed[c], took[c])
         for c in memory
     )
     return CaseResult(case, timings, field.failures)

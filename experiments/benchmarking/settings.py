@@ -52,7 +52,8 @@ class Settings:
     --what=epoch takes those of the data set as they are, and resizes those of --dataset=folder."""
     shapes: tuple[str, ...] = ()
     """With --what=layer these layers are timed, each SIZExC_INxC_OUTxKERNELxSTRIDE as in
-    32x16x16x3x1; by default they are the convolutions of the model."""
+    32x16x24x3x1, a kernel of 3 × 3 at stride 1 from 16 to 24 channels on images of 32 × 32; by
+    default they are the convolutions of the model."""
     dtypes: tuple[Dtype, ...] = ()
     """All is computed in each of these; by default in float32, and on GPUs in all three. float32
     forbids TF32, tf32 allows it, bfloat16 keeps the parameters in float32."""
@@ -124,12 +125,15 @@ def parse_shape(text: str) -> LayerShape:
     """A layer from five numbers with an x between them.
 
     Raises:
-        ValueError: if it is none, or has no output.
+        ValueError: if it is none, or its kernel is larger than the image.
     """
     fields = text.split("x")
     if len(fields) != 5 or not all(field.isdecimal() and int(field) for field in fields):
         raise ValueError(f"shapes={text} must be {SHAPE_FORMAT}, each at least 1")
     shape = LayerShape(*map(int, fields))
-    if shape.output_size < 1:
-        raise ValueError(f"shapes={text}: the kernel is larger than the padded image")
+    if shape.kernel_size > shape.size:
+        raise ValueError(
+            f"shapes={text}: the kernel of {shape.kernel_size} × {shape.kernel_size} is larger "
+            f"than the image of {shape.size} × {shape.size}; a shape is {SHAPE_FORMAT}"
+        )
     return shape

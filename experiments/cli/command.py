@@ -1,9 +1,11 @@
 """What all commands share: settings from flags, errors as one line, and the folder of --output."""
 
+import atexit
+import contextlib
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -77,12 +79,23 @@ def _call(main: Callable[[Settings], object], settings: Settings) -> None:
 def make_output(folder: Path) -> None:
     """Makes the folder of --output, before anything long begins.
 
+    If nothing is written to it, it is removed when the process ends.
+
     Raises:
         CommandError: if it is a file or cannot be made or written to.
     """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise CommandError(f"output={folder}: {error.strerror or error}") from error
+    finally:
+        atexit.register(_remove_empty, new)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -1,7 +1,6 @@
 """What commands print to."""
 
 import io
-import os
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -9,14 +8,25 @@ import jax
 from rich.console import Console
 from rich.progress import track
 
+from experiments.cli.ending import discard_output, say
+
 
 class _PatientConsole(Console):
-    """Goes quiet when nobody reads what it prints, as of `| head`; a run is not to end for that."""
+    """Goes quiet when it cannot print, as before `| head` or on a full disk.
+
+    What is computed is written to its files all the same, and a run goes on.
+    """
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            say(f"note: nothing more is printed ({error.strerror or error})")
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        # Python flushes the standard output once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
 
 
 def print_any_character() -> None:

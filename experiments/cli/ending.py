@@ -30,6 +30,12 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def discard_output() -> None:
+    """From here to the end nothing reaches the standard output, which nobody reads."""
+    # Python flushes it once more at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def print_error(error: Exception | str) -> None:
     """Prints an error as one line, at once."""
     say(f"error: {in_one_line(str(error))}")

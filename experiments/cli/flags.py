@@ -5,8 +5,10 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +17,12 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from experiments.cli.ending import EXIT_USAGE, print_error
+from experiments.cli.ending import EXIT_USAGE, discard_output, print_error
 
 Settings = TypeVar("Settings")
 
+
+NARROWEST = 40  # columns: in fewer tyro may never end with wrapping its help
 
 # These decide where results go and when, and none of them.
 WRITTEN = ("output", "workdir", "resume", "save_every_steps")
@@ -108,6 +112,8 @@ def parse(
     registry = ConstructorRegistry()
     registry.primitive_rule(_comma_separated)
     registry.primitive_rule(_path)
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
     framed = io.StringIO()
     try:
         with contextlib.redirect_stderr(framed):
@@ -120,9 +126,13 @@ def parse(
                 registry=registry,
                 config=(tyro.conf.OmitArgPrefixes,),
             )
+    except BrokenPipeError:  # of --help, say before `| head`
+        discard_output()
+        sys.exit()
     except SystemExit:
         if said := framed.getvalue():
             said = in_flags(_without_frame(said), settings_type)
+            said += _hint(said, arguments, settings_type)
             print_error(f"{said} ({program} --help explains)")
         raise
 
@@ -181,6 +191,42 @@ def _without_frame(framed: str) -> str:
         flag for text in others if "erhaps" in text for flag in re.findall("--[a-z-]+", text)
     ]
     return f"{first}; perhaps {' or '.join(suggested)}" if suggested else first
+
+
+def _hint(said: str, arguments: Sequence[str], settings_type: type) -> str:
+    """What was meant, where an error is due to a habit from other programs; empty if unknown."""
+    if not said.startswith("Unrecognized options: ") or "; perhaps " in said:
+        return ""
+    first = said.removeprefix("Unrecognized options: ").split(", ")[0]
+    settings = dict(_leaves(settings_type))
+    if first.startswith("--"):
+        given = first.removeprefix("--").partition("=")[0].replace("-", "_")
+        meant = [f"--{name.replace('_', '-')}" for name in settings if _means(given, name)]
+        return f"; perhaps {' or '.join(meant)}" if meant else ""
+    # The flag that it stands behind, as in `--flip=False`, `--flip False`, `--seeds 0 1 2`.
+    flag, values = "", []
+    for argument in arguments:
+        if argument.startswith("--"):
+            if first in values:
+                break
+            flag, _, value = argument.partition("=")
+            values = [value] if value else []
+        else:
+            values.append(argument)
+    name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+    if first in values and isinstance(settings.get(name), bool):
+        flag = name.replace("_", "-")
+        return f"; it is --{flag} or --no-{flag}, without a value"
+    if first in values and isinstance(settings.get(name), tuple):
+        return f"; several values have commas between them: {flag}={','.join(values)}"
+    return ""
+
+
+def _means(given: str, name: str) -> bool:
+    """Whether a flag is known by another name: `lr` or `num_epochs`, or `dropout`."""
+    words, others = given.split("_"), name.split("_")
+    initials = "".join(word[0] for word in others)
+    return given == initials != name[0] or set(words) <= set(others) or set(others) <= set(words)
 
 
 def _take_recipe(

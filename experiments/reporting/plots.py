@@ -16,6 +16,8 @@ Row = Mapping[str, float]
 
 USUAL = "sans-serif"  # the family of the fonts in pictures
 FEW_EPOCHS = 5  # which lines alone would hardly show
+FEW_CLASSES = 20  # of which a picture and a terminal have room for every count
+MOST_NAMES = 100  # that can be read beside a picture
 
 
 def save(picture: Figure, path: Path) -> None:
@@ -57,22 +59,25 @@ def curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
 
 
 def confusion_matrices(matrices: Mapping[str, np.ndarray], class_names: Sequence[str]) -> Figure:
-    """One of counts `(C, C)` for each network, side by side."""
+    """One of counts `(C, C)` for each network, side by side; of many classes colours alone."""
     labels, families = drawable(class_names)
-    style = {"fontfamily": families, "parse_math": False}
-    size = 1.8 + 0.55 * len(class_names)
+    few = len(class_names) <= FEW_CLASSES
+    style = {"fontfamily": families, "parse_math": False, "fontsize": 10 if few else 6}
+    turned = {"rotation": 45, "ha": "right"} if few else {"rotation": 90}
+    size = 1.8 + 0.55 * min(len(class_names), FEW_CLASSES)
     figure = Figure(figsize=((size + 0.2) * len(matrices), size), layout="constrained")
     grid = figure.subplots(1, len(matrices), squeeze=False)[0]
     for axes, (name, confusion) in zip(grid, matrices.items(), strict=True):
         # Coloured by the share of the row.
         shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        for (i, j), count in np.ndenumerate(confusion):
+        for (i, j), count in np.ndenumerate(confusion if few else []):
             colour = "white" if shares[i, j] > 0.5 else "black"
             axes.text(j, i, f"{count:,}", ha="center", va="center", color=colour, fontsize=8)
-        places = range(len(class_names))
-        axes.set_xticks(places, labels, rotation=45, ha="right", **style)
-        axes.set_yticks(places, labels, **style)
+        step = -(-len(class_names) // MOST_NAMES)
+        places, shown = range(0, len(class_names), step), labels[::step]
+        axes.set_xticks(places, shown, **turned, **style)
+        axes.set_yticks(places, shown, **style)
         axes.set(title=name, xlabel="taken for", ylabel="class")
     return figure
 

@@ -10,6 +10,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from rich.box import SIMPLE
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -20,8 +21,9 @@ from experiments.reporting import plots
 # Headings and rows.
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
-# As much as fits into 80 columns.
+# As much as fits into 80 columns; GAP is the blanks between two of a table's.
 LAYOUT = {"box": SIMPLE, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
+GAP = 2
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
@@ -70,7 +72,7 @@ def publish(
     write(folder, title, text + missing, pictures)
     console.print()
     for headings, rows in tables:
-        console.print(terminal_table(headings, rows))
+        print_table(headings, rows, console)
     console.print(f"the results are written to {folder}")
     if left_out:
         raise CommandError("; ".join(left_out))
@@ -99,11 +101,43 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
 
 
-def terminal_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> RichTable:
-    """The same for the terminal."""
-    rich = RichTable(**LAYOUT)
-    for i, heading in enumerate(headings):
-        rich.add_column(heading, justify="right" if i else "left", overflow="fold")
-    for row in rows:
-        rich.add_row(*row)
-    return rich
+def print_table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], console: Console, title: str = ""
+) -> None:
+    """Prints the same on the terminal, whose width no figure is cut for.
+
+    Names and headings are folded, and a table that is still too wide is printed as several, each
+    with the names and some of the other columns.
+    """
+    names, *others = zip(headings, *rows, strict=True)
+    widths = [
+        max(*map(cell_len, cells), min(_longest_word([heading]), console.width // 3))
+        for heading, *cells in others
+    ]
+    least = max(console.width // 3, min(_longest_word(names), console.width // 2))
+    of_names = min(
+        max(map(cell_len, names)), max(least, console.width - sum(GAP + w for w in widths))
+    )
+    blocks, free = [[]], console.width - of_names
+    for column, width in enumerate(widths, start=1):
+        if blocks[-1] and free < GAP + width:
+            blocks, free = [*blocks, []], console.width - of_names
+        blocks[-1].append(column)
+        free -= GAP + width
+    for number, block in enumerate(blocks):
+        shown = [of_names, *(widths[column - 1] for column in block)]
+        rich = RichTable(**LAYOUT, width=sum(shown) + GAP * len(block))
+        for column, width in zip([0, *block], shown, strict=True):
+            justify = "right" if column else "left"
+            rich.add_column(headings[column], justify=justify, overflow="fold", width=width)
+        for row in rows:
+            rich.add_row(*(row[column] for column in [0, *block]))
+        if number:
+            console.print()
+        elif title:
+            console.print(title)
+        console.print(rich)
+
+
+def _longest_word(texts: Sequence[str]) -> int:
+    return max((cell_len(word) for text in texts for word in text.split()), default=0)

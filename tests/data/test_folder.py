@@ -385,7 +385,16 @@ def test_each_choice_is_prepared_by_itself(root, write_images, cache_dir, option
     ("images", "options", "message"),
     [
         ({}, {}, "{root} has no folders, one is expected for each class"),
+        (
+            {"": 3},
+            {},
+            "{root} has no folders, one is expected for each class: nobody could tell what its "
+            "images show",
+        ),
         ({"test/cat": 1}, {}, "{root} has a folder test but no folder train"),
+        ({"val/cat": 1, "x/cat": 1}, {}, "{root} has a folder val but no folder train"),
+        ({"Train/cat": 1, "Val/cat": 1}, {}, "{root} has a folder Train but no folder train"),
+        ({"training/cat": 1, "test/cat": 1}, {}, "{root} has a folder test but no folder train"),
         ({"train/cat": 5, "train/dog": 0}, {}, "the class dog has no images: {root}/train/dog"),
         (
             {**SPLITS, "test/cat": 0, "test/dog": 1},
@@ -512,7 +521,7 @@ def test_no_such_folder(root):
 
 def test_file_instead_of_a_folder(root):
     root.write_text("")
-    assert refusal(root) == f"data_dir={root} is no folder"
+    assert refusal(root) == f"data_dir={root} is no folder: an archive must be unpacked first"
 
 
 def test_data_dir_is_needed():

@@ -98,16 +98,19 @@ def test_layers_forward_and_backward_in_bfloat16(surveyed, tmp_path):
         shapes=("6x8x4x3x2",),
         dtypes=("bfloat16",),
         convs=("chansel",),
-        lowerings=("shifted",),
+        lowerings=("auto",),
         torch=("channels_last",),
         output=tmp_path,
     )
-    results, _ = run(settings)
+    results, printed = run(settings)
     assert [(case["backward"], len(case["contestants"])) for case in results["cases"]] == [
         (False, 2),
         (True, 2),
     ]
     assert not any(case["could_not_run"] for case in results["cases"])
+    took = {each["took"] for case in results["cases"] for each in case["contestants"]}
+    assert None in took and len(took) == 2 and took - {None} <= {"native", "shifted"}
+    assert "Lowerings that auto takes" in printed and "GMAC/s forward" in printed
 
 
 @pytest.fixture

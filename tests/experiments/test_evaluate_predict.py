@@ -143,6 +143,27 @@ def test_class_without_predictions_has_no_precision(trained, console):
     assert "–" in printed(console) and "nan" not in printed(console)
 
 
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("classes", [10, 100])
+def test_scores_of_many_classes_are_readable(trained, width, classes):
+    names = tuple(f"kind_of_animal_{i}" for i in range(classes))
+    run = dataclasses.replace(load_run(trained), class_names=names)
+    labels = np.repeat(np.arange(classes), 1234)
+    found = scores(np.eye(classes, dtype=np.float32)[labels], labels)
+    console = Console(file=io.StringIO(), width=width, soft_wrap=True)
+    evaluate.print_scores(found, run, console)
+    lines = printed(console).splitlines()
+    assert max(map(len, lines)) <= width and "…" not in printed(console)
+    for name in names:
+        first, *others = (line.split()[1:] for line in lines if line.startswith(f"{name} "))
+        assert first[:3] == ["1,234", "100.00%", "100.00%"]
+        if classes == 10:
+            counts = [*first[3:], *(cell for line in others for cell in line)]
+            assert counts == ["1,234" if other == name else "0" for other in names]
+        else:
+            assert len(first) == 3 and not others
+
+
 def test_evaluation_on_other_images_says_so(trained, images, tmp_path, console):
     subprocess.run(["cp", "-r", str(images), str(tmp_path / "images")], check=True)
     next((tmp_path / "images" / "validation" / "red").iterdir()).unlink()

@@ -22,7 +22,7 @@ from experiments import compare, compress, evaluate, predict, study
 from experiments.cli.differences import differences
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import parse, typed
-from experiments.reporting import report
+from experiments.reporting import plots, report
 from experiments.studies import STUDIES, data, overfit, runs, sweep, width
 from experiments.training.experiment import build
 from experiments.training.load import load_run
@@ -68,6 +68,43 @@ def test_page_shows_what_the_markdown_says(tmp_path):
     ]
 
 
+STUDY_HEADINGS = ["", "parameters", "multiply-adds", "train loss", "highest accuracy", "epochs"]
+STUDY_ROWS = [
+    ["subkernel, 512 images", "27,363", "4,567,890", "0.123 ± 0.012", "84.17% ± 0.12%", "500"],
+    ["chansel, BatchNorm between the parts", "1", "2", "0.5", "99.00%", "100"],
+]
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 120])
+def test_wide_tables_fold_and_no_figure_or_word_is_cut(width):
+    console = Console(file=io.StringIO(), width=width, soft_wrap=True)
+    report.print_table(STUDY_HEADINGS, STUDY_ROWS, console, "title")
+    printed = console.file.getvalue()
+    assert printed.startswith("title\n") and max(map(len, printed.splitlines())) <= width
+    for row in STUDY_ROWS:
+        for cell in row[1:]:
+            assert re.search(rf"  {re.escape(cell)} *(  |\n)", printed), cell
+    for word in " ".join([*STUDY_HEADINGS, STUDY_ROWS[0][0], STUDY_ROWS[1][0]]).split():
+        assert len(word) > width // 3 or re.search(rf"(^|\s){word}\s", printed, re.M), word
+    assert len(re.findall("─+", printed)) == {30: 5, 60: 2, 80: 2, 120: 1}[width]
+
+
+@pytest.mark.parametrize("width", [1, 5])
+def test_a_table_is_printed_at_any_width(width):
+    console = Console(file=io.StringIO(), width=width, soft_wrap=True)
+    report.print_table(STUDY_HEADINGS, STUDY_ROWS, console)
+    assert all(cell in console.file.getvalue() for row in STUDY_ROWS for cell in row[1:])
+
+
+@pytest.mark.parametrize(("classes", "counts"), [(20, 400), (21, 0), (1000, 0)])
+def test_picture_of_many_classes_has_a_bounded_size_and_no_counts(classes, counts):
+    names = [str(i) for i in range(classes)]
+    picture = plots.confusion_matrices({"one": np.eye(classes, dtype=int)}, names)
+    (axes,) = picture.axes
+    assert len(axes.texts) == counts and max(picture.get_size_inches()) < 14
+    assert 20 <= len(axes.get_yticks()) <= 100 and axes.get_yticklabels()[0].get_text() == "0"
+
+
 # Comparison
 
 
@@ -106,14 +143,17 @@ def test_comparison_of_both_convolutions(settings, dense, tmp_path, console):
 
 
 @pytest.mark.parametrize(
-    ("parameters", "classes", "shown"),
+    ("parameters", "classes", "images", "shown"),
     [
-        (27363, ("dog", "cat", "bird"), True),
-        (97731, ("dog", "cat", "bird"), False),
-        (27363, ("dog", "cat", "cow"), False),
+        (27363, ("dog", "cat", "bird"), 12_000, True),
+        (27363, ("dog", "cat", "bird"), 900, True),
+        (97731, ("dog", "cat", "bird"), 12_000, False),
+        (27363, ("dog", "cat", "cow"), 12_000, False),
     ],
 )
-def test_published_figures_stand_beside_the_same_network_and_classes(parameters, classes, shown):
+def test_published_figures_stand_beside_the_same_network_and_classes(
+    parameters, classes, images, shown
+):
     summary = dict.fromkeys(
         (
             *("best_val_loss", "train_loss_at_best", "val_accuracy_at_best", "final_val_accuracy"),
@@ -121,7 +161,7 @@ def test_published_figures_stand_beside_the_same_network_and_classes(parameters,
         ),
         0.5,
     )
-    summary |= {"parameters": parameters, "multiply_adds": 1}
+    summary |= {"parameters": parameters, "multiply_adds": 1, "images": {"train": images}}
     scores = {"validation-flip-averaged": {"loss": 0.5, "accuracy": 0.5}}
     metrics = [{"epoch": 1, "val_loss": 0.5}]
     run = runs.Record("", {}, {}, metrics, summary | {"epochs": 1}, scores)
@@ -130,6 +170,8 @@ def test_published_figures_stand_beside_the_same_network_and_classes(parameters,
     cells = {row[0]: row[1:] for row in rows}
     assert cells["validation accuracy, last epoch"] == ["50.00%", *[""] * shown]
     assert cells.get("score in the competition") == (["", "81.53 %"] if shown else None)
+    seconds = {12_000: "8.51", 900: ""}[images]
+    assert cells["seconds an epoch"] == ["0.50", *[seconds] * shown]
 
 
 # Studies

@@ -3,12 +3,15 @@
 import dataclasses
 import importlib
 import os
+import types
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import jax
 import pytest
 from commands import environment
+
+from experiments.cli import command as cli_command
 
 COMMANDS = (
     *("train", "compare", "evaluate", "predict", "study", "compress"),
@@ -100,6 +103,7 @@ WRONG = [
     ("compare", "--networks=chansel,dense", "--networks=chansel,dense: dense must be "),
     ("compare", "--networks=", "--networks= must be different networks, at least one"),
     ("compare", "--networks=chansel,chansel", "--networks=chansel,chansel must be different"),
+    ("compare", FOLDER + "--networks=chansel-w0", "chansel-w0: --width=0 must be "),
     ("compare", "--seeds=1,1", "--seeds=1,1 must be different"),
     ("compare", "--seeds=0,-1", "--seeds=0,-1 must be in [0, 2**32)"),
     ("compare", "--output=FILE", "--output=FILE"),
@@ -259,13 +263,17 @@ def test_wrong_value_is_named_in_a_line(
         words = [word.replace(f"={name}", f"={path}") for word in words]
         message = message.replace(name, str(path))
     before = sorted(os.listdir(places["RUN"]))
+    at_end = []
+    fake = types.SimpleNamespace(register=lambda *call: at_end.append(call))
+    monkeypatch.setattr(cli_command, "atexit", fake)
     code, errors = refusal(command, words, monkeypatch, capsys)
+    for function, *arguments in at_end:
+        function(*arguments)
     assert code in (1, 2) and message in errors
     assert len(errors.splitlines()) == 1 and errors.startswith("error: ")
     assert sorted(os.listdir(places["RUN"])) == before and not os.listdir(places["EMPTY"])
     assert places["FILE"].read_text() == ""
-    if command == "train":
-        assert not os.listdir(tmp_path)
+    assert not os.listdir(tmp_path) and not places["OUT"].exists()
 
 
 def test_every_flag_has_a_wrong_value_in_the_table():

@@ -1,4 +1,6 @@
+import errno
 import gc
+import multiprocessing.synchronize
 import os
 import signal
 import subprocess
@@ -132,10 +134,18 @@ class Damaged(np.ndarray):
 class Deadly(np.ndarray):
     """Images that end whoever reads them."""
 
+    signal = signal.SIGKILL
+
     def __getitem__(self, key):
         if np.ndim(key):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.signal)
         return super().__getitem__(key)
+
+
+class Unmapped(Deadly):
+    """Images that end whoever reads them as shared memory does that has no room left."""
+
+    signal = signal.SIGBUS
 
 
 @pytest.mark.parametrize(
@@ -143,7 +153,8 @@ class Deadly(np.ndarray):
     [
         (Damaged, 0, "they are damaged"),
         (Damaged, 1, "they are damaged"),
-        (Deadly, 1, "workers=1: the images cannot be read"),
+        (Deadly, 1, "workers=1: the images cannot be read .*memory may be short"),
+        (Unmapped, 1, "workers=1: the images cannot be read .*/dev/shm.* is full"),
     ],
 )
 def test_images_that_cannot_be_read_are_an_error(split, order, images, workers, message):
@@ -155,3 +166,17 @@ def test_images_that_cannot_be_read_are_an_error(split, order, images, workers, 
     ):
         next(batches)
     assert "\n" not in str(error.value)
+
+
+def no_room(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_shared_memory_without_room_for_a_worker_is_named(monkeypatch, split, order):
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", no_room)
+    mesh = devices.data_mesh()
+    with (
+        pytest.raises(DataError, match="^workers=1: .*/dev/shm.* is full"),
+        streaming.read_batches(split, order, mesh, range(STEPS), 1) as batches,
+    ):
+        next(batches)

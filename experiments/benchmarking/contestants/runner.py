@@ -32,11 +32,13 @@ class Prepared:
             compiles. None where nothing is compiled.
         step_seconds: one step, roughly.
         outputs: what must be equal between contestants, by name, in PyTorch's layouts but NHWC.
+        took: the lowering that `"auto"` takes for a single layer in JAX; None of all else.
     """
 
     compile_seconds: float | None
     step_seconds: float
     outputs: Arrays
+    took: str | None = None
 
 
 def gradients(arrays: Arrays) -> dict[str, np.ndarray]:
@@ -84,6 +86,7 @@ class Runner(abc.ABC):
     """One contestant, running; `restart` begins training anew where epochs are timed."""
 
     warm_up_steps = WARM_UP_STEPS
+    took: str | None = None
 
     @abc.abstractmethod
     def warm_up(self) -> tuple[float | None, Arrays]:
@@ -98,7 +101,7 @@ class Runner(abc.ABC):
         compile_seconds, outputs = self.warm_up()
         self.reset_peak_memory()
         self.run(self.warm_up_steps)
-        prepared = Prepared(compile_seconds, self._timed(1), outputs)
+        prepared = Prepared(compile_seconds, self._timed(1), outputs, self.took)
         self.cold = make_room()
         return prepared
 

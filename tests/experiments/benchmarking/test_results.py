@@ -62,8 +62,8 @@ EIGHT_IMAGES = TrainImages(
 CEILINGS = Ceilings(1e9, {"float32": 1e9, "tf32": 2e9, "bfloat16": 4e9})
 
 
-def timing(contestant, *seconds):
-    return Timing(contestant, seconds, 1, None, 10**6, 0.0)
+def timing(contestant, *seconds, took=None):
+    return Timing(contestant, seconds, 1, None, 10**6, 0.0, took)
 
 
 # Settings
@@ -106,6 +106,14 @@ def test_shape_is_read():
 def test_wrong_shape_is_named(text):
     with pytest.raises(ValueError, match=f"shapes={text} must be {settings.SHAPE_FORMAT}"):
         Settings(shapes=(text,))
+
+
+@pytest.mark.parametrize("text", ["56x56x64x128x2", "2x8x8x3x1"])
+def test_kernel_larger_than_the_image_is_refused(text):
+    kernel, size = text.split("x")[3], text.split("x")[0]
+    told = f"shapes={text}: the kernel of {kernel} × {kernel} .* image of {size} × {size}"
+    with pytest.raises(ValueError, match=told):
+        Settings(what="layer", shapes=(text,))
 
 
 def test_command_gives_the_same_settings():
@@ -456,9 +464,13 @@ def test_best_ceiling_of_each_kind_counts():
 # Reports
 
 
-def some_results(what="step", cases=None):
+def some_results(what="step", cases=None, took=None):
     works = {conv: Work(1, 10**6, 10**6) for conv in ("chansel", "subkernel")}
-    timings = (timing(AUTO, 0.001, 0.002), timing(DENSE, 0.004, 0.004), timing(EAGER, 0.5, 0.5))
+    timings = (
+        timing(AUTO, 0.001, 0.002, took=took),
+        timing(DENSE, 0.004, 0.004),
+        timing(EAGER, 0.5, 0.5),
+    )
     schedule = Schedule(1, runs=2)
     failures = {GROUPED: "RuntimeError: [no] compiler"}
     return {
@@ -502,10 +514,17 @@ def test_epochs_are_the_originals_table():
 
 def test_layers_are_columns_and_contestants_rows():
     other = dataclasses.replace(LAYER, layer=LayerShape(4, 2, 2, 1, 1))
-    text = report.markdown(some_results("layer", [LAYER, other]))
+    text = report.markdown(some_results("layer", [LAYER, other], took="native"))
+    assert "| JAX chansel auto | native | native |" in text
     assert "|  | 8² 4→6 3×3/2 | 4² 2→2 1×1 |" in text
     assert "| JAX chansel auto | 1.50 | 1.50 |" in text
     assert text.count("| JAX chansel auto | 1.50 (1.05–1.95) | ") == 2
+    for title, cell in (("GMAC/s", "0.667"), ("% of ceiling", "66.7")):
+        heading, row = (
+            f"{title} forward, float32 (TF32 off):",
+            f"| JAX chansel auto | {cell} | {cell} |",
+        )
+        assert row in text.partition(heading)[2].partition("\n\n|")[2].split("\n\n")[0]
 
 
 @pytest.mark.parametrize("width", [80, 160])
@@ -514,7 +533,7 @@ def test_terminal_shows_the_tables_at_every_width(width):
     report.print_report(some_results(), console)
     text = console.file.getvalue()
     assert "1.50 (1.05–1.95)" in text and "[no] compiler" in text
-    assert ("GMAC/s  " in text) == (width == 160)
+    assert "GMAC/s" in text and "…" not in text
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What commands print to."""
 
+import errno
 import io
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import jax
 import pytest
 
 from experiments.cli.console import make_console, print_any_character
-from experiments.reporting.report import terminal_table
+from experiments.reporting.report import print_table
 
 UNREAD = """
 import sys
@@ -29,10 +30,32 @@ def test_that_nobody_reads_what_is_printed_ends_nothing():
     assert process.returncode == 0
 
 
+class Full(io.StringIO):
+    """A file on a full disk."""
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fileno(self):
+        return self.descriptor
+
+
+def test_a_full_disk_behind_what_is_printed_ends_nothing(monkeypatch, capsys, tmp_path):
+    full = Full()
+    with (tmp_path / "log").open("w") as log:
+        full.descriptor = log.fileno()
+        monkeypatch.setattr(sys, "stdout", full)
+        console = make_console()
+        console.print("first")
+        console.print("second")
+    told = "note: nothing more is printed (No space left on device)\n"
+    assert capsys.readouterr().err == told
+
+
 @pytest.mark.parametrize("name", ["[x]", "[/x]", "[red]cat[/red]", ":cat:", "a\\[b]"])
 def test_names_are_printed_as_they_are(capsys, name):
     make_console().print(f"run: {name}")
-    make_console().print(terminal_table([name, "images"], [[name, "3"]]))
+    print_table([name, "images"], [[name, "3"]], make_console())
     heading, _, row = capsys.readouterr().out.removeprefix(f"run: {name}\n").splitlines()
     assert heading.split() == [name, "images"] and row.split() == [name, "3"]
 
@@ -44,7 +67,7 @@ def test_what_an_encoding_does_not_have_ends_nothing(monkeypatch, encoding):
     with io.TextIOWrapper(written, encoding) as output:
         monkeypatch.setattr(sys, "stdout", output)
         print_any_character()
-        make_console().print(terminal_table([text, "images"], [[text, "3"]]))
+        print_table([text, "images"], [[text, "3"]], make_console())
         output.flush()
         assert text.encode(encoding, "backslashreplace") in written.getvalue()
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 import experiments
-from experiments.cli import ending
+from experiments.cli import command, ending
 from experiments.cli.command import make_output, run
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import parse
@@ -139,6 +140,63 @@ def test_help_shows_texts_choices_and_defaults(capsys):
     assert "--rate FLOAT How fast. (default: 0.5)" in text
     assert "--names STR,… Names in order. (default: '')" in text
     assert "--counts INT,… Counts in order. (default: 1,2)" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("--counts 0 1 2", "several values have commas between them: --counts=0,1,2"),
+        ("--rate=1 --names a b --flag", "several values have commas between them: --names=a,b"),
+        ("--flag=False", "it is --flag or --no-flag, without a value"),
+        ("--flag true", "it is --flag or --no-flag, without a value"),
+        ("--no-flag=1", "it is --flag or --no-flag, without a value"),
+        ("--num-counts=3", "perhaps --counts"),
+        ("--nothing-alike=3", "Unrecognized options: --nothing-alike=3 (python"),
+        ("stray", "Unrecognized options: stray (python"),
+        ("--rate 1 2", "Unrecognized options: 2 (python"),
+    ],
+)
+def test_habits_from_other_programs_are_hinted_at(words, hint, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parsed(*words.split())
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and hint in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("--lr=0.1", "--learning-rate"),
+        ("--wd=0", "--weight-decay"),
+        ("--bs=8", "--batch-size"),
+        ("--num-epochs=3", "--epochs"),
+        ("--num-workers=2", "--workers"),
+        ("--dropout=0.1", "--dropout-rate"),
+        ("--data=x", "--data-dir"),
+    ],
+)
+def test_usual_names_of_flags_are_understood(word, meant, capsys):
+    with pytest.raises(SystemExit):
+        parse(training.Settings, "train", [word], training.RECIPES)
+    assert f"perhaps {meant} (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["1", "5", "20"])
+def test_help_ends_on_the_narrowest_terminal(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    assert "--counts" in capsys.readouterr().out
+
+
+def test_help_that_nobody_reads_ends_silently(monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", buffering=1) as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        with pytest.raises(SystemExit) as stopped:
+            parsed("--help")
+    assert not stopped.value.code and capsys.readouterr().err == ""
 
 
 # Running
@@ -267,6 +325,21 @@ def test_without_its_packages_a_command_says_what_to_install():
     )
 
 
+CLOSED = """
+import os, sys
+sys.argv, sys.stdout, sys.stderr = ["-m"], None, None
+os.close(1), os.close(2)
+import experiments
+file = os.open(os.devnull, os.O_RDONLY)
+print("unread"), print("unread", file=sys.stderr)
+os._exit(3 if file < 3 or None in (sys.stdout, sys.stderr) else 0)
+"""
+
+
+def test_what_is_printed_into_closed_outputs_goes_nowhere():
+    assert subprocess.run([sys.executable, "-c", CLOSED], cwd=ROOT).returncode == 0
+
+
 # Output
 
 
@@ -290,6 +363,21 @@ def test_output_is_made_and_left_empty(tmp_path):
     make_output(tmp_path / "a" / "b")
     make_output(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_output_that_nothing_was_written_to_goes_at_the_end(tmp_path, monkeypatch):
+    at_end = []
+    fake = types.SimpleNamespace(register=lambda *call: at_end.append(call))
+    monkeypatch.setattr(command, "atexit", fake)
+    make_output(tmp_path / "a" / "empty")
+    make_output(tmp_path / "b" / "written")
+    (tmp_path / "b" / "written" / "results.json").touch()
+    (tmp_path / "there").mkdir()
+    make_output(tmp_path / "there")
+    for function, *arguments in at_end:
+        function(*arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "there"]
+    assert (tmp_path / "b" / "written" / "results.json").exists()
 
 
 def test_output_that_is_a_file_is_named(tmp_path):
