@@ -6,10 +6,12 @@ NHWC, kernels HWIO.
 
 import functools
 import math
+import reprlib
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
 
@@ -79,7 +81,8 @@ class SubKernelConv(nnx.Module):
         """Convolves `x` `(*batch, H, W, C_in)` to `(*batch, H_out, W_out, C_out)`.
 
         Raises:
-            ValueError: if the shape of `x` does not fit, or is smaller than the kernel.
+            ValueError: if `x` is no array of numbers, its shape does not fit, or its images have no
+                pixels or are smaller than the kernel.
         """
         images = _images(self, x)
         kernel = self.kernel[...].astype(images.dtype)
@@ -184,7 +187,8 @@ class ChannelSelectionConv(nnx.Module):
         """Convolves `x` `(*batch, H, W, C_in)` to `(*batch, H_out, W_out, C_out)`.
 
         Raises:
-            ValueError: if the shape of `x` does not fit, or is smaller than the kernel.
+            ValueError: if `x` is no array of numbers, its shape does not fit, or its images have no
+                pixels or are smaller than the kernel.
         """
         images, pointwise, kernel = _images(self, x), self.pointwise[...], self.depthwise[...]
         how = self.window, self.lowering, self.precision
@@ -214,6 +218,12 @@ def _bias(
 
 def _images(layer: SubKernelConv | ChannelSelectionConv, x: jax.Array) -> jax.Array:
     """`x` with one batch axis, in the dtype of the computation."""
+    numbers = isinstance(x, jax.Array | np.ndarray | nnx.Variable) and any(
+        jnp.issubdtype(x.dtype, kind) for kind in (jnp.number, jnp.bool_)
+    )
+    if not numbers:
+        kind = f" of {x.dtype}" if hasattr(x, "dtype") else f"={reprlib.repr(x)}"
+        raise ValueError(f"x{kind}, of type {type(x).__name__}, must be an array of numbers")
     if x.ndim < 3 or x.shape[-1] != layer.in_channels:
         raise ValueError(
             f"x of shape {x.shape} must be (*batch, H, W, C_in) with "

@@ -10,6 +10,7 @@ The energy of a component is its squared singular value.
 """
 
 import dataclasses
+import functools
 import heapq
 import math
 from collections.abc import Iterator, Sequence
@@ -37,7 +38,8 @@ def factorize(
 
     Every 3 × 3 convolution (and a pooled stem's 7 × 7 one) gets a rank of its own; 1 × 1 shortcuts
     are exact at rank 1; a plain stem stays. All other parameters and the batch statistics are
-    copied. Exactly one of these decides the ranks:
+    copied; the precision and the mode, of training or of evaluation, stay, and so does the lowering
+    (`"lax"` becomes `"composed"`, which is of `lax` too). Exactly one of these decides the ranks:
 
     Args:
         network: of `SubKernelConv`; it is not changed.
@@ -71,6 +73,7 @@ def factorize(
     tree = network_tree(network)
     params = _carried(tree["params"], network_tree(factored)["params"])
     nnx.update(factored, params, tree["batch_stats"])
+    _copy_modes(network, factored)
     return factored
 
 
@@ -158,7 +161,21 @@ def _ranks_within(network: ResNet, layers: Sequence[SubKernelConv], budget: int)
 
 
 def _config(network: ResNet, ranks: Sequence[int]) -> ResNetConfig:
-    return dataclasses.replace(network.config, conv=ChannelSelectionConv, rank=tuple(ranks))
+    given = getattr(network.config.conv, "keywords", {})
+    kept = {name: given[name] for name in ("precision", "param_dtype", "lowering") if name in given}
+    if kept.get("lowering") == "lax":
+        kept["lowering"] = "composed"
+    conv = functools.partial(ChannelSelectionConv, **kept) if kept else ChannelSelectionConv
+    return dataclasses.replace(network.config, conv=conv, rank=tuple(ranks))
+
+
+def _copy_modes(network: ResNet, factored: ResNet) -> None:
+    """Has the layers of `factored` train or evaluate as those of `network` do."""
+    layers = dict(nnx.iter_modules(network))
+    for path, layer in nnx.iter_modules(factored):
+        for mode in ("deterministic", "use_running_average"):
+            if hasattr(layer, mode):
+                setattr(layer, mode, getattr(layers[path], mode))
 
 
 def _carried(dense: dict[str, Any], factored: dict[str, Any]) -> dict[str, Any]:

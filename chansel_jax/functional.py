@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
 
 Tree = Any
@@ -28,7 +29,9 @@ def apply_function(network: nnx.Module, *, train: bool) -> Callable:
     def apply(params, batch_stats, images, dropout_key):
         module = nnx.merge(graph, params, batch_stats, nnx.to_pure_dict(rest))
         rngs = None if dropout_key is None else nnx.Rngs(dropout=dropout_key)
-        logits = module(images, rngs=rngs)
+        # Flax computes with several dtypes, which JAX may have been told to refuse.
+        with jax.numpy_dtype_promotion("standard"):
+            logits = module(images, rngs=rngs)
         return logits, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
     return apply

@@ -5,8 +5,9 @@ convolution is channel selection, its two parts are `fc`, an `nn.Linear` without
 a grouped `nn.Conv2d` that has the bias; BatchNorm between them is `bn`.
 """
 
+import collections
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -55,28 +56,35 @@ def from_torch(network: nnx.Module, state_dict: Mapping[str, Any]) -> None:
         state_dict: a PyTorch module's `state_dict()`, or the same in NumPy arrays. Convolutions
             are `NAME.weight` `(C_out, C_in, K_h, K_w)` or, where they are channel selection,
             `NAME.fc.weight` `(C_out·R, C_in)` and `NAME.conv2d.weight` `(C_out, R, K_h, K_w)`; the
-            last layer is `fc.weight` `(num_classes, C)`; everything else has one axis. Values are
-            cast to the dtype of the network's variables. `num_batches_tracked`, which a momentum
-            makes meaningless, is ignored.
+            last layer is `fc.weight` `(num_classes, C)`; everything else has one axis. All names
+            may have the same words in front, as `module.` of `DataParallel` or `_orig_mod.` of
+            `torch.compile`. Values are real, of any dtype and layout, and cast to the dtype of the
+            network's variables. `num_batches_tracked`, which a momentum makes meaningless, is
+            ignored.
 
     Raises:
-        ValueError: listing all names that are missing, unexpected, or of a wrong shape; or naming
-            a layer of the network that has no PyTorch counterpart. Nothing is loaded then.
+        ValueError: listing all names that are missing, unexpected, without real values, or of a
+            wrong shape; or naming a layer of the network that has no PyTorch counterpart. Nothing
+            is loaded then.
     """
     entries = {name: (variable, axes) for name, variable, axes in _entries(network)}
-    arrays = {
-        name: value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
-        for name, value in state_dict.items()
-        if not name.endswith("num_batches_tracked")
-    }
-    shapes = {name: tuple(v.shape[axis] for axis in axes) for name, (v, axes) in entries.items()}
-    problems = [f"{name} is missing" for name in entries if name not in arrays]
-    problems += [f"{name} is unexpected" for name in arrays if name not in entries]
-    problems += [
-        f"{name} has shape {arrays[name].shape}, not {shape}"
-        for name, shape in shapes.items()
-        if name in arrays and arrays[name].shape != shape
-    ]
+    given = {n: value for n, value in state_dict.items() if not n.endswith("num_batches_tracked")}
+    prefix = _common_prefix(given, entries)
+    entries = {prefix + name: entry for name, entry in entries.items()}
+    problems = [f"{name} is missing" for name in entries if name not in given]
+    problems += [f"{name} is unexpected" for name in given if name not in entries]
+    arrays = {}
+    for name, (variable, axes) in entries.items():
+        if name not in given:
+            continue
+        shape = tuple(variable.shape[axis] for axis in axes)
+        try:
+            arrays[name] = _real_array(given[name])
+        except (TypeError, ValueError, RuntimeError) as error:
+            problems.append(f"{name} has no values that can be taken: {str(error).splitlines()[0]}")
+        else:
+            if arrays[name].shape != shape:
+                problems.append(f"{name} has shape {arrays[name].shape}, not {shape}")
     if problems:
         raise ValueError("state_dict does not fit the network:\n" + "\n".join(problems))
     for name, (variable, axes) in entries.items():
@@ -100,6 +108,34 @@ def to_torch(network: nnx.Module) -> dict[str, np.ndarray]:
         name: np.array(np.asarray(variable[...]).transpose(axes), order="C")
         for name, variable, axes in _entries(network)
     }
+
+
+def _common_prefix(given: Collection[str], wanted: Collection[str]) -> str:
+    """What stands before the names that are `wanted` in the most of those `given`; mostly `""`."""
+    found = collections.Counter(
+        name[:start]
+        for name in given
+        for start in (0, *(dot.end() for dot in re.finditer(r"\.", name)))
+        if name[start:] in wanted
+    )
+    return max(found, key=found.get, default="")
+
+
+def _real_array(value: Any) -> np.ndarray:
+    """The values of a tensor of PyTorch, or of what NumPy takes for an array.
+
+    Raises:
+        TypeError: if they are not real numbers.
+        RuntimeError: PyTorch's, if there are none.
+    """
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().to_dense()  # which a tensor without values refuses
+        # NumPy lacks some of PyTorch's dtypes; float64 holds the values of all but the complex.
+        value = (value if value.is_complex() else value.double()).numpy(force=True)
+    array = np.asarray(value)
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer, bool)):
+        raise TypeError(f"{array.dtype} is no dtype of real numbers")
+    return array
 
 
 def _entries(network: nnx.Module) -> Iterator[tuple[str, nnx.Variable, tuple[int, ...]]]:

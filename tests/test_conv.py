@@ -1,6 +1,7 @@
 """The two layers: against PyTorch, against each other, and at the edges of their arguments."""
 
 import functools
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -13,7 +14,7 @@ from flax import nnx
 from jax import lax
 from layers import pads
 
-from chansel_jax import ChannelSelectionConv, SubKernelConv
+from chansel_jax import ChannelSelectionConv, SubKernelConv, resnet14
 from experiments.pytorch.networks import WeightedSumConv2d
 
 LAYERS = [SubKernelConv, ChannelSelectionConv]
@@ -375,6 +376,33 @@ def test_images_that_do_not_fit(layer_type):
         layer(jnp.zeros((5, 4)))
     with pytest.raises(ValueError, match=r"\(H, W\)=\(2, 5\)"):
         layer(jnp.zeros((1, 2, 5, 4)))
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("layer_type", LAYERS)
+def test_images_of_no_pixels(layer_type, size):
+    for lowering in layer_type.LOWERINGS:
+        layer = layer_type(4, 6, 3, padding=2, lowering=lowering, rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match=re.escape(f"(H, W)={size} has no pixels")):
+            layer(jnp.zeros((1, *size, 4)))
+
+
+def test_what_is_no_array_of_numbers():
+    layers = [layer_type(4, 6, 3, rngs=nnx.Rngs(0)) for layer_type in LAYERS]
+    layers.append(resnet14(blocks=(1,), width=4, rngs=nnx.Rngs(0)))
+    for x, told in (
+        ([[[1.0] * 4] * 5] * 5, "x=[[["),
+        ((), "x=(), of type tuple,"),
+        (None, "x=None, of type NoneType,"),
+        ("dog.png", "x='dog.png', of type str,"),
+        (np.full((5, 5, 4), "1"), "x of <U1, of type ndarray,"),
+        (torch.zeros(5, 5, 4), "x of torch.float32, of type Tensor,"),
+    ):
+        for layer in layers:
+            with pytest.raises(
+                ValueError, match=re.escape(told) + ".* must be an array of numbers"
+            ):
+                layer(x)
 
 
 # Valid values and, now and then, one that is not.

@@ -107,6 +107,7 @@ def test_energies_of_zeros_are_in_the_first():
 def test_full_rank_computes_the_same(stem):
     network = factorize(dense(stem), rank=9)
     assert isinstance(network.blocks[0].conv1, ChannelSelectionConv)
+    assert network.dropout.deterministic and network.blocks[1].norm2.use_running_average
     assert network.config.ranks == ((3,) if stem == "pooled" else ()) + (6, 6, 6, 9)
     np.testing.assert_allclose(logits(network), logits(dense(stem)), rtol=2e-4, atol=2e-4)
 
@@ -116,6 +117,20 @@ def test_lower_ranks_differ_and_the_dense_network_stays():
     errors = [np.abs(logits(factorize(dense(), rank=rank)) - before).max() for rank in (1, 4)]
     assert errors[0] > errors[1] > 1e-3
     assert np.array_equal(logits(dense()), before)
+
+
+def test_precision_lowering_dtype_and_mode_stay():
+    given = {"precision": "highest", "lowering": "lax", "param_dtype": jnp.bfloat16}
+    config = dataclasses.replace(dense().config, conv=functools.partial(SubKernelConv, **given))
+    network = ResNet(config, rngs=nnx.Rngs(0))
+    network.blocks[0].norm1.eval()
+    factored = factorize(network, rank=1)
+    first, second = factored.blocks
+    assert factored.dropout.deterministic is False
+    assert (first.norm1.use_running_average, first.norm2.use_running_average) == (True, False)
+    for conv in (first.conv1, second.conv2, second.shortcut):
+        assert (conv.precision, conv.lowering) == ("highest", "composed")
+        assert conv.param_dtype == conv.pointwise.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.7, 0.95, 1.0])

@@ -157,6 +157,61 @@ def test_all_problems_are_reported_and_nothing_is_loaded():
     chex.assert_trees_all_equal(variables(network), before)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.net."])
+def test_what_all_names_have_in_front(prefix):
+    network = small()
+    values = numbered(network)
+    given = {prefix + name: value for name, value in values.items()}
+    from_torch(network, given | {f"{prefix}bn1.num_batches_tracked": np.array(3)})
+    chex.assert_trees_all_equal(to_torch(network), values)
+
+    layer = SubKernelConv(2, 3, 1, use_bias=False, rngs=nnx.Rngs(0))
+    from_torch(layer, {f"{prefix}weight": np.ones((3, 2, 1, 1))})
+    assert (layer.kernel[...] == 1).all()
+
+    del given[f"{prefix}conv1.bias"]
+    with pytest.raises(ValueError) as error:
+        from_torch(network, given | {"n_averaged": np.array(3)})
+    _, *problems = str(error.value).splitlines()
+    assert problems == [f"{prefix}conv1.bias is missing", "n_averaged is unexpected"]
+
+
+def test_tensors_of_every_dtype_and_layout():
+    layer = SubKernelConv(2, 3, (3, 1), rngs=nnx.Rngs(0))
+    values = torch.arange(18.0).reshape(3, 2, 3, 1) - 9
+    for weight in (
+        values.bfloat16(),
+        values.to(torch.float8_e5m2),
+        values.to(torch.int8),
+        values > 0,
+        values.to_sparse(),
+        values.bfloat16().to_sparse().requires_grad_(),
+        torch.complex(values, -values).conj().imag,  # its negative bit is set
+        torch.nn.Parameter(values.double()),
+    ):
+        from_torch(layer, {"weight": weight, "bias": torch.ones(3)})
+        expected = weight.detach().to_dense().double().resolve_neg().numpy()
+        np.testing.assert_array_equal(to_torch(layer)["weight"], expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (torch.empty(3, device="meta"), "Cannot copy out of meta tensor; no data!"),
+        (torch.ones(3, dtype=torch.complex64), "complex64 is no dtype of real numbers"),
+        (torch.ones(3, dtype=torch.complex64).conj(), "complex64 is no dtype of real numbers"),
+        (np.full(3, "1"), "<U1 is no dtype of real numbers"),
+        (None, "object is no dtype of real numbers"),
+    ],
+)
+def test_values_that_are_none_or_not_real_are_named(value, told):
+    layer = SubKernelConv(2, 3, 1, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError) as error:
+        from_torch(layer, {"weight": torch.ones(3, 2, 1, 1), "bias": value})
+    (line,) = str(error.value).splitlines()[1:]
+    assert line.startswith(f"bias has no values that can be taken: {told}")
+
+
 def test_a_layer_without_a_counterpart():
     network = nnx.eval_shape(lambda: resnet14(nnx.Conv, width=4, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"layer\d\.\d\.conv\d is a Conv,"):

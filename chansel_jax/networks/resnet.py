@@ -183,7 +183,7 @@ class ResNet(nnx.Module):
             x: the images, normalised.
             rngs: the stream `dropout` takes the place of the network's own while training.
         """
-        x = self.stem(x.astype(self.config.dtype))
+        x = self.stem(x)
         for block in self.blocks:
             x = block(x)
         x = jnp.mean(x, axis=(1, 2))

@@ -224,9 +224,8 @@ def _taps(kernel: jax.Array) -> jax.Array:
 
 def _wide(array: jax.Array) -> jax.Array:
     """`array` in the dtype of sums: at least float32, for sums of 16 bits lose too much."""
-    if jnp.issubdtype(array.dtype, jnp.floating):
-        return array.astype(jnp.promote_types(array.dtype, jnp.float32))
-    return array
+    narrow = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4
+    return array.astype(jnp.float32) if narrow else array
 
 
 def _add(total: jax.Array | None, term: jax.Array) -> jax.Array:

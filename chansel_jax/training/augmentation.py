@@ -35,14 +35,14 @@ def random_crop_flip(key: jax.Array, images: jax.Array, *, padding: int, flip: b
     count, height, width, channels = images.shape
     crop_key, flip_key = jax.random.split(key)
     if padding:
-        offsets = jax.random.randint(crop_key, (count, 2), 0, 2 * padding + 1)
+        offsets = jax.random.randint(crop_key, (count, 2), 0, 2 * padding + 1, jnp.int32)
         padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
         crop = functools.partial(lax.dynamic_slice, slice_sizes=(height, width, channels))
-        images = jax.vmap(lambda image, offset: crop(image, (offset[0], offset[1], 0)))(
+        images = jax.vmap(lambda image, offset: crop(image, (*offset, jnp.int32(0))))(
             padded, offsets
         )
     if flip:
-        mirrored = jax.random.bernoulli(flip_key, shape=(count, 1, 1, 1))
+        mirrored = jax.random.bernoulli(flip_key, jnp.float32(0.5), (count, 1, 1, 1))
         images = jnp.where(mirrored, images[:, :, ::-1], images)
     return images
 
@@ -65,8 +65,8 @@ def cutout(key: jax.Array, images: jax.Array, *, size: int) -> jax.Array:
         return images
 
     def inside(key, pixels):
-        first = jax.random.randint(key, (len(images), 1), 0, pixels) - size // 2
-        places = jnp.arange(pixels)[None]
+        first = jax.random.randint(key, (len(images), 1), 0, pixels, jnp.int32) - size // 2
+        places = jnp.arange(pixels, dtype=jnp.int32)[None]
         return (places >= first) & (places < first + size)
 
     keys = jax.random.split(key)

@@ -69,7 +69,8 @@ class TrainingOrder:
 
 @functools.lru_cache(maxsize=16)  # with short epochs each thread that reads may be in another
 def _epoch_order(key: bytes, epoch: int, count: int) -> np.ndarray:
-    return np.asarray(epoch_order(np.frombuffer(key, np.uint32), epoch, count))
+    with jax.transfer_guard("allow"):  # once an epoch, not at every step
+        return np.asarray(epoch_order(np.frombuffer(key, np.uint32), epoch, count))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ import math
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import optax
 from jax.tree_util import DictKey
 
@@ -119,7 +120,11 @@ def make_optimizer(
                 # al., "Muon is Scalable for LLM Training" (2025). Its own decay of what it leaves
                 # to Adam has no mask.
                 optax.contrib.muon(
-                    1.0, muon_weight_dimension_numbers=as_matrices, consistent_rms=0.2
+                    1.0,
+                    # Optax's own, which would be float64 where JAX has it; they are saved.
+                    ns_coeffs=np.array((3.4445, -4.7750, 2.0315), np.float32),
+                    muon_weight_dimension_numbers=as_matrices,
+                    consistent_rms=0.2,
                 ),
                 optax.add_decayed_weights(-settings.weight_decay, mask),
                 optax.scale_by_schedule(schedule),

@@ -55,12 +55,13 @@ class Totals:
     def add(self, logits: jax.Array, labels: jax.Array, mask: jax.Array | bool) -> "Totals":
         """Adds images, of logits `(N, C)` and labels `(N,)`, where `mask` `(N,)` is True."""
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        correct, mask = jnp.argmax(logits, axis=-1) == labels, jnp.broadcast_to(mask, labels.shape)
+        correct = jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels
+        mask = jnp.broadcast_to(mask, labels.shape)
         return dataclasses.replace(
             self,
             loss=self.loss + jnp.sum(jnp.where(mask, losses, 0)),
-            correct=self.correct + jnp.sum(correct & mask),
-            count=self.count + jnp.sum(mask),
+            correct=self.correct + jnp.sum(correct & mask, dtype=jnp.int32),
+            count=self.count + jnp.sum(mask, dtype=jnp.int32),
         )
 
 
@@ -138,7 +139,7 @@ def make_train_step(
 
         def loss_function(params):
             logits, batch_stats = apply(params, state.batch_stats, images, dropout_key)
-            one_hot = jax.nn.one_hot(batch.labels, logits.shape[-1])
+            one_hot = jax.nn.one_hot(batch.labels, logits.shape[-1], dtype=logits.dtype)
             targets = optax.smooth_labels(one_hot, label_smoothing)
             loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
             return loss, (logits, batch_stats)
@@ -146,7 +147,8 @@ def make_train_step(
         (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_function, has_aux=True)(
             state.params
         )
-        with jax.named_scope("optimizer"):
+        # Optax computes with several dtypes, which JAX may have been told to refuse.
+        with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         totals = totals.add(logits, batch.labels, True)
@@ -169,7 +171,7 @@ def make_evaluate(network: nnx.Module, *, mesh: Mesh) -> Callable[..., Totals]:
     def evaluate(state, totals, batch, count, mean, std):
         images = normalise(batch.images, mean, std)
         logits, _ = apply(state.params, state.batch_stats, images, None)
-        mask = jnp.arange(len(batch.labels)) < count
+        mask = jnp.arange(len(batch.labels), dtype=jnp.int32) < count
         return totals.add(logits, batch.labels, mask)
 
     return jax.jit(evaluate, donate_argnums=1, out_shardings=everywhere(mesh))

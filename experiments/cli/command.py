@@ -60,7 +60,10 @@ def run(
 
 def _call(main: Callable[[Settings], object], settings: Settings) -> None:
     try:
-        main(settings)
+        if jax.config.jax_disable_jit:
+            raise CommandError("JAX_DISABLE_JIT=1 must not be set: commands compile what they run")
+        with jax.transfer_guard("allow"):  # to be disallowed within steps
+            main(settings)
     except Interrupted:
         raise
     except Exception as error:

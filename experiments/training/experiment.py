@@ -16,7 +16,13 @@ from chansel_jax.networks.resnet import ResNet
 from chansel_jax.training import devices, step
 from experiments.cluster import coordination
 from experiments.training.compilation import schedule_and_optimizer
-from experiments.training.settings import DataSettings, Settings, build_network, decisive
+from experiments.training.settings import (
+    DataSettings,
+    Settings,
+    TrainingSettings,
+    build_network,
+    decisive,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +96,7 @@ def build(settings: Settings, network: ResNet | None = None) -> Experiment:
         DataError: if the data cannot be had.
         OtherProcessError: if they cannot be had in another process.
     """
+    check_schedule(settings.training)
     in_memory = settings.reading.input == "memory"
     dataset = coordination.in_turn(lambda: load_data(settings.data, in_memory))
     recipe = settings.training
@@ -124,6 +131,16 @@ def build(settings: Settings, network: ResNet | None = None) -> Experiment:
         mesh=mesh,
         updates_per_epoch=updates_per_epoch,
     )
+
+
+def check_schedule(recipe: TrainingSettings) -> None:
+    """Raises `ValueError` if a learning rate that is to fall in steps would never fall."""
+    steps = recipe.optimization.step_epochs
+    if recipe.optimization.schedule == "step" and steps and steps[0] >= recipe.epochs:
+        raise ValueError(
+            f"step_epochs={','.join(map(str, steps))} must begin before epochs={recipe.epochs}, or "
+            "the learning rate never falls"
+        )
 
 
 def load_data(settings: DataSettings, in_memory: bool = True) -> data.Dataset:

@@ -54,7 +54,8 @@ def open_feed(experiment: Experiment, state: TrainState) -> Iterator[Feed]:
 
     def batches(name, order, steps, workers=0):
         if reading.input == "memory":  # every device gathers those of each batch
-            return contextlib.nullcontext(take(on_devices[name], order(n), mesh) for n in steps)
+            numbers = (devices.replicate(order(n), mesh) for n in steps)
+            return contextlib.nullcontext(take(on_devices[name], n, mesh) for n in numbers)
         return streaming.read_batches(splits[name], order, mesh, steps, workers)
 
     def evaluate(state):

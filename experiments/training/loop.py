@@ -148,7 +148,8 @@ def train_epoch(
     left = range(int(progress.state.step) % steps + 1, steps + 1)
     for taken in tracked(left, f"epoch {epoch}", console):
         running = progress.totals
-        state, totals = feed.step(progress.state, progress.totals, next(feed.batches))
+        with jax.transfer_guard("disallow"):
+            state, totals = feed.step(progress.state, progress.totals, next(feed.batches))
         # No more than one step waits for another, so that a signal is heeded soon.
         jax.block_until_ready(running)
         progress = Progress(state, progress.history, totals, time.perf_counter() - start)
@@ -156,17 +157,17 @@ def train_epoch(
             between_steps(taken, progress)
     check_finite(progress.totals, epoch)
     seconds = time.perf_counter() - start
-    row = summarise_epoch(experiment, progress, jax.device_get(feed.evaluate(progress.state)))
-    row |= {"images_per_second": float(progress.totals.count / seconds), "seconds": seconds}
+    totals, validation = jax.device_get((progress.totals, feed.evaluate(progress.state)))
+    row = summarise_epoch(experiment, epoch, totals, validation)
+    row |= {"images_per_second": float(totals.count / seconds), "seconds": seconds}
     history = [*progress.history, row]
     return Progress(progress.state, history, step.init_totals(experiment.mesh))
 
 
 def summarise_epoch(
-    experiment: Experiment, progress: Progress, validation: step.Totals
+    experiment: Experiment, epoch: int, totals: step.Totals, validation: step.Totals
 ) -> records.Row:
-    """Losses and accuracies of the epoch whose last step was taken."""
-    totals, epoch = progress.totals, len(progress.history) + 1
+    """Losses and accuracies of an epoch, from its totals in NumPy."""
     row = {
         "epoch": epoch,
         "train_loss": float(totals.loss / totals.count),

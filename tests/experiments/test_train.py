@@ -21,6 +21,7 @@ from chansel_jax.errors import OneLineError
 from chansel_jax.ops import native
 from chansel_jax.training import checkpoint
 from chansel_jax.training.optimizer import OptimizerSettings, make_schedule
+from experiments.cli import command
 from experiments.cli.ending import EXIT_SAVED
 from experiments.cli.errors import CommandError, Interrupted
 from experiments.reporting.machine import cpu_name
@@ -484,3 +485,16 @@ def test_subkernel_trains_in_bfloat16(settings, tmp_path):
     network = dataclasses.replace(settings.network, dtype="bfloat16")
     summary, _ = run(variant(settings, tmp_path / "run", conv="subkernel", network=network))
     assert summary["conv"] == "subkernel" and summary["best_val_accuracy"] > 0.9
+
+
+def test_a_command_may_transfer_what_steps_may_not(settings, whole):
+    with jax.transfer_guard("disallow"):
+        command._call(run, settings)
+
+
+def test_a_command_without_compilation_is_refused(settings, capsys):
+    with jax.disable_jit(), pytest.raises(SystemExit):
+        command._call(run, settings)
+    assert capsys.readouterr().err == (
+        "error: JAX_DISABLE_JIT=1 must not be set: commands compile what they run\n"
+    )

@@ -58,6 +58,12 @@ WRONG = [
     ("train", "--learning-rate=nan", "--learning-rate=nan must be finite"),
     ("train", "--warmup-fraction=1", "--warmup-fraction=1.0 must be in [0, 1)"),
     ("train", "--step-epochs=5,3", "--step-epochs=5,3 must be positive and increasing"),
+    (
+        "train",
+        FOLDER + "--schedule=step",
+        "--step-epochs=100,150,180 must begin before --epochs=20",
+    ),
+    ("train", FOLDER + "--schedule=step --epochs=5 --step-epochs=5", "--step-epochs=5 must begin"),
     ("train", "--momentum=-0.1", "--momentum=-0.1 must be in [0, 1)"),
     ("train", "--weight-decay=-1", "--weight-decay=-1.0 must not be negative"),
     ("train", "--weight-decay=inf", "--weight-decay=inf must be finite"),

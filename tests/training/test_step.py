@@ -17,9 +17,15 @@ from chansel_jax.torch_weights import from_torch, to_torch
 from chansel_jax.training import devices
 from chansel_jax.training.augmentation import Augmentation, normalise
 from chansel_jax.training.batches import Batch, GivenOrder, TrainingOrder, epoch_order, take
-from chansel_jax.training.optimizer import OptimizerSettings, make_optimizer
+from chansel_jax.training.optimizer import (
+    OptimizerSettings,
+    accumulated,
+    make_optimizer,
+    make_schedule,
+)
 from chansel_jax.training.step import (
     NO_STEP,
+    abstract_state,
     init_state,
     init_totals,
     make_evaluate,
@@ -241,3 +247,36 @@ def test_batch_that_does_not_divide_is_refused(batch_size, nearest):
 def test_negative_pixels_are_refused(name):
     with pytest.raises(ValueError, match=f"{name}=-1"):
         Augmentation(**{name: -1})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_shapes_and_dtypes_do_not_depend_on_switches_of_jax(optimizer, dtype):
+    """Nothing is computed: shapes and dtypes alone."""
+
+    def shapes():
+        mesh = one_device()
+        network = nnx.eval_shape(lambda: resnet14(blocks=(1, 1), dtype=dtype, rngs=nnx.Rngs(0)))
+        settings = OptimizerSettings(optimizer=optimizer)
+        schedule = make_schedule(settings, epochs=2, steps_per_epoch=20)
+        updates = accumulated(make_optimizer(settings, schedule), 2)
+        step = make_train_step(
+            network, updates, mesh=mesh, augmentation=Augmentation(cutout=3), label_smoothing=0.1
+        )
+        state = abstract_state(network, updates, mesh)
+        images = jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.uint8)
+        batch = Batch(images, jax.ShapeDtypeStruct((4,), jnp.int32))
+        statistic = jax.ShapeDtypeStruct((3,), jnp.float32)
+        given = state, init_totals(mesh), batch
+        after, totals = jax.eval_shape(step, *given, statistic, statistic)
+        evaluated = jax.eval_shape(
+            make_evaluate(network, mesh=mesh), *given, np.int32(3), statistic, statistic
+        )
+        order = jax.eval_shape(lambda key: epoch_order(key, 1, 9), state.key)
+        found = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((state, given[1], order))]
+        made = jax.tree.leaves((after, totals, evaluated))
+        return found, [(leaf.shape, leaf.dtype) for leaf in made]
+
+    expected = shapes()
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        assert shapes() == expected
