@@ -50,6 +50,9 @@ def main() -> None:
         if source != target:
             os.dup2(source, target)
             os.close(source)
+    # Those that were opened with this process take what they write to for what it was.
+    sys.stdout = open(1, "w", encoding=sys.stdout.encoding, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, encoding=sys.stderr.encoding, closefd=False)  # noqa: SIM115
     if new_session:
         os.setsid()
     os.environ.clear()

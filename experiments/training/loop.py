@@ -147,9 +147,9 @@ def train_epoch(
     start = time.perf_counter() - progress.seconds
     left = range(int(progress.state.step) % steps + 1, steps + 1)
     for taken in tracked(left, f"epoch {epoch}", console):
-        running = progress.totals
+        running, batch = progress.totals, next(feed.batches)
         with jax.transfer_guard("disallow"):
-            state, totals = feed.step(progress.state, progress.totals, next(feed.batches))
+            state, totals = feed.step(progress.state, progress.totals, batch)
         # No more than one step waits for another, so that a signal is heeded soon.
         jax.block_until_ready(running)
         progress = Progress(state, progress.history, totals, time.perf_counter() - start)
