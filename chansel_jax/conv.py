@@ -230,6 +230,8 @@ def _images(layer: SubKernelConv | ChannelSelectionConv, x: jax.Array) -> jax.Ar
             f"in_channels={layer.in_channels}"
         )
     *batch, height, width, channels = x.shape
+    if 0 in (height, width):
+        raise ValueError(f"an input of size (H, W)={(height, width)} has no pixels")
     layer.window.output_size((height, width), layer.kernel_size)  # raises where there is none
     dtype = layer.dtype or jnp.result_type(x, layer.param_dtype)
     return x.reshape(math.prod(batch), height, width, channels).astype(dtype)

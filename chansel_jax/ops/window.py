@@ -98,10 +98,8 @@ class Window(NamedTuple):
         """Height and width of the output for an input of `size` (H, W).
 
         Raises:
-            ValueError: if the input has no pixels or, padded, is smaller than the dilated kernel.
+            ValueError: if the padded input is smaller than the dilated kernel.
         """
-        if 0 in size:
-            raise ValueError(f"an input of size (H, W)={tuple(size)} has no pixels")
         pads, extent = self.padding_pairs(size, kernel_size), self._extent(kernel_size)
         rows, columns = (
             (n + sum(p) - e) // s + 1
