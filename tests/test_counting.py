@@ -81,8 +81,7 @@ KINDS = {
     ("kind", "rank"),
     [("subkernel", 1), ("chansel", 1), ("chansel", 2), ("chansel", 4), ("normalised", 3)],
 )
-@pytest.mark.parametrize("width", [None, 6])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("preset", "width"), [("resnet14", 6), ("resnet18", None)])
 def test_layers_are_the_modules_of_the_network(preset, width, kind, rank):
     config = dataclasses.replace(
         PRESETS[preset],

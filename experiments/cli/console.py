@@ -1,5 +1,6 @@
 """What commands print to."""
 
+import contextlib
 import io
 import sys
 from collections.abc import Iterable, Sequence
@@ -35,7 +36,8 @@ def print_any_character() -> None:
     The standard error does so of itself.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        with contextlib.suppress(OSError):  # it was put in the place of a file of another kind
+            sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def make_console() -> Console:

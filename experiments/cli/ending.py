@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from typing import NoReturn
 
-from chansel_jax.errors import in_one_line
-
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_SAVED = 75  # "try again later" in BSD's sysexits.h
@@ -38,6 +36,9 @@ def discard_output() -> None:
 
 def print_error(error: Exception | str) -> None:
     """Prints an error as one line, at once."""
+    # The package brings JAX, for which no signal is to wait.
+    from chansel_jax.errors import in_one_line
+
     say(f"error: {in_one_line(str(error))}")
 
 

@@ -249,8 +249,10 @@ def test_negative_pixels_are_refused(name):
         Augmentation(**{name: -1})
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"),
+    [("adamw", jnp.bfloat16), ("sgd", jnp.float32), ("muon", jnp.float32)],
+)
 def test_shapes_and_dtypes_do_not_depend_on_switches_of_jax(optimizer, dtype):
     """Nothing is computed: shapes and dtypes alone."""
 
