@@ -16,7 +16,12 @@ from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from chansel_jax.ops import dense, depthwise
-from chansel_jax.ops.lowerings import checked_lowering
+from chansel_jax.ops.lowerings import (
+    checked_lowering,
+    fastest_dense,
+    fastest_depthwise,
+    fastest_layer,
+)
 from chansel_jax.ops.selection import LOWERINGS, composed_kernel, select, weighted_sums
 from chansel_jax.ops.window import Padding, Window, padding_spec, pair, positive
 
@@ -208,6 +213,16 @@ class ChannelSelectionConv(nnx.Module):
         if self.norm is not None:
             raise ValueError("norm=True: a layer normalised between its parts has no dense kernel")
         return composed_kernel(self.pointwise[...], self.depthwise[...])
+
+
+def fastest_lowering(layer: SubKernelConv | ChannelSelectionConv, dtype: Dtype) -> str:
+    """What `"auto"` takes on this machine for a layer that computes in `dtype`."""
+    if isinstance(layer, SubKernelConv):
+        return fastest_dense(jax.ShapeDtypeStruct(layer.kernel.shape, dtype))
+    if layer.norm is not None:
+        return fastest_depthwise()
+    x = jax.ShapeDtypeStruct((1, 1, 1, layer.in_channels), dtype)
+    return fastest_layer(x, layer.depthwise)
 
 
 def _bias(

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from chansel_jax.training import checkpoint
-from experiments.cli.command import make_output, run
+from experiments.cli.command import run
 from experiments.cli.console import make_console
 from experiments.cli.flags import typed
 from experiments.reporting import machine, plots, report
+from experiments.studies.runs import make_folder
 from experiments.studies.sweep import Outcome, entries, overfitting_epoch, run_all
 from experiments.training.scores import Wanted
 from experiments.training.settings import (
@@ -101,8 +101,7 @@ def compare(settings: Settings, console: Console) -> dict[str, Any]:
         OneLineError: if a setting or the data is wrong, or a training fails.
     """
     output = settings.output or Path("runs", f"compare-{settings.data.dataset}")
-    checkpoint.check_workdir(output, "output")  # where the runs will be
-    make_output(output)
+    make_folder(output)
     base = TrainSettings(
         network=settings.network,
         data=settings.data,

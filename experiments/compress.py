@@ -21,14 +21,13 @@ from chansel_jax.digest import digest
 from chansel_jax.factorize import component_energies, dense_layers, factorize, max_rank
 from chansel_jax.functional import network_tree
 from chansel_jax.networks.resnet import ResNet
-from chansel_jax.training import checkpoint
 from chansel_jax.training.optimizer import OptimizerSettings
-from experiments.cli.command import make_output, run
+from experiments.cli.command import run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import typed
 from experiments.reporting import machine, report
-from experiments.studies.runs import finished
+from experiments.studies.runs import finished, make_folder
 from experiments.studies.sweep import folder_name
 from experiments.training.load import Checkpoint, Run, data_settings, load_images, load_run
 from experiments.training.scores import scores_of
@@ -112,8 +111,7 @@ def compress(settings: Settings, console: Console) -> dict[str, Any]:
     if others:
         raise CommandError(f"the {' and '.join(others)} images are not those of the run")
     output = settings.output or settings.workdir / "compressed"
-    checkpoint.check_workdir(output, "output")  # where the runs will be
-    make_output(output)
+    make_folder(output)
     validation = dataset.splits["validation"]
     whole = scores_of(dense.network, dense, validation).accuracy
     console.print(f"dense network, epoch {dense.epoch}: {whole:.2%} of the validation images")

@@ -14,14 +14,13 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from chansel_jax.training import checkpoint
-from experiments.cli.command import make_output, run
+from experiments.cli.command import run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import typed
 from experiments.reporting import machine, report
 from experiments.studies import STUDIES
-from experiments.studies.runs import image_digests
+from experiments.studies.runs import image_digests, make_folder
 from experiments.studies.study import Study
 from experiments.studies.sweep import Outcome, run_all
 from experiments.training.scores import Wanted
@@ -79,8 +78,7 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
     if not entries:
         raise CommandError(f"only={settings.only} is part of none of: {'; '.join(every)}")
     output = settings.output or Path("runs", f"study-{settings.name}-{data.dataset}")
-    checkpoint.check_workdir(output, "output")  # where the runs will be
-    make_output(output)
+    make_folder(output)
     scored = [split for split in chosen.scored if split in image_digests(data)]
     wanted = [Wanted(split, "last") for split in scored]
     outcomes, diverged = run_all(entries, settings.seeds, output, console, wanted)

@@ -202,8 +202,10 @@ def _digest(root: Path, found: dict[str, Files], *settings: object) -> str:
     digest = hashlib.sha256(repr((str(root), settings)).encode())
     for split, files in found.items():
         for path, label in files:
-            # A link to nothing is refused later, with all other files that cannot be read.
-            stat = path.stat() if path.exists() else path.lstat()
+            try:
+                stat = path.stat()
+            except OSError:  # a link to nothing is refused later, with all that cannot be read
+                stat = path.lstat()
             entry = (split, label, path.name, stat.st_size, stat.st_mtime_ns)
             digest.update(repr(entry).encode())
     return digest.hexdigest()[:32]

@@ -59,7 +59,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
         DataError: if it cannot be read as an image; one line.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if not path.is_file() and path.exists():  # a pipe would be waited for
             raise ValueError("it is no file")
         with Image.open(path) as image:
             # Pillow's mode tells of more than 8 bits for grey ones only, and would clip the others.

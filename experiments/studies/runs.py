@@ -14,6 +14,8 @@ from chansel_jax.digest import digest
 from chansel_jax.files import replaced
 from chansel_jax.functional import network_tree
 from chansel_jax.networks.resnet import ResNet
+from chansel_jax.training.checkpoint import check_workdir
+from experiments.cli.command import make_output
 from experiments.cli.differences import differences
 from experiments.cli.errors import CommandError
 from experiments.training.experiment import load_data
@@ -72,6 +74,17 @@ class Record:
             "images_sha256": self.data["digests"].get(wanted.split),
         }
         return known.items() <= self.evaluations.get(wanted.name, {}).items()
+
+
+def make_folder(output: Path) -> None:
+    """Makes the folder of --output, in which runs will be.
+
+    Raises:
+        CheckpointError: if no checkpoints can be kept in it.
+        CommandError: if it is a file or cannot be made or written to.
+    """
+    check_workdir(output, "output")
+    make_output(output)
 
 
 def record_of(workdir: Path) -> Record:

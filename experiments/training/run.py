@@ -10,12 +10,12 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
+from chansel_jax.conv import fastest_lowering
 from chansel_jax.counting import LayerCount, count_network
 from chansel_jax.digest import digest
 from chansel_jax.files import write_json
-from chansel_jax.networks.resnet import ResNet
-from chansel_jax.ops import lowerings, native
+from chansel_jax.networks.resnet import CONVS, ResNet
+from chansel_jax.ops import native
 from chansel_jax.training import checkpoint
 from experiments.cli.errors import CommandError
 from experiments.cluster import coordination
@@ -109,7 +109,7 @@ def print_beginning(
     printing.print_layers(rows, f"{settings.network.model}, multiply-adds for one image", console)
     if jax.default_backend() == "cpu" and not native.available():
         console.print(
-            f"note: the layers are not computed in C++, so an epoch takes two to three times as "
+            "note: the layers are not computed in C++, so an epoch takes two to three times as "
             f"long: {native.why_not()}"
         )
     console.print(f"run: {workdir}" + (f" (the one before is now {aside})" if aside else ""))
@@ -142,14 +142,9 @@ def lowerings_taken(network: ResNet) -> dict[str, list[str]]:
     """What `"auto"` takes on this machine, by the kind of convolution, for those of `network`."""
     found = collections.defaultdict(set)
     for _, layer in nnx.iter_graph(network):
-        if isinstance(layer, SubKernelConv):
-            kernel = jax.ShapeDtypeStruct(layer.kernel.shape, network.config.dtype)
-            found["subkernel"].add(lowerings.fastest_dense(kernel))
-        elif isinstance(layer, ChannelSelectionConv) and layer.norm is not None:
-            found["chansel"].add(lowerings.fastest_depthwise())
-        elif isinstance(layer, ChannelSelectionConv):
-            x = jax.ShapeDtypeStruct((1, 1, 1, layer.in_channels), network.config.dtype)
-            found["chansel"].add(lowerings.fastest_layer(x, layer.depthwise))
+        for conv, kind in CONVS.items():
+            if isinstance(layer, kind):
+                found[conv].add(fastest_lowering(layer, network.config.dtype))
     return {conv: sorted(taken) for conv, taken in found.items()}
 
 

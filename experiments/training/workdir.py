@@ -81,7 +81,7 @@ def claim(
             `config` (the message names all that differs), or, with `"must"`, none; nothing is
             touched then. Or if it cannot be written.
     """
-    config = asked = json.loads(json.dumps(config))
+    config = json.loads(json.dumps(config))
     check(workdir, {}, resume)
     with contextlib.ExitStack() as locks:
         aside = None
@@ -89,15 +89,15 @@ def claim(
         if holds_run(workdir) and resume == "never":
             aside = _rename_aside(workdir)
             _lock(workdir, locks)
-        stored = {}
-        if holds_run(workdir):
-            stored = config = _read(workdir / "config.json")
-            stored_settings = {name: value for name, value in stored.items() if name != DATA_DIR}
-            _check_same(workdir, filled(stored_settings, defaults or {}), asked)
+        stored = _read(workdir / "config.json") if holds_run(workdir) else None
+        if stored is not None:
+            compared = {name: value for name, value in stored.items() if name != DATA_DIR}
+            _check_same(workdir, filled(compared, defaults or {}), config)
         where = {DATA_DIR: str(data_dir.absolute())} if data_dir else {}
-        if not stored or not where.items() <= stored.items():
+        content = (stored or config) | where
+        if content != stored:
             with _refused_writes(workdir):
-                write_json(workdir / "config.json", config | where)
+                write_json(workdir / "config.json", content)
         yield aside
 
 

@@ -17,9 +17,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from chansel_jax import functional
-from chansel_jax.conv import ChannelSelectionConv
+from chansel_jax.conv import fastest_lowering
 from chansel_jax.networks.resnet import CONVS, ResNet
-from chansel_jax.ops import lowerings
 from chansel_jax.torch_weights import from_torch, to_torch
 from chansel_jax.training import devices
 from chansel_jax.training.augmentation import Augmentation
@@ -148,7 +147,7 @@ class _Calls(_JaxRunner):
         if case.layer is not None:
             inputs = [array.astype(_dtype(case)) for array in inputs]
             if task.contestant.variant == "auto":
-                self.took = _lowering_taken(self.module, inputs[0])
+                self.took = fastest_lowering(self.module, _dtype(case))
         state = jax.device_put(nnx.to_pure_dict(state), self.replicated)
         self.arguments = (state, *inputs)
 
@@ -259,12 +258,6 @@ class _Epoch(_JaxRunner):
 
 
 RUNNERS = {"step": _Step, "forward": _Calls, "layer": _Calls, "epoch": _Epoch}
-
-
-def _lowering_taken(layer: nnx.Module, x: jax.Array) -> str:
-    if isinstance(layer, ChannelSelectionConv):
-        return lowerings.fastest_layer(x, layer.depthwise)
-    return lowerings.fastest_dense(jax.ShapeDtypeStruct(layer.kernel.shape, x.dtype))
 
 
 def eval_logits(network: nnx.Module, state: TrainState, images: jax.Array) -> np.ndarray:
