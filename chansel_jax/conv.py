@@ -4,6 +4,7 @@ Both are `flax.nnx` modules called alike, so that a network takes either as an a
 NHWC, kernels HWIO.
 """
 
+import collections
 import functools
 import math
 import reprlib
@@ -215,8 +216,16 @@ class ChannelSelectionConv(nnx.Module):
         return composed_kernel(self.pointwise[...], self.depthwise[...])
 
 
-def fastest_lowering(layer: SubKernelConv | ChannelSelectionConv, dtype: Dtype) -> str:
-    """What `"auto"` takes on this machine for a layer that computes in `dtype`."""
+def lowerings_taken(module: nnx.Module, dtype: Dtype) -> dict[type[nnx.Module], list[str]]:
+    """What `"auto"` takes here for the layers of `module`, by their kind, if they have `dtype`."""
+    found = collections.defaultdict(set)
+    for _, layer in nnx.iter_graph(module):
+        if isinstance(layer, SubKernelConv | ChannelSelectionConv):
+            found[type(layer)].add(_fastest_lowering(layer, dtype))
+    return {kind: sorted(taken) for kind, taken in found.items()}
+
+
+def _fastest_lowering(layer: SubKernelConv | ChannelSelectionConv, dtype: Dtype) -> str:
     if isinstance(layer, SubKernelConv):
         return fastest_dense(jax.ShapeDtypeStruct(layer.kernel.shape, dtype))
     if layer.norm is not None:

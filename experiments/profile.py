@@ -3,33 +3,36 @@
     python -m experiments.profile
 
 traces some steps of experiments.train with `jax.profiler`, on random images, and adds up what each
-kind of operation took.
+kind of operation and each layer took. With --layer it traces one layer alone.
 """
 
-import collections
 import contextlib
 import dataclasses
-import re
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
 from rich.console import Console
-from rich.table import Column, Table
 
+from chansel_jax.conv import lowerings_taken
 from chansel_jax.files import write_json
-from chansel_jax.networks.resnet import CONVS, PRESETS, Model
+from chansel_jax.networks.resnet import CONVS, PRESETS, Model, ResNet
 from chansel_jax.ops import native
 from chansel_jax.training import devices
+from experiments.benchmarking.settings import parse_shape
+from experiments.benchmarking.trace import Profile, by_kind, by_layer, operations, times
 from experiments.cli.command import make_output, run
 from experiments.cli.console import make_console
 from experiments.cli.flags import typed
 from experiments.reporting import machine
-from experiments.training.noise import training_on_noise
+from experiments.reporting.report import print_table
+from experiments.training.noise import layer_on_noise, training_on_noise
 from experiments.training.settings import Conv
 
 WARM_UP_STEPS = 20  # until the heap has stopped growing
@@ -38,10 +41,14 @@ SLOWEST = 8  # operations that are listed one by one
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Shows where the time of a training step goes, by kind of operation."""
+    """Shows where the time of a training step goes, by kind of operation and by layer."""
 
     model: Model = "resnet14"
     """This is the network; it takes images of the size that it was made for."""
+    layer: str | None = None
+    """Forward and backward pass of this one layer are profiled in place of a network's step. It is
+    SIZExC_INxC_OUTxKERNELxSTRIDE as in 32x16x24x3x1, a kernel of 3 × 3 at stride 1 from 16 to 24
+    channels on images of 32 × 32."""
     convs: tuple[Conv, ...] = ("chansel", "subkernel")
     """Channel selection, the ordinary dense convolution, or both are profiled."""
     batch_size: int = 128
@@ -60,22 +67,8 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.convs:
             raise ValueError("convs= must name at least one convolution")
-
-
-@dataclasses.dataclass(frozen=True)
-class Profile:
-    """What the steps took.
-
-    Attributes:
-        untraced: milliseconds of a step that is not traced.
-        milliseconds: of a step, by operation of the compiled program; what runs side by side on
-            several threads counts on each.
-        op_names: what each operation was in Python, as XLA keeps it.
-    """
-
-    untraced: float
-    milliseconds: Mapping[str, float]
-    op_names: Mapping[str, str]
+        if self.layer is not None:
+            parse_shape(self.layer, "layer")
 
 
 def main(settings: Settings) -> None:
@@ -84,9 +77,10 @@ def main(settings: Settings) -> None:
     if settings.output is not None:
         make_output(settings.output)
     device = jax.devices()[0]
+    what = settings.layer and f"layer {parse_shape(settings.layer)}"
     console.print(
         f"{len(jax.devices())} × {device.device_kind}, jax {jax.__version__}, "
-        f"{settings.model}, batches of {settings.batch_size}, {settings.dtype}"
+        f"{what or settings.model}, batches of {settings.batch_size}, {settings.dtype}"
     )
     if not native.available():
         console.print(f"native: {native.why_not()}")
@@ -105,12 +99,10 @@ def main(settings: Settings) -> None:
 
 
 def profile_step(settings: Settings, conv: str, folder: Path) -> Profile:
-    """Compiles the training step, then times and traces it."""
+    """Compiles the training step, or one layer's two passes, then times and traces it."""
     mesh = devices.data_mesh()
     devices.check_batch_size(settings.batch_size, mesh)
-    dtype = getattr(jnp, settings.dtype)
-    config = dataclasses.replace(PRESETS[settings.model], conv=CONVS[conv], dtype=dtype)
-    take_step, compiled = training_on_noise(config, settings.batch_size, mesh)
+    module, layers, take_step, compiled = _compiled(settings, conv, mesh)
 
     def take_steps(count: int, one_at_a_time: bool = False) -> float:
         start = time.perf_counter()
@@ -127,55 +119,28 @@ def profile_step(settings: Settings, conv: str, folder: Path) -> Profile:
         # Of steps in flight, one would be charged with waiting for the other.
         take_steps(settings.steps, one_at_a_time=True)
     op_names = operations(compiled)
-    return Profile(untraced, times(folder, op_names, settings.steps), op_names)
+    milliseconds = times(folder, op_names, settings.steps)
+    taken = lowerings_taken(module, getattr(jnp, settings.dtype))
+    took = {kind: taken[layer] for kind, layer in CONVS.items() if layer in taken}
+    return Profile(untraced, milliseconds, op_names, layers, took)
 
 
-def operations(compiled: str) -> dict[str, str]:
-    """The operations of a compiled program's entry, with what each was in Python ("" if nothing).
-
-    What loops and calls contain is left out: it is part of their time.
-    """
-    entry = compiled[compiled.index("\nENTRY ") :]
-    instruction = re.compile(r'^\s+(?:ROOT )?%?([\w.-]+) = (?:.*op_name="([^"]*)")?', re.MULTILINE)
-    return {name: op_name or "" for name, op_name in instruction.findall(entry)}
-
-
-def times(folder: Path, names: Iterable[str], steps: int) -> dict[str, float]:
-    """Milliseconds a step of the operations `names` in the trace that `folder` holds."""
-    newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-    known, total = set(names), collections.Counter()
-    trace = jax.profiler.ProfileData.from_file(str(newest))
-    for plane in trace.planes:
-        for line in plane.lines:
-            for event in line.events:
-                name = dict(event.stats).get("hlo_op")
-                if name in known and not event.name.startswith("end: "):
-                    total[name] += event.duration_ns
-    return {name: nanoseconds / steps / 1e6 for name, nanoseconds in total.items()}
-
-
-def kind_of(op_name: str) -> str:
-    """The kind of an operation, from its name in Python as XLA keeps it."""
-    primitive = op_name.rsplit("/", 1)[-1]
-    for scope in ("augmentation", "optimizer"):
-        if scope in op_name:
-            return scope
-    if primitive in ("conv_general_dilated", "dot_general", "ffi_call"):
-        return "convolutions, matrix products"
-    if primitive in ("", "transpose", "copy"):
-        return "transposes, copies"
-    if primitive.startswith("reduce"):
-        return "sums (BatchNorm)"
-    return "elementwise (BatchNorm, ReLU, …)"
-
-
-def by_kind(profile: Profile) -> list[tuple[str, int, float]]:
-    """Each kind, how many operations it has and their milliseconds, the most first."""
-    kinds = collections.defaultdict(list)
-    for name, milliseconds in profile.milliseconds.items():
-        kinds[kind_of(profile.op_names[name])].append(milliseconds)
-    rows = ((kind, len(found), sum(found)) for kind, found in kinds.items())
-    return sorted(rows, key=lambda row: -row[2])
+def _compiled(
+    settings: Settings, conv: str, mesh: Mesh
+) -> tuple[nnx.Module, tuple[str, ...], Callable[[], Any], str]:
+    """What is profiled, the names of its layers, a function that takes a step, and its program."""
+    dtype = getattr(jnp, settings.dtype)
+    if settings.layer is not None:
+        shape = parse_shape(settings.layer)
+        sizes = (shape.in_channels, shape.out_channels, shape.kernel_size)
+        window = {"strides": shape.stride, "padding": shape.padding}
+        layer = CONVS[conv](*sizes, **window, dtype=dtype, rngs=nnx.Rngs(0))
+        images = (settings.batch_size, shape.size, shape.size, shape.in_channels)
+        return layer, (), *layer_on_noise(layer, images, mesh)
+    config = dataclasses.replace(PRESETS[settings.model], conv=CONVS[conv], dtype=dtype)
+    network = nnx.eval_shape(lambda: ResNet(config, rngs=nnx.Rngs(0)))
+    layers = tuple(layer.path for layer in config.layers())
+    return network, layers, *training_on_noise(config, settings.batch_size, mesh)
 
 
 def as_json(settings: Settings, profiles: Mapping[str, Profile]) -> dict[str, Any]:
@@ -189,6 +154,8 @@ def as_json(settings: Settings, profiles: Mapping[str, Profile]) -> dict[str, An
             conv: {
                 "step": profile.untraced,
                 "kinds": {kind: found for kind, _, found in by_kind(profile)},
+                "layers": {name: passes for name, *passes in by_layer(profile)},
+                "took": profile.took,
             }
             for conv, profile in profiles.items()
         },
@@ -196,25 +163,20 @@ def as_json(settings: Settings, profiles: Mapping[str, Profile]) -> dict[str, An
 
 
 def print_profile(conv: str, profile: Profile, console: Console) -> None:
-    """A row a kind, then the slowest operations."""
-    print_rows(
-        f"{conv}: {profile.untraced:.1f} ms a step; what runs side by side counts each",
-        ("kind", "operations", "ms"),
-        by_kind(profile),
-        console,
-    )
+    """What took how long, by kind of operation and by layer, then the slowest operations."""
+    took = "; ".join(f"{kind} {', '.join(taken)}" for kind, taken in profile.took.items())
+    console.print(f"\n{conv}: {profile.untraced:.2f} ms a step; the lowerings are {took}")
+    console.print("what runs side by side on several threads counts on each of them\n")
+    rows = [(kind, str(count), f"{ms:.2f}") for kind, count, ms in by_kind(profile)]
+    print_table(("kind", "operations", "ms"), rows, console)
+    if profile.layers:
+        rows = [(name, *(f"{ms:.2f}" for ms in passes)) for name, *passes in by_layer(profile)]
+        console.print()
+        print_table(("layer", "forward ms", "backward ms"), rows, console)
     slowest = sorted(profile.milliseconds.items(), key=lambda item: -item[1])[:SLOWEST]
-    rows = [(name, profile.op_names[name], ms) for name, ms in slowest]
-    print_rows("the slowest operations", ("operation", "in Python", "ms"), rows, console)
-
-
-def print_rows(title: str, headings: tuple, rows: Iterable[tuple], console: Console) -> None:
-    """A table whose last column is a number."""
-    *names, number = headings
-    table = Table(*names, Column(number, justify="right"), title=title, title_justify="left")
-    for *cells, milliseconds in rows:
-        table.add_row(*map(str, cells), f"{milliseconds:.2f}")
-    console.print(table)
+    rows = [(f"{name}: {profile.op_names[name]}", f"{ms:.2f}") for name, ms in slowest]
+    console.print()
+    print_table(("the slowest operations, with what each is in Python", "ms"), rows, console)
 
 
 if __name__ == "__main__":

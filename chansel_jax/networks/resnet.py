@@ -183,12 +183,18 @@ class ResNet(nnx.Module):
             x: the images, normalised.
             rngs: the stream `dropout` takes the place of the network's own while training.
         """
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
+        x = _named("stem", self.stem, x)
+        for number, block in enumerate(self.blocks):
+            x = _named(f"blocks.{number}", block, x)
         x = jnp.mean(x, axis=(1, 2))
         x = self.dropout(x, rngs=rngs)
-        return self.classifier(x).astype(jnp.float32)
+        return _named("classifier", self.classifier, x).astype(jnp.float32)
+
+
+def _named(name: str, layer: nnx.Module, x: jax.Array) -> jax.Array:
+    """`layer(x)`; a profile shows its operations under that name."""
+    with jax.named_scope(name):
+        return layer(x)
 
 
 class BasicBlock(nnx.Module):
@@ -217,10 +223,11 @@ class BasicBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(N, H, W, in_channels)` to `(N, H / strides, W / strides, out_channels)`."""
-        y = nnx.relu(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
+        y = nnx.relu(_named("norm1", self.norm1, _named("conv1", self.conv1, x)))
+        y = _named("norm2", self.norm2, _named("conv2", self.conv2, y))
         if self.shortcut is not None:
-            x = self.shortcut_norm(self.shortcut(x))
+            x = _named("shortcut", self.shortcut, x)
+            x = _named("shortcut_norm", self.shortcut_norm, x)
         return nnx.relu(x + y)
 
 
@@ -232,7 +239,7 @@ class PlainStem(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(N, H, W, in_channels)` to `(N, H, W, width)`."""
-        return nnx.relu(self.conv(x))
+        return nnx.relu(_named("conv", self.conv, x))
 
 
 class PooledStem(nnx.Module):
@@ -244,7 +251,7 @@ class PooledStem(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(N, H, W, in_channels)` to `(N, H / 4, W / 4, width)`."""
-        x = nnx.relu(self.norm(self.conv(x)))
+        x = nnx.relu(_named("norm", self.norm, _named("conv", self.conv, x)))
         return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 

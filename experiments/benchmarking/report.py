@@ -96,6 +96,9 @@ def context(results: Figures) -> list[str]:
         "GMAC/s (10⁹ multiply-adds) and GB/s are counted from shapes: channel selection as its "
         "two parts however computed, each layer's input and output once a product",
     ]
+    if results["what"] != "layer":
+        took = {c["name"]: c["took"] for case in results["cases"] for c in case["contestants"]}
+        lines += [f"{name} took {lowerings}" for name, lowerings in took.items() if lowerings]
     if machine["platform"] == "gpu":
         lines.append("MB: the peak on the device; JAX's includes its choice of kernels at start")
     if results["what"] == "epoch":

@@ -121,19 +121,19 @@ def _named(name: str, value: object) -> str:
     return ", ".join(_named(field.name, getattr(value, field.name)) for field in given)
 
 
-def parse_shape(text: str) -> LayerShape:
-    """A layer from five numbers with an x between them.
+def parse_shape(text: str, argument: str = "shapes") -> LayerShape:
+    """A layer from five numbers with an x between them, as `argument` has them.
 
     Raises:
         ValueError: if it is none, or its kernel is larger than the image.
     """
     fields = text.split("x")
     if len(fields) != 5 or not all(field.isdecimal() and int(field) for field in fields):
-        raise ValueError(f"shapes={text} must be {SHAPE_FORMAT}, each at least 1")
+        raise ValueError(f"{argument}={text} must be {SHAPE_FORMAT}, each at least 1")
     shape = LayerShape(*map(int, fields))
     if shape.kernel_size > shape.size:
         raise ValueError(
-            f"shapes={text}: the kernel of {shape.kernel_size} × {shape.kernel_size} is larger "
+            f"{argument}={text}: the kernel of {shape.kernel_size} × {shape.kernel_size} is larger "
             f"than the image of {shape.size} × {shape.size}; a shape is {SHAPE_FORMAT}"
         )
     return shape

@@ -1,6 +1,7 @@
 """Training steps on random images, for what measures them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,6 +36,26 @@ def training_on_noise(
         return state
 
     return take_step, compiled.as_text()
+
+
+def layer_on_noise(
+    layer: nnx.Module, images: tuple[int, ...], mesh: Mesh
+) -> tuple[Callable[[], Any], str]:
+    """The same for forward and backward pass of one layer on noise of the shape `images`."""
+    graph, state = nnx.split(layer)
+
+    def passes(state, x, dy):
+        y, pull = jax.vjp(lambda state, x: nnx.merge(graph, state)(x), state, x)
+        return y, pull(dy)
+
+    def normal(shape):
+        noise = np.random.default_rng(0).standard_normal(shape)
+        return jax.device_put(noise.astype(layer.dtype), devices.batch_sharding(mesh))
+
+    output = jax.eval_shape(layer, jax.ShapeDtypeStruct(images, layer.dtype))
+    arguments = (devices.replicate(state, mesh), normal(images), normal(output.shape))
+    compiled = jax.jit(passes).lower(*arguments).compile()
+    return lambda: compiled(*arguments), compiled.as_text()
 
 
 def _noise(count: int, size: int, classes: int, mesh: Mesh) -> Batch:

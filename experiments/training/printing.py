@@ -8,11 +8,10 @@ from typing import Any
 import flax
 import jax
 from rich.console import Console
-from rich.table import Column, Table
 
 from chansel_jax.counting import LayerCount
 from chansel_jax.data import Dataset
-from experiments.reporting.report import LAYOUT
+from experiments.reporting.report import print_table
 from experiments.training.records import Row, best_epoch
 
 EPOCH_HEADER = (
@@ -36,17 +35,20 @@ def print_header(dataset: Dataset, devices: Sequence[jax.Device], console: Conso
 
 def print_layers(rows: Sequence[LayerCount], title: str, console: Console) -> None:
     """Prints a network's layers with their parameters and multiply-adds."""
-    headings = ("output", "parameters", "multiply-adds")
-    numbers = [Column(heading, justify="right") for heading in headings]
-    table = Table("layer", "kind", *numbers, title=title, **LAYOUT)
-    for row in rows:
-        shape = " × ".join(map(str, row.output))
-        table.add_row(row.name, row.kind, shape, f"{row.parameters:,}", f"{row.multiply_adds:,}")
-    table.add_section()
+    cells = [
+        (
+            row.name,
+            row.kind,
+            " × ".join(map(str, row.output)),
+            f"{row.parameters:,}",
+            f"{row.multiply_adds:,}",
+        )
+        for row in rows
+    ]
     parameters = sum(row.parameters for row in rows)
     multiply_adds = sum(row.multiply_adds for row in rows)
-    table.add_row("total", "", "", f"{parameters:,}", f"{multiply_adds:,}")
-    console.print(table)
+    cells.append(("total", "", "", f"{parameters:,}", f"{multiply_adds:,}"))
+    print_table(("layer", "kind", "output", "parameters", "multiply-adds"), cells, console, title)
 
 
 def epoch_line(history: Sequence[Row]) -> str:
@@ -62,7 +64,7 @@ def epoch_line(history: Sequence[Row]) -> str:
 
 def print_summary(summary: Mapping[str, Any], workdir: Path, console: Console) -> None:
     """Prints the row of the original's table."""
-    table = Table(title=f"{summary['dataset']}, {summary['model']}, {summary['conv']}", **LAYOUT)
+    title = f"{summary['dataset']}, {summary['model']}, {summary['conv']}"
     cells = {
         "parameters": f"{summary['parameters']:,}",
         "best validation loss": (
@@ -74,8 +76,5 @@ def print_summary(summary: Mapping[str, Any], workdir: Path, console: Console) -
         ),
         "train s an epoch": f"{summary['seconds_per_epoch']:.2f}",
     }
-    for heading in cells:
-        table.add_column(heading, justify="right")
-    table.add_row(*cells.values())
-    console.print(table)
+    print_table(tuple(cells), [tuple(cells.values())], console, title)
     console.print(f"the run is written to {workdir}")

@@ -1,16 +1,14 @@
 """A training run from its settings to its summary."""
 
-import collections
 import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 from rich.console import Console
 
-from chansel_jax.conv import fastest_lowering
+from chansel_jax.conv import lowerings_taken
 from chansel_jax.counting import LayerCount, count_network
 from chansel_jax.digest import digest
 from chansel_jax.files import write_json
@@ -121,6 +119,7 @@ def summarise(
 ) -> dict[str, Any]:
     """What `summary.json` holds."""
     settings, state = experiment.settings, progress.state
+    taken = lowerings_taken(experiment.network, experiment.network.config.dtype)
     return {
         "model": settings.network.model,
         "conv": settings.conv,
@@ -128,7 +127,7 @@ def summarise(
         "seed": settings.seed,
         "device": machine.device_name(),
         "instruction_set": native.instruction_set() if native.available() else None,
-        "lowerings": lowerings_taken(experiment.network),
+        "lowerings": {conv: taken[kind] for conv, kind in CONVS.items() if kind in taken},
         "versions": machine.versions(),
         "images": {name: len(split.labels) for name, split in experiment.dataset.splits.items()},
         "parameters": sum(row.parameters for row in rows),
@@ -136,16 +135,6 @@ def summarise(
         **records.summarise(progress.history),
         "params_sha256": digest((state.params, state.batch_stats)),
     }
-
-
-def lowerings_taken(network: ResNet) -> dict[str, list[str]]:
-    """What `"auto"` takes on this machine, by the kind of convolution, for those of `network`."""
-    found = collections.defaultdict(set)
-    for _, layer in nnx.iter_graph(network):
-        for conv, kind in CONVS.items():
-            if isinstance(layer, kind):
-                found[conv].add(fastest_lowering(layer, network.config.dtype))
-    return {conv: sorted(taken) for conv, taken in found.items()}
 
 
 def refuse_workdir_among_images(workdir: Path, settings: Settings) -> None:

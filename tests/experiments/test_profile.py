@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from chansel_jax.networks.resnet import PRESETS
@@ -13,63 +12,6 @@ from experiments.profile import Settings
 
 # Of jaxlib's own types, on Python 3.12.
 pytestmark = pytest.mark.filterwarnings("ignore:builtin type event.* has no __module__")
-
-COMPILED = """HloModule jit_step
-
-%fused (p: f32[2]) -> f32[2] {
-  %p = f32[2]{0} parameter(0)
-  ROOT %inner.1 = f32[2]{0} add(%p, %p), metadata={op_name="jit(step)/add"}
-}
-
-ENTRY %main.2 (x.1: f32[2]) -> f32[2] {
-  %x.1 = f32[2]{0} parameter(0), metadata={op_name="x"}
-  %copy.3 = f32[2]{0} copy(%x.1)
-  ROOT %add_fusion = f32[2]{0} fusion(%copy.3), calls=%fused, metadata={op_name="jit(step)/add"}
-}
-"""
-
-
-def test_operations_are_those_of_the_entry():
-    assert profile.operations(COMPILED) == {
-        "x.1": "x",
-        "copy.3": "",
-        "add_fusion": "jit(step)/add",
-    }
-
-
-@pytest.mark.parametrize(
-    ("op_name", "kind"),
-    [
-        ("jit(train_step)/jvp()/ffi_call", "convolutions, matrix products"),
-        ("jit(train_step)/transpose(jvp())/conv_general_dilated", "convolutions, matrix products"),
-        ("jit(train_step)/jvp()/dot_general", "convolutions, matrix products"),
-        ("jit(train_step)/transpose(jvp())/reduce_sum", "sums (BatchNorm)"),
-        ("jit(train_step)/jvp()/jit(relu)/max", "elementwise (BatchNorm, ReLU, …)"),
-        ("jit(train_step)/optimizer/transpose", "optimizer"),
-        ("jit(train_step)/augmentation/jit(_randint)/while", "augmentation"),
-        ("", "transposes, copies"),
-    ],
-)
-def test_kinds(op_name, kind):
-    assert profile.kind_of(op_name) == kind
-
-
-def test_times_of_a_real_trace(tmp_path):
-    @jax.jit
-    def products(x):
-        return jnp.sin(x @ x) @ x
-
-    x = jnp.ones((512, 512))
-    compiled = products.lower(x).compile()
-    compiled(x).block_until_ready()
-    with jax.profiler.trace(tmp_path):
-        for _ in range(4):
-            compiled(x).block_until_ready()
-    op_names = profile.operations(compiled.as_text())
-    found = profile.times(tmp_path, op_names, 4)
-    assert set(found) <= set(op_names) and all(value > 0 for value in found.values())
-    by_kind = {profile.kind_of(op_names[name]) for name in found}
-    assert "convolutions, matrix products" in by_kind
 
 
 def test_prints_every_part_of_a_step_and_keeps_the_trace(tmp_path, capsys, monkeypatch):
@@ -88,6 +30,22 @@ def test_prints_every_part_of_a_step_and_keeps_the_trace(tmp_path, capsys, monke
     found = kept["milliseconds"]["chansel"]
     assert found["step"] > 0 and min(found["kinds"].values()) > 0
     assert all(f"{ms:.2f}" in printed for ms in found["kinds"].values())
+    # Each layer's forward and backward pass takes some time, and all parts make up the step.
+    assert list(found["layers"])[1:3] == ["stem", "blocks.0.conv1"]
+    for layer in ("stem.conv", "blocks.0.conv1", "blocks.0.conv2", "classifier"):
+        assert layer in printed and min(found["layers"][layer]) > 0, layer
+    parts = sum(sum(passes) for passes in found["layers"].values())
+    assert parts == pytest.approx(sum(found["kinds"].values()))
+    (took,) = found["took"]["chansel"]
+    assert f"chansel {took}" in printed
+
+
+def test_profile_of_one_layer(capsys):
+    profile.main(Settings(layer="8x4x6x3x2", batch_size=4, steps=2, convs=("subkernel",)))
+    printed = capsys.readouterr().out
+    assert "layer 8² 4→6 3×3/2, batches of 4" in printed
+    assert "convolutions, matrix products" in printed and "jvp()" in printed
+    assert "optimizer" not in printed and "forward ms" not in printed
 
 
 def test_a_batch_that_does_not_divide_by_the_devices():

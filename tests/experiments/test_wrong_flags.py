@@ -171,6 +171,7 @@ WRONG = [
     ("profile", "--batch-size=3", "--batch-size=3"),
     ("profile", "--steps=0", "--steps=0 must be at least 1"),
     ("profile", "--convs=", "--convs= must name at least one convolution"),
+    ("profile", "--layer=32x16x16x3", "--layer=32x16x16x3 must be SIZE"),
     ("profile", "--output=FILE", "--output=FILE"),
     ("scaling", "--batch-size=0", "--batch-size=0 must be at least 1"),
     ("scaling", "--convs=", "--convs= must name at least one convolution"),

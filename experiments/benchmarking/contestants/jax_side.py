@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from chansel_jax import functional
-from chansel_jax.conv import fastest_lowering
+from chansel_jax.conv import lowerings_taken
 from chansel_jax.networks.resnet import CONVS, ResNet
 from chansel_jax.torch_weights import from_torch, to_torch
 from chansel_jax.training import devices
@@ -92,6 +93,14 @@ def make_layer(task: Task) -> nnx.Module:
     return layer
 
 
+def took(task: Task, module: nnx.Module) -> str | None:
+    """What `"auto"` took for the convolutions of `module`; None if it was not asked for."""
+    if task.contestant.variant != "auto":
+        return None
+    taken = lowerings_taken(module, _dtype(task.case)).values()
+    return ", ".join(dict.fromkeys(itertools.chain(*taken)))
+
+
 def by_torch_name(module: nnx.Module, params: Any) -> dict[str, np.ndarray]:
     """A tree of the shape of the parameters of `module`, in PyTorch's names and layouts."""
     holder = nnx.clone(module)
@@ -141,13 +150,12 @@ class _Calls(_JaxRunner):
         case = task.case
         self.module = make_network(task) if case.layer is None else make_layer(task)
         self.module.eval()
+        self.took = took(task, self.module)
         self.graph, state = nnx.split(self.module)
         inputs = image_batch(case) if case.layer is None else layer_batch(case)
         inputs = jax.device_put(inputs[: 1 + case.backward], self.sharded)
         if case.layer is not None:
             inputs = [array.astype(_dtype(case)) for array in inputs]
-            if task.contestant.variant == "auto":
-                self.took = fastest_lowering(self.module, _dtype(case))
         state = jax.device_put(nnx.to_pure_dict(state), self.replicated)
         self.arguments = (state, *inputs)
 
@@ -186,6 +194,7 @@ class _Step(_JaxRunner):
     def __init__(self, task: Task):
         super().__init__(task)
         self.network, self.optimizer = make_network(task), make_adamw(task.recipe)
+        self.took = took(task, self.network)
         self.state = init_state(self.network, self.optimizer, task.case.seed, self.mesh)
         self.batch = jax.device_put(image_batch(task.case), self.sharded)
 
@@ -221,6 +230,7 @@ class _Epoch(_JaxRunner):
         super().__init__(task)
         data = task.train_images
         self.network, self.optimizer = make_network(task), make_adamw(task.recipe)
+        self.took = took(task, self.network)
         self.steps = len(data.labels) // task.case.batch_size
         self.split = devices.replicate(Batch(data.images, data.labels), self.mesh)
         self.statistics = devices.replicate((data.mean, data.std), self.mesh)

@@ -32,7 +32,7 @@ class Prepared:
             compiles. None where nothing is compiled.
         step_seconds: one step, roughly.
         outputs: what must be equal between contestants, by name, in PyTorch's layouts but NHWC.
-        took: the lowering that `"auto"` takes for a single layer in JAX; None of all else.
+        took: the lowerings that `"auto"` takes in JAX; None of all else.
     """
 
     compile_seconds: float | None

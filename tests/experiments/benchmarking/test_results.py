@@ -512,6 +512,12 @@ def test_epochs_are_the_originals_table():
     assert "| JAX subkernel auto | 0.00400 | 0.00400 | 0.00400 ± 0 |" in text
 
 
+def test_step_tells_what_auto_took():
+    text = report.markdown(some_results(took="native, shifted"))
+    assert "\n- JAX chansel auto took native, shifted\n" in text
+    assert "took" not in report.markdown(some_results())
+
+
 def test_layers_are_columns_and_contestants_rows():
     other = dataclasses.replace(LAYER, layer=LayerShape(4, 2, 2, 1, 1))
     text = report.markdown(some_results("layer", [LAYER, other], took="native"))

@@ -298,6 +298,15 @@ def test_layers_are_listed_with_their_total(console):
     assert ["total", "1,643", "443,560"] in lines
 
 
+@pytest.mark.parametrize("width", [40, 50, 60])
+def test_no_figure_of_the_layers_is_cut(width):
+    console = Console(file=io.StringIO(), width=width)
+    rows = [LayerCount("blocks.10.shortcut", "subkernel", (112, 112, 1024), 23456789, 9876543210)]
+    printing.print_layers(rows, "resnet14", console)
+    for cell in ("112 × 112 × 1024", "23,456,789", "9,876,543,210"):
+        assert cell in printed(console), cell
+
+
 def test_summary_shows_the_row_of_the_table_and_the_folder(console):
     summary = {
         "dataset": "silhouettes",
