@@ -113,8 +113,6 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_batch(rows: Batch, mesh: Mesh) -> Batch:
-    """A global batch from the rows of this process, which are copied."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda array: jax.make_array_from_process_local_data(sharding, np.array(array)), rows
-    )
+    """A global batch from the rows of this process."""
+    put = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    return jax.tree.map(put, rows)

@@ -1,5 +1,5 @@
 import errno
-import gc
+import itertools
 import multiprocessing.synchronize
 import os
 import signal
@@ -39,11 +39,10 @@ def test_batches_are_those_of_the_order_from_any_step_on(split, order, first_ste
     with streaming.read_batches(
         split, order, mesh, range(first_step, 3 * STEPS), workers
     ) as batches:
-        found = list(batches)
-        if workers:  # each has been copied, and its shared memory given back
-            gc.collect()
-            kinds = [type(each).__name__ for each in gc.get_objects()]
-            assert "SharedMemoryArray" not in kinds
+        found = list(itertools.islice(batches, STEPS))
+        # While workers read ahead, nothing lies in shared memory, of which Docker has little.
+        assert not list(Path("/dev/shm").glob("psm_*"))
+        found += batches
     assert len(found) == 3 * STEPS - first_step
     in_order = [np.asarray(epoch_order(order.key, epoch, COUNT)) for epoch in range(3)]
     for step, batch in enumerate(found, start=first_step):
@@ -134,18 +133,10 @@ class Damaged(np.ndarray):
 class Deadly(np.ndarray):
     """Images that end whoever reads them."""
 
-    signal = signal.SIGKILL
-
     def __getitem__(self, key):
         if np.ndim(key):
-            os.kill(os.getpid(), self.signal)
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(key)
-
-
-class Unmapped(Deadly):
-    """Images that end whoever reads them as shared memory does that has no room left."""
-
-    signal = signal.SIGBUS
 
 
 @pytest.mark.parametrize(
@@ -154,7 +145,6 @@ class Unmapped(Deadly):
         (Damaged, 0, "they are damaged"),
         (Damaged, 1, "they are damaged"),
         (Deadly, 1, "workers=1: the images cannot be read .*memory may be short"),
-        (Unmapped, 1, "workers=1: the images cannot be read .*/dev/shm.* is full"),
     ],
 )
 def test_images_that_cannot_be_read_are_an_error(split, order, images, workers, message):
