@@ -18,6 +18,7 @@ from chansel_jax.training.checkpoint import check_workdir
 from experiments.cli.command import make_output
 from experiments.cli.differences import differences
 from experiments.cli.errors import CommandError
+from experiments.cli.flags import refused_value
 from experiments.training.experiment import load_data
 from experiments.training.load import load_run, readable
 from experiments.training.records import Row
@@ -156,7 +157,7 @@ def finished(
         network: with the parameters to begin with, as in `train_and_evaluate`.
 
     Raises:
-        OneLineError: as `train_and_evaluate` and `measure`; or if the run is there with other
+        OneLineError: as `train_and_evaluate` and `measure`, a refused setting among them; or if the run is there with other
             settings, images or parameters, or its line or one of its files cannot be read.
         DivergedError: if a loss is not finite.
     """
@@ -172,7 +173,13 @@ def finished(
         console.print(f"finished before: {name}")
     else:
         given = dataclasses.replace(settings, workdir=workdir, resume="auto")
-        train_and_evaluate(given, console, network)
+        try:
+            train_and_evaluate(given, console, network)
+        except ValueError as error:
+            if refused_value(error, given) is None:
+                raise
+            # The run's setting may be no flag of the command, which could not tell that it is one.
+            raise CommandError(f"{name}: {error}") from error
         record = record_of(workdir)
     for each in wanted:
         if not record.has(each):

@@ -119,6 +119,16 @@ WRONG = [
     ("study", "--train-images=0", "--train-images=0 must be at least 1"),
     ("study", "--seeds=", "--seeds= must be different seeds, at least one"),
     ("study", "--only=r5", "--only=r5 is part of none of: subkernel; chansel-r1"),
+    (
+        "study",
+        "--dataset=folder --data-dir=IMAGES --image-size=8 --epochs=1 --train-images=90",
+        "subkernel-seed0: batch_size=128 must be at most the 90 training images",
+    ),
+    (
+        "compare",
+        "--dataset=folder --data-dir=IMAGES --image-size=8 --batch-size=200",
+        "subkernel-seed0: --batch-size=200 must be at most the 180 training images",
+    ),
     ("study", "--output=FILE", "--output=FILE"),
     ("evaluate", "--data-dir=NONE", "--data-dir=NONE is no folder"),
     ("evaluate", "--workdir=NONE", "--workdir=NONE holds no run"),
