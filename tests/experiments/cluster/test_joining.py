@@ -53,7 +53,7 @@ def test_those_who_can_be_reached_are_waited_for():
             assert joining._awaited(settings) == "the other processes"
     awaited = joining._awaited(ClusterSettings("no..host:1", 2, 1))
     assert awaited.startswith("process 0 at --coordinator=no..host:1 (")
-    assert "label empty or too long" in awaited  # among other words in Python 3.11
+    assert "label empty" in awaited  # among words that differ between versions of Python
 
 
 def test_waiting_can_be_interrupted():
