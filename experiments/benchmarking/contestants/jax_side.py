@@ -289,7 +289,8 @@ def make_step(network: nnx.Module, optimizer: optax.GradientTransformation) -> C
         (loss, batch_stats), gradients = jax.value_and_grad(loss_function, has_aux=True)(
             state.params
         )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # which Optax asks for
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         state = dataclasses.replace(
             state,
             params=optax.apply_updates(state.params, updates),

@@ -6,12 +6,19 @@ import os
 import shutil
 import signal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from rich.console import Console
 
+from chansel_jax import resnet14
+from chansel_jax.training import devices
+from chansel_jax.training.step import init_state
 from experiments.benchmarking import rounds
 from experiments.benchmarking.cases import Case, Contestant, LayerShape, Machine, Recipe, Task
+from experiments.benchmarking.contestants import jax_side
 from experiments.benchmarking.contestants.runner import Prepared
 from experiments.benchmarking.contestants.weights import make_weights
 from experiments.benchmarking.plan import torch_network
@@ -68,9 +75,22 @@ def test_environment_gives_every_worker_one_gpu_and_leaves_its_memory_to_others(
     assert jax_variables["CUDA_VISIBLE_DEVICES"] == "3"
     assert jax_variables["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
     assert jax_variables["HOME"] == "/h"
+    given = {"JAX_TRANSFER_GUARD": "disallow"}
+    assert worker_environment(given, "JAX", 2)["JAX_TRANSFER_GUARD"] == "allow"
     torch_variables = worker_environment({}, "PyTorch", 5)
     assert torch_variables["CUDA_VISIBLE_DEVICES"] == "0"
     assert torch_variables["OMP_NUM_THREADS"] == "5"
+
+
+def test_step_under_strict_promotion_of_dtypes():
+    network = resnet14(width=4, blocks=(1,), rngs=nnx.Rngs(0))
+    optimizer = jax_side.make_adamw(Recipe(0.1, 0.1))
+    state = init_state(network, optimizer, 0, devices.data_mesh())
+    images, labels = jnp.zeros((2, 8, 8, 3)), jnp.zeros(2, jnp.int32)
+    with jax.numpy_dtype_promotion("strict"):
+        step = jax_side.make_step(network, optimizer)
+        _, loss = jax.eval_shape(step, state, images, labels)
+    assert loss.dtype == jnp.float32 and loss.shape == ()
 
 
 # Rounds
