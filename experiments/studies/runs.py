@@ -157,8 +157,9 @@ def finished(
         network: with the parameters to begin with, as in `train_and_evaluate`.
 
     Raises:
-        OneLineError: as `train_and_evaluate` and `measure`, a refused setting among them; or if the run is there with other
-            settings, images or parameters, or its line or one of its files cannot be read.
+        OneLineError: as `train_and_evaluate` and `measure`, also for a refused setting; or if the
+            run is there with other settings, images or parameters, or its line or one of its files
+            cannot be read.
         DivergedError: if a loss is not finite.
     """
     path, workdir = output / RUNS, output / "runs" / name
