@@ -1,47 +1,54 @@
 """Convolution layers: the ordinary dense one and channel selection.
 
-Both are `flax.nnx` modules called alike, so that a network takes either as an argument. Arrays are
-NHWC, kernels HWIO.
+Both are `flax.nnx` modules that take the arguments of `nnx.Conv` and are called as it is, so that a
+network takes any of the three as an argument. Arrays are channels-last, `(*batch, *spatial, C)`.
 """
 
 import collections
+import dataclasses
 import functools
 import math
 import reprlib
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.typing import Dtype, Initializer, PrecisionLike
+from flax.nnx.nn.dtypes import promote_dtype as promote_to_one_dtype
+from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
+from jax import lax
 
-from chansel_jax.ops import dense, depthwise
-from chansel_jax.ops.lowerings import (
-    checked_lowering,
-    fastest_dense,
-    fastest_depthwise,
-    fastest_layer,
-)
-from chansel_jax.ops.selection import LOWERINGS, composed_kernel, select, weighted_sums
-from chansel_jax.ops.window import Padding, Window, padding_spec, pair, positive
+from chansel_jax.ops import dense, depthwise, selection
+from chansel_jax.ops.limits import Options, able
+from chansel_jax.ops.lowerings import here
+from chansel_jax.ops.window import Padding, Window, axis_names, is_int, kernel_sizes, positive
 
-he_normal = nnx.initializers.he_normal()
 lecun_normal = nnx.initializers.lecun_normal()
 zeros = nnx.initializers.zeros_init()
 
 BatchNorm = functools.partial(nnx.BatchNorm, momentum=0.9)  # PyTorch writes this momentum as 0.1
 
+Metadata = Mapping[str, Any]
+NO_METADATA: Metadata = MappingProxyType({})
+
 
 class SubKernelConv(nnx.Module):
-    """The dense convolution: a K_h × K_w kernel for every pair of input and output channel.
+    """The dense convolution: a kernel for every pair of input and output channel.
 
-    Parameters: `kernel` `(K_h, K_w, C_in, C_out)` and, with `use_bias`, `bias` `(C_out,)`.
-
-    The arguments, with their defaults, are those of `ChannelSelectionConv`, but for these:
+    It is `nnx.Conv`, and has the same parameters, with the same initial values: `kernel`
+    `(*kernel_size, C_in/G, C_out)` and, with `use_bias`, `bias` `(C_out,)`. The arguments, with
+    their defaults, are those of `ChannelSelectionConv`, but for these:
 
     Args:
-        kernel_init: initialiser of `kernel`; He's normal one by default.
+        mask: array of the kernel's shape that multiplies it; None by default.
+        kernel_init: initialiser of `kernel`; LeCun's normal one by default.
+        conv_general_dilated: function that convolves, called as `jax.lax.conv_general_dilated` is,
+            which it is by default. With another, or with a mask, there is no other lowering.
+        promote_dtype: brings `(inputs, kernel, bias)` to one dtype.
+        kernel_metadata: metadata of `kernel`, such as `{"out_sharding": …}`.
         lowering: how it is computed, one of `SubKernelConv.LOWERINGS`; see
             `chansel_jax.ops.dense.dense_conv`. Default `"auto"`, the fastest.
 
@@ -53,167 +60,253 @@ class SubKernelConv(nnx.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] | None = 1,
         *,
-        strides: int | tuple[int, int] = 1,
         padding: Padding = "SAME",
-        kernel_dilation: int | tuple[int, int] = 1,
+        input_dilation: int | Sequence[int] | None = 1,
+        kernel_dilation: int | Sequence[int] | None = 1,
+        feature_group_count: int = 1,
         use_bias: bool = True,
+        mask: jax.Array | None = None,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         precision: PrecisionLike = None,
-        kernel_init: Initializer = he_normal,
+        kernel_init: Initializer = lecun_normal,
         bias_init: Initializer = zeros,
-        lowering: str = "auto",
+        conv_general_dilated: Callable[..., jax.Array] = lax.conv_general_dilated,
+        promote_dtype: PromoteDtypeFn = promote_to_one_dtype,
+        preferred_element_type: Dtype | None = None,
         rngs: nnx.Rngs,
+        kernel_metadata: Metadata = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
+        lowering: str = "auto",
     ):
-        self.in_channels = positive("in_channels", in_channels)
-        self.out_channels = positive("out_channels", out_channels)
-        self.kernel_size = pair("kernel_size", kernel_size)
-        self.window = Window(
-            pair("strides", strides),
-            padding_spec(padding),
-            pair("kernel_dilation", kernel_dilation),
-        )
-        self.lowering = checked_lowering(lowering, dense.LOWERINGS)
-        self.dtype, self.param_dtype, self.precision = dtype, param_dtype, precision
-        self.bias = _bias(use_bias, bias_init, self.out_channels, param_dtype, rngs)
-        shape = (*self.kernel_size, self.in_channels, self.out_channels)
-        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        window = strides, padding, kernel_dilation, input_dilation
+        _set_geometry(self, in_features, out_features, kernel_size, window, feature_group_count)
+        self.use_bias, self.precision = use_bias, precision
+        self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
+        self.preferred_element_type = preferred_element_type
+        channels = self.in_features // self.feature_group_count, self.out_features
+        self.kernel_shape = (*self.kernel_size, *channels)
+        self.mask, self.conv_general_dilated = mask, conv_general_dilated
+        if mask is not None and mask.shape != self.kernel_shape:
+            raise ValueError(
+                f"mask of shape {mask.shape} must have the kernel's shape {self.kernel_shape}"
+            )
+        self.lowering = able(lowering, dense.LOWERINGS, self.window, _options(self))
+        if self._by_its_function and lowering not in ("auto", "lax"):
+            raise ValueError(
+                f"lowering={lowering!r} does not have mask or conv_general_dilated; 'auto' and "
+                "'lax' have them"
+            )
+        kernel = kernel_init(rngs.params(), self.kernel_shape, param_dtype)
+        self.kernel = nnx.Param(kernel, **kernel_metadata)
+        self.bias = _bias(self, bias_init, bias_metadata, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Convolves `x` `(*batch, H, W, C_in)` to `(*batch, H_out, W_out, C_out)`.
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Convolves `inputs` `(*batch, *spatial, C_in)` to `(*batch, *spatial_out, C_out)`.
+
+        Args:
+            inputs: with any number of batch axes, or at most one if `kernel_size` was an integer.
+            out_sharding: of the output, under a mesh of explicit axes; `"lax"` alone has it.
 
         Raises:
-            ValueError: if `x` is no array of numbers, its shape does not fit, or its images have no
-                pixels or are smaller than the kernel.
+            ValueError: if `inputs` is no array of numbers, its shape does not fit, it has no pixels
+                or is smaller than the kernel, or the lowering does not have `out_sharding`.
         """
-        images = _images(self, x)
-        kernel = self.kernel[...].astype(images.dtype)
-        y = dense.convolve(images, kernel, self.window, self.lowering, self.precision)
-        return _with_bias(self, y).reshape(*x.shape[:-3], *y.shape[1:])
+        batch, inputs = _with_one_batch_axis(self, inputs)
+        kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
+        if self.mask is not None:
+            kernel = kernel * self.mask
+        operands = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
+        inputs, kernel, bias = operands
+        options = _options(self, out_sharding)
+        if self._by_its_function:
+            inputs, window = self.window.padded_first(inputs, self.kernel_size)
+            y = dense.lax_conv(inputs, kernel, window, options, self.conv_general_dilated)
+        else:
+            y = dense.convolve(inputs, kernel, self.window, self.lowering, options)
+        return _with_batch(_with_bias(y, bias), batch)
+
+    @property
+    def _by_its_function(self) -> bool:
+        """Whether it computes by `conv_general_dilated`, whatever its lowering."""
+        own = self.conv_general_dilated is not lax.conv_general_dilated
+        return own or self.mask is not None
 
 
 class ChannelSelectionConv(nnx.Module):
     """Channel selection: a weighted sum over the input channels, then one kernel, per output.
 
     Every output channel learns R weighted sums of the input channels (the pointwise part) and a
-    K_h × K_w kernel for each of them (the depthwise part), which are added. With R = 1 this is the
-    BSConv-U of Haase and Amthor, "Rethinking Depthwise Separable Convolutions" (CVPR 2020); sums of
-    R of them are those of Guo et al., "Network Decoupling" (2018), and R = min(C_in, K_h·K_w) can
-    express every dense convolution.
+    kernel of `kernel_size`, K elements, for each of them (the depthwise part), which are added.
+    With R = 1 this is the BSConv-U of Haase and Amthor, "Rethinking Depthwise Separable
+    Convolutions" (CVPR 2020); sums of R of them are those of Guo et al., "Network Decoupling"
+    (2018), and R = min(C_in/G, K) can express every dense convolution.
 
-    Parameters, where output channel `o` owns the columns `o·R … o·R + R - 1` of `pointwise`:
+    Parameters, where output channel `o` owns the columns `o·R … o·R + R - 1` of `pointwise`, and
+    selects from the C_in/G input channels of its group:
 
-    - `pointwise` `(C_in, C_out·R)`
-    - `depthwise` `(K_h, K_w, R, C_out)`
+    - `pointwise` `(C_in/G, C_out·R)`
+    - `depthwise` `(*kernel_size, R, C_out)`
     - `bias` `(C_out,)`, with `use_bias`
     - `norm.scale`, `norm.bias` `(C_out·R,)`, with `norm`
 
-    The default initialisers give the composed kernel the variance of He's initialisation of a
-    dense one, 2 / (C_in·K_h·K_w): 1 / C_in for `pointwise`, 2 / (K_h·K_w·R) for `depthwise`.
+    The default initialisers give the composed kernel the variance of LeCun's initialisation of a
+    dense one, which `nnx.Conv` has: 1 / (C_in/G) for `pointwise`, 1 / (K·R) for `depthwise`.
 
     Args:
-        in_channels: C_in, the channels of the input.
-        out_channels: C_out, the channels of the output.
-        kernel_size: K_h and K_w; here and below, an integer stands for rows and columns.
-        strides: steps between outputs. Default 1.
-        padding: `"SAME"` (the default), `"VALID"`, an integer, or `((top, bottom), (left, right))`.
-            PyTorch's `padding=1` is `1` here; it differs from `"SAME"` where the stride is 2.
+        in_features: C_in, the channels of the input.
+        out_features: C_out, the channels of the output.
+        kernel_size: one size for each spatial axis, as `(3, 3)` for images; an integer is
+            one-dimensional. Here and below, a sequence has an element for each spatial axis.
+        strides: steps between outputs; here and below, an integer stands for all spatial axes, and
+            None for 1. Default 1.
+        padding: `"SAME"` (the default), `"SAME_LOWER"`, `"VALID"`, `"CIRCULAR"`, `"REFLECT"`, in
+            one dimension `"CAUSAL"`, an integer, or a sequence of integers or pairs
+            `(before, after)`; negative ones take pixels off. PyTorch's `padding=1` is `1` here; it
+            differs from `"SAME"` where the stride is 2.
+        input_dilation: distance between the input's elements, zeros in between. Default 1; with
+            another the padding must be in integers.
         kernel_dilation: distance between a kernel's elements. Default 1.
+        feature_group_count: G, groups of input and output channels; default 1. Every output channel
+            selects from the input channels of its own group.
         use_bias: whether to add a bias to the output. Default True.
+        mask: must be None: there is no dense kernel to mask.
         dtype: that of the computation; by default what input and parameters promote to.
         param_dtype: that of the parameters. Default float32.
         precision: `jax.lax.Precision` of the products.
-        kernel_init: initialiser of both parts where the next two are not given.
+        kernel_init: initialiser of both parts where `pointwise_init` and `depthwise_init` are not
+            given; LeCun's normal one by default. If it names the sharding of the composed kernel's
+            axes, as `nnx.with_partitioning` does, `pointwise` takes the names of the last two axes,
+            `depthwise` those of the spatial axes and of the last.
         bias_init: initialiser of `bias`; zeros by default.
-        rank: R, from 1 (the default) to min(C_in, K_h·K_w).
-        pointwise_init: initialiser of `pointwise`; LeCun's normal one by default.
-        depthwise_init: initialiser of `depthwise`; He's normal one by default.
+        conv_general_dilated: must be that of `jax.lax`: there is no one convolution to replace.
+        promote_dtype: brings `(inputs, pointwise, depthwise, bias)` to one dtype; by default that
+            of `nnx.Conv`.
+        preferred_element_type: dtype of the convolution's output; by default that of its input.
+        rngs: the stream `params` initialises the parameters, in the order above.
+        kernel_metadata: metadata of both parts; names of axes are taken as `kernel_init` says.
+        bias_metadata: metadata of `bias`.
+        rank: R, from 1 (the default) to min(C_in/G, K).
+        pointwise_init: initialiser of `pointwise`, in the place of `kernel_init`.
+        depthwise_init: initialiser of `depthwise`, likewise.
         norm: whether BatchNorm normalises the weighted sums. Default False.
         lowering: how it is computed, one of `ChannelSelectionConv.LOWERINGS`; see
             `chansel_jax.ops.selection.channel_selection`. Default `"auto"`, the fastest; with
             `norm` there are only `"auto"`, `"grouped"` and `"shifted"`.
-        rngs: the stream `params` initialises the parameters.
+        pointwise_metadata: metadata of `pointwise`, over what `kernel_metadata` says.
+        depthwise_metadata: metadata of `depthwise`, likewise.
 
     Raises:
         ValueError: naming the argument that is wrong, and its value.
     """
 
-    LOWERINGS: ClassVar[tuple[str, ...]] = LOWERINGS
+    LOWERINGS: ClassVar[tuple[str, ...]] = selection.LOWERINGS
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] | None = 1,
         *,
-        strides: int | tuple[int, int] = 1,
         padding: Padding = "SAME",
-        kernel_dilation: int | tuple[int, int] = 1,
+        input_dilation: int | Sequence[int] | None = 1,
+        kernel_dilation: int | Sequence[int] | None = 1,
+        feature_group_count: int = 1,
         use_bias: bool = True,
+        mask: None = None,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         precision: PrecisionLike = None,
-        kernel_init: Initializer | None = None,
+        kernel_init: Initializer = lecun_normal,
         bias_init: Initializer = zeros,
+        conv_general_dilated: Callable[..., jax.Array] = lax.conv_general_dilated,
+        promote_dtype: PromoteDtypeFn = promote_to_one_dtype,
+        preferred_element_type: Dtype | None = None,
+        rngs: nnx.Rngs,
+        kernel_metadata: Metadata = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
         rank: int = 1,
         pointwise_init: Initializer | None = None,
         depthwise_init: Initializer | None = None,
         norm: bool = False,
         lowering: str = "auto",
-        rngs: nnx.Rngs,
+        pointwise_metadata: Metadata = NO_METADATA,
+        depthwise_metadata: Metadata = NO_METADATA,
     ):
-        self.in_channels = positive("in_channels", in_channels)
-        self.out_channels = positive("out_channels", out_channels)
-        self.kernel_size = pair("kernel_size", kernel_size)
-        self.window = Window(
-            pair("strides", strides),
-            padding_spec(padding),
-            pair("kernel_dilation", kernel_dilation),
-        )
-        self.rank = _checked_rank(rank, self.in_channels, self.kernel_size)
+        _refuse_what_is_dense(mask, conv_general_dilated)
+        window = strides, padding, kernel_dilation, input_dilation
+        _set_geometry(self, in_features, out_features, kernel_size, window, feature_group_count)
+        self.use_bias, self.precision = use_bias, precision
+        self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
+        self.preferred_element_type = preferred_element_type
+        selected_from = self.in_features // self.feature_group_count
+        self.rank = _checked_rank(rank, selected_from, self.kernel_size)
         self.lowering = _lowering_with(norm, lowering)
-        self.dtype, self.param_dtype, self.precision = dtype, param_dtype, precision
-        self.bias = _bias(use_bias, bias_init, self.out_channels, param_dtype, rngs)
-        selected = self.out_channels * self.rank
-        shape = (self.in_channels, selected)
-        init = pointwise_init or kernel_init or lecun_normal
-        self.pointwise = nnx.Param(init(rngs.params(), shape, param_dtype))
-        shape = (*self.kernel_size, self.rank, self.out_channels)
-        init = depthwise_init or kernel_init or he_normal
-        self.depthwise = nnx.Param(init(rngs.params(), shape, param_dtype))
+        able(lowering, selection.LOWERINGS, self.window, _options(self))
+        selected = self.out_features * self.rank
+        self.pointwise = _part(
+            (selected_from, selected),
+            lambda names: names[-2:],
+            (pointwise_init, kernel_init),
+            (pointwise_metadata, kernel_metadata),
+            param_dtype,
+            rngs,
+        )
+        self.depthwise = _part(
+            (*self.kernel_size, self.rank, self.out_features),
+            lambda names: (*names[:-2], None, names[-1]),
+            (depthwise_init, kernel_init),
+            (depthwise_metadata, kernel_metadata),
+            param_dtype,
+            rngs,
+        )
+        self.bias = _bias(self, bias_init, bias_metadata, rngs)
         self.norm = nnx.data(
             BatchNorm(selected, dtype=dtype, param_dtype=param_dtype, rngs=rngs) if norm else None
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Convolves `x` `(*batch, H, W, C_in)` to `(*batch, H_out, W_out, C_out)`.
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Convolves `inputs` `(*batch, *spatial, C_in)` to `(*batch, *spatial_out, C_out)`.
+
+        Args:
+            inputs: with any number of batch axes, or at most one if `kernel_size` was an integer.
+            out_sharding: of the output, under a mesh of explicit axes; `"composed"` and
+                `"grouped"` have it.
 
         Raises:
-            ValueError: if `x` is no array of numbers, its shape does not fit, or its images have no
-                pixels or are smaller than the kernel.
+            ValueError: if `inputs` is no array of numbers, its shape does not fit, it has no pixels
+                or is smaller than the kernel, or the lowering does not have `out_sharding`.
         """
-        images, pointwise, kernel = _images(self, x), self.pointwise[...], self.depthwise[...]
-        how = self.window, self.lowering, self.precision
+        batch, inputs = _with_one_batch_axis(self, inputs)
+        parts = self.pointwise[...], self.depthwise[...]
+        bias = None if self.bias is None else self.bias[...]
+        inputs, *promoted, bias = self.promote_dtype((inputs, *parts, bias), dtype=self.dtype)
+        if self.promote_dtype is not promote_to_one_dtype:
+            parts = promoted  # which may be more than cast; else they are composed, then cast
+        how = self.window, self.lowering, _options(self, out_sharding)
         if self.norm is None:
-            y = select(images, pointwise, kernel, *how)
+            y = selection.select(inputs, *parts, *how)
         else:
-            sums = weighted_sums(images, pointwise.astype(images.dtype), self.precision)
-            y = depthwise.convolve(self.norm(sums), kernel.astype(images.dtype), *how)
-        return _with_bias(self, y).reshape(*x.shape[:-3], *y.shape[1:])
+            pointwise, kernel = (part.astype(inputs.dtype) for part in parts)
+            sums = self.norm(selection.weighted_sums(inputs, pointwise, how[-1]))
+            y = depthwise.convolve(sums.astype(inputs.dtype), kernel, *how)
+        return _with_batch(_with_bias(y, bias), batch)
 
     def composed_kernel(self) -> jax.Array:
-        """The dense kernel `(K_h, K_w, C_in, C_out)` that computes the same function.
+        """The dense kernel `(*kernel_size, C_in/G, C_out)` that computes the same function.
 
         Raises:
             ValueError: with `norm`, for then no dense kernel does.
         """
         if self.norm is not None:
             raise ValueError("norm=True: a layer normalised between its parts has no dense kernel")
-        return composed_kernel(self.pointwise[...], self.depthwise[...])
+        return selection.composed_kernel(self.pointwise[...], self.depthwise[...])
 
 
 def lowerings_taken(module: nnx.Module, dtype: Dtype) -> dict[type[nnx.Module], list[str]]:
@@ -226,60 +319,167 @@ def lowerings_taken(module: nnx.Module, dtype: Dtype) -> dict[type[nnx.Module], 
 
 
 def _fastest_lowering(layer: SubKernelConv | ChannelSelectionConv, dtype: Dtype) -> str:
+    how = layer.window, _options(layer)
     if isinstance(layer, SubKernelConv):
-        return fastest_dense(jax.ShapeDtypeStruct(layer.kernel.shape, dtype))
+        if layer._by_its_function:
+            return "lax"
+        return dense.fastest(here(), jax.ShapeDtypeStruct(layer.kernel.shape, dtype), *how)
     if layer.norm is not None:
-        return fastest_depthwise()
-    x = jax.ShapeDtypeStruct((1, 1, 1, layer.in_channels), dtype)
-    return fastest_layer(x, layer.depthwise)
+        return depthwise.fastest(here(), *how)
+    x = jax.ShapeDtypeStruct((1, *layer.kernel_size, layer.in_features), dtype)
+    return selection.fastest(here(), x, layer.depthwise, *how)
+
+
+def _set_geometry(
+    layer: nnx.Module,
+    in_features: int,
+    out_features: int,
+    kernel_size: int | Sequence[int],
+    window: tuple[Any, ...],
+    groups: int,
+) -> None:
+    """Gives `layer` its sizes and its window, each in one form whatever its spelling was."""
+    layer.in_features = positive("in_features", in_features)
+    layer.out_features = positive("out_features", out_features)
+    layer.kernel_size = kernel_sizes(kernel_size)
+    layer.kernel_size_is_integer = is_int(kernel_size)
+    layer.feature_group_count = positive("feature_group_count", groups)
+    for name in ("in_features", "out_features"):
+        if getattr(layer, name) % groups:
+            raise ValueError(
+                f"feature_group_count={groups} must divide {name}={getattr(layer, name)}"
+            )
+    layer.window = Window.of(
+        *window, dimensions=len(layer.kernel_size), dilation_name="kernel_dilation"
+    )
+    layer.strides, layer.padding, layer.kernel_dilation, layer.input_dilation = layer.window
+
+
+def _options(layer: SubKernelConv | ChannelSelectionConv, out_sharding: Any = None) -> Options:
+    return Options(
+        layer.feature_group_count, layer.precision, layer.preferred_element_type, out_sharding
+    )
+
+
+def _part(
+    shape: tuple[int, ...],
+    names_of_part: Callable[[tuple], tuple],
+    inits: tuple[Initializer | None, Initializer],
+    metadata: tuple[Metadata, Metadata],
+    dtype: Dtype,
+    rngs: nnx.Rngs,
+) -> nnx.Param:
+    """One of the two parts of channel selection.
+
+    The initialiser and the metadata are its own, and else those of the composed kernel;
+    `names_of_part` takes what the composed kernel's axes are called to what its own are.
+    """
+    (own_init, kernel_init), (own_metadata, kernel_metadata) = inits, metadata
+    value = (own_init or kernel_init)(rngs.params(), shape, dtype)
+    given = _sharded_as(kernel_metadata, names_of_part)
+    if isinstance(value, nnx.VariableMetadata):
+        of_init = value.metadata
+        if own_init is None:
+            of_init = _sharded_as(of_init, names_of_part)
+        # Flax lets what the initialiser says win over the rest.
+        value = dataclasses.replace(value, metadata={**of_init, **own_metadata})
+    return nnx.Param(value, **{**given, **own_metadata})
+
+
+def _sharded_as(metadata: Metadata, names_of_part: Callable[[tuple], tuple]) -> Metadata:
+    """`metadata` of the composed kernel with its axes' names as those of a part's axes."""
+    names = metadata.get("out_sharding")
+    if names is None:
+        return metadata
+    return {**metadata, "out_sharding": names_of_part(tuple(names))}
 
 
 def _bias(
-    use_bias: bool, init: Initializer, channels: int, dtype: Dtype, rngs: nnx.Rngs
+    layer: SubKernelConv | ChannelSelectionConv,
+    init: Initializer,
+    metadata: Metadata,
+    rngs: nnx.Rngs,
 ) -> nnx.Param | None:
-    return nnx.data(nnx.Param(init(rngs.params(), (channels,), dtype)) if use_bias else None)
+    if not layer.use_bias:
+        return nnx.data(None)
+    return nnx.Param(init(rngs.params(), (layer.out_features,), layer.param_dtype), **metadata)
 
 
-def _images(layer: SubKernelConv | ChannelSelectionConv, x: jax.Array) -> jax.Array:
-    """`x` with one batch axis, in the dtype of the computation."""
-    numbers = isinstance(x, jax.Array | np.ndarray | nnx.Variable) and any(
-        jnp.issubdtype(x.dtype, kind) for kind in (jnp.number, jnp.bool_)
+def _with_one_batch_axis(
+    layer: SubKernelConv | ChannelSelectionConv, inputs: jax.Array
+) -> tuple[tuple[int, ...], jax.Array]:
+    """The batch axes of `inputs`, and `inputs` with one batch axis in their place."""
+    numbers = isinstance(inputs, jax.Array | np.ndarray | nnx.Variable) and any(
+        jnp.issubdtype(inputs.dtype, kind) for kind in (jnp.number, jnp.bool_)
     )
     if not numbers:
-        kind = f" of {x.dtype}" if hasattr(x, "dtype") else f"={reprlib.repr(x)}"
-        raise ValueError(f"x{kind}, of type {type(x).__name__}, must be an array of numbers")
-    if x.ndim < 3 or x.shape[-1] != layer.in_channels:
+        kind = f" of {inputs.dtype}" if hasattr(inputs, "dtype") else f"={reprlib.repr(inputs)}"
         raise ValueError(
-            f"x of shape {x.shape} must be (*batch, H, W, C_in) with "
-            f"in_channels={layer.in_channels}"
+            f"inputs{kind}, of type {type(inputs).__name__}, must be an array of numbers"
         )
-    *batch, height, width, channels = x.shape
-    if 0 in (height, width):
-        raise ValueError(f"an input of size (H, W)={(height, width)} has no pixels")
-    layer.window.output_size((height, width), layer.kernel_size)  # raises where there is none
-    dtype = layer.dtype or jnp.result_type(x, layer.param_dtype)
-    return x.reshape(math.prod(batch), height, width, channels).astype(dtype)
+    axes = len(layer.kernel_size) + 1
+    _check_shape(layer, inputs.shape, axes)
+    batch, image = inputs.shape[:-axes], inputs.shape[-axes:]
+    if 0 in image[:-1]:
+        raise ValueError(f"an input of size ({axis_names(axes - 1)})={image[:-1]} has no pixels")
+    layer.window.output_size(image[:-1], layer.kernel_size)  # raises where there is none
+    if len(batch) != 1:
+        inputs = inputs.reshape(math.prod(batch), *image)
+    return batch, inputs
 
 
-def _with_bias(layer: SubKernelConv | ChannelSelectionConv, y: jax.Array) -> jax.Array:
-    return y if layer.bias is None else y + layer.bias[...].astype(y.dtype).reshape(1, 1, 1, -1)
+def _check_shape(
+    layer: SubKernelConv | ChannelSelectionConv, shape: tuple[int, ...], axes: int
+) -> None:
+    if layer.kernel_size_is_integer and len(shape) > axes + 1:
+        (size,) = layer.kernel_size
+        raise ValueError(
+            f"inputs of shape {shape}: kernel_size={size} is one-dimensional, as in nnx.Conv; "
+            f"write kernel_size=({size}, {size}) for images, or ({size},) for several batch axes"
+        )
+    if len(shape) < axes or shape[-1] != layer.in_features:
+        raise ValueError(
+            f"inputs of shape {shape} must be (*batch, {axis_names(axes - 1)}, C_in) with "
+            f"in_features={layer.in_features}"
+        )
+
+
+def _with_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+
+
+def _with_batch(y: jax.Array, batch: tuple[int, ...]) -> jax.Array:
+    return y if len(batch) == 1 else y.reshape(*batch, *y.shape[1:])
+
+
+def _refuse_what_is_dense(mask: Any, conv_general_dilated: Callable[..., jax.Array]) -> None:
+    if mask is not None:
+        raise ValueError(
+            f"mask of type {type(mask).__name__} must be None: channel selection has no dense "
+            "kernel to mask, SubKernelConv has one"
+        )
+    if conv_general_dilated is not lax.conv_general_dilated:
+        raise ValueError(
+            f"conv_general_dilated={reprlib.repr(conv_general_dilated)} must be that of jax.lax: "
+            "channel selection is not one convolution, SubKernelConv is"
+        )
 
 
 def _lowering_with(norm: bool, lowering: str) -> str:
-    if norm and lowering in set(LOWERINGS) - set(depthwise.LOWERINGS):
+    if norm and lowering in set(selection.LOWERINGS) - set(depthwise.LOWERINGS):
         raise ValueError(
             f"lowering={lowering!r} computes both parts as one, which norm=True keeps apart; take "
             f"one of {', '.join(map(repr, depthwise.LOWERINGS))}"
         )
-    return checked_lowering(lowering, LOWERINGS)
+    return lowering
 
 
-def _checked_rank(rank: int, in_channels: int, kernel_size: tuple[int, int]) -> int:
-    most = min(in_channels, kernel_size[0] * kernel_size[1])
+def _checked_rank(rank: int, channels: int, kernel_size: Sequence[int]) -> int:
+    most = min(channels, math.prod(kernel_size))
     rank = positive("rank", rank)
     if rank > most:
         raise ValueError(
-            f"rank={rank} must be at most min(C_in, K_h·K_w) = {most}: a sum of more channel "
-            "selections can express nothing that the dense convolution cannot"
+            f"rank={rank} must be at most {most}, the least of C_in/G and the kernel's elements: a "
+            "sum of more channel selections can express nothing that the dense convolution cannot"
         )
     return rank

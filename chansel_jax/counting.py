@@ -10,9 +10,9 @@ import math
 
 from flax import nnx
 
-from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
-from chansel_jax.networks.resnet import Layer, ResNetConfig, unwrapped
-from chansel_jax.ops.window import Pair, pair
+from chansel_jax.conv import ChannelSelectionConv
+from chansel_jax.networks.resnet import DENSE, Layer, ResNetConfig, unwrapped
+from chansel_jax.ops.window import Pair, per_axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,8 @@ def subkernel_cost(
     Raises:
         ValueError: if a size is neither an integer of at least 1 nor a pair of them.
     """
-    weights = in_channels * out_channels * math.prod(pair("kernel_size", kernel_size))
-    pixels = math.prod(pair("output_size", output_size))
+    weights = in_channels * out_channels * math.prod(per_axis("kernel_size", kernel_size))
+    pixels = math.prod(per_axis("output_size", output_size))
     return weights + use_bias * out_channels, pixels * weights
 
 
@@ -77,10 +77,10 @@ def chansel_cost(
     """
     selected = out_channels * rank
     pointwise = in_channels * selected
-    depthwise = selected * math.prod(pair("kernel_size", kernel_size))
+    depthwise = selected * math.prod(per_axis("kernel_size", kernel_size))
     parameters = pointwise + depthwise + use_bias * out_channels + norm * 2 * selected
-    pixels_in = math.prod(pair("input_size", input_size))
-    pixels_out = math.prod(pair("output_size", output_size))
+    pixels_in = math.prod(per_axis("input_size", input_size))
+    pixels_out = math.prod(per_axis("output_size", output_size))
     return parameters, pixels_in * pointwise + pixels_out * depthwise
 
 
@@ -92,7 +92,7 @@ def break_even(kernel_size: int | Pair) -> float:
     Raises:
         ValueError: if `kernel_size` is neither an integer of at least 1 nor a pair of them.
     """
-    elements = math.prod(pair("kernel_size", kernel_size))
+    elements = math.prod(per_axis("kernel_size", kernel_size))
     return elements / (elements - 1) if elements > 1 else math.inf
 
 
@@ -102,15 +102,16 @@ def count_network(config: ResNetConfig, image_size: int | Pair) -> list[LayerCou
     A block's shortcut follows its main path. The columns of the rows add up to the network's.
 
     Raises:
-        ValueError: if `config.conv` is neither of the two convolutions nor a `functools.partial` of
-            one, or `image_size` is neither an integer of at least 1 nor a pair of them.
+        ValueError: if `config.conv` is neither of the two convolutions, nor `nnx.Conv`, nor a
+            `functools.partial` of one, or `image_size` is neither an integer of at least 1 nor a
+            pair of them.
     """
-    if unwrapped(config.conv) not in (SubKernelConv, ChannelSelectionConv):
+    if unwrapped(config.conv) not in (*DENSE, ChannelSelectionConv):
         raise ValueError(
-            f"conv={config.conv!r} must be SubKernelConv, ChannelSelectionConv or a "
+            f"conv={config.conv!r} must be ChannelSelectionConv, SubKernelConv, nnx.Conv or a "
             "functools.partial of one: of another layer no closed form is known"
         )
-    size = pair("image_size", image_size)
+    size = per_axis("image_size", image_size)
     return [_count_layer(layer, size) for layer in config.layers()]
 
 
@@ -126,7 +127,7 @@ def _count_layer(layer: Layer, image_size: Pair) -> LayerCount:
         return LayerCount(layer.path, "batch_norm", (*size, channels), 2 * channels, 0)
     output_size = tuple(-(-pixels // given["strides"]) for pixels in size)
     options = {"output_size": output_size, "use_bias": given["use_bias"]}
-    if make is SubKernelConv:
+    if make in DENSE:
         kind, cost = "subkernel", subkernel_cost(*layer.make.args, **options)
     else:
         options |= {"rank": given.get("rank", 1), "norm": given.get("norm", False)}

@@ -131,13 +131,13 @@ def dense_layers(network: ResNet) -> Iterator[tuple[str, SubKernelConv]]:
 
 def max_rank(layer: SubKernelConv) -> int:
     """min(C_in, K_h·K_w), at which channel selection is exact."""
-    return min(layer.in_channels, math.prod(layer.kernel_size))
+    return min(layer.in_features, math.prod(layer.kernel_size))
 
 
 def _ranks_within(network: ResNet, layers: Sequence[SubKernelConv], budget: int) -> list[int]:
     """Ranks from 1 on, raised where it gains the most for a parameter, until none fits."""
     costs = [
-        (layer.in_channels + math.prod(layer.kernel_size)) * layer.out_channels for layer in layers
+        (layer.in_features + math.prod(layer.kernel_size)) * layer.out_features for layer in layers
     ]
     energies = [component_energies(np.asarray(layer.kernel[...])) for layer in layers]
     ranks = [1] * len(layers)

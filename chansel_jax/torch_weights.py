@@ -29,12 +29,14 @@ _LAYER_NAMES = (
 )
 
 # Variable of a layer, its name in a state dict, and which of its axes the axes of the array there
-# are. Kernels are HWIO here and OIHW there, a linear layer's (in, out) and (out, in).
+# are. Kernels are HWIO here and OIHW there (`_KERNEL`, in any number of dimensions), a linear
+# layer's (in, out) and (out, in).
+_KERNEL = "kernel"
 _VARIABLES = {
-    SubKernelConv: (("kernel", "weight", (3, 2, 0, 1)), ("bias", "bias", (0,))),
+    SubKernelConv: (("kernel", "weight", _KERNEL), ("bias", "bias", (0,))),
     ChannelSelectionConv: (
         ("pointwise", "fc.weight", (1, 0)),
-        ("depthwise", "conv2d.weight", (3, 2, 0, 1)),
+        ("depthwise", "conv2d.weight", _KERNEL),
         ("bias", "conv2d.bias", (0,)),
     ),
     nnx.BatchNorm: (
@@ -149,8 +151,12 @@ def _entries(network: nnx.Module) -> Iterator[tuple[str, nnx.Variable, tuple[int
             )
         for attribute, leaf, axes in _VARIABLES.get(type(layer), ()):
             variable = getattr(layer, attribute)
-            if variable is not None:
-                yield f"{name}.{leaf}" if path else leaf, variable, axes
+            if variable is None:
+                continue
+            if axes is _KERNEL:
+                dimensions = len(variable.shape) - 2
+                axes = (dimensions + 1, dimensions, *range(dimensions))
+            yield f"{name}.{leaf}" if path else leaf, variable, axes
 
 
 def _layer_name(path: tuple[str | int, ...], network: nnx.Module) -> str:

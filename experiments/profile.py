@@ -132,7 +132,7 @@ def _compiled(
     dtype = getattr(jnp, settings.dtype)
     if settings.layer is not None:
         shape = parse_shape(settings.layer)
-        sizes = (shape.in_channels, shape.out_channels, shape.kernel_size)
+        sizes = (shape.in_channels, shape.out_channels, (shape.kernel_size, shape.kernel_size))
         window = {"strides": shape.stride, "padding": shape.padding}
         layer = CONVS[conv](*sizes, **window, dtype=dtype, rngs=nnx.Rngs(0))
         images = (settings.batch_size, shape.size, shape.size, shape.in_channels)

@@ -126,16 +126,16 @@ CONVOLUTIONS = {
 
 def time_shape(title: str, shape: Shape, dtype: str, settings: Settings) -> Result:
     """The convolution `title` of one layer in every lowering that can run here."""
-    x, pointwise, kernel = operands(shape, dtype, settings.batch_size)
+    place, (x, pointwise, kernel) = lowerings.here(), operands(shape, dtype, settings.batch_size)
     match title:
         case "layer":
-            arguments, chosen = (x, pointwise, kernel), lowerings.fastest_layer(x, kernel)
+            arguments, chosen = (x, pointwise, kernel), lowerings.fastest_layer(place, x, kernel)
         case "depthwise part":
             arguments = selection.weighted_sums(x, pointwise), kernel
-            chosen = lowerings.fastest_depthwise()
+            chosen = lowerings.fastest_depthwise(place)
         case _:
             arguments = x, selection.composed_kernel(pointwise, kernel)
-            chosen = lowerings.fastest_dense(arguments[1])
+            chosen = lowerings.fastest_dense(place, arguments[1])
     function, choices = CONVOLUTIONS[title]
     window = {"strides": shape.strides, "padding": shape.kernel // 2}
     calls = {

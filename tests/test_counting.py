@@ -55,6 +55,7 @@ def torch_multiply_adds(network, image_size):
         ("resnet14", "subkernel", {}, 174_787),
         ("resnet14", "chansel", {}, 27_363),
         ("resnet14", "chansel", {"width": 32}, 97_731),
+        ("resnet14", "chansel", {"plain_shortcuts": True}, 27_267),
         ("resnet14", "chansel", {"width": 44}, 178_731),
         ("resnet14", "chansel", {"rank": 2}, 50_339),
         ("resnet14", "chansel", {"rank": 3}, 73_315),
@@ -89,6 +90,7 @@ def test_layers_are_the_modules_of_the_network(preset, width, kind, rank):
         width=width or PRESETS[preset].width,
         rank=rank,
         use_bias=rank == 2,
+        plain_shortcuts=rank == 4,
     )
     network = nnx.eval_shape(lambda: ResNet(config, rngs=nnx.Rngs(0)))
     modules = {".".join(map(str, path)): m for path, m in nnx.iter_modules(network)}
@@ -185,7 +187,7 @@ def test_channel_selection_is_smaller_above_the_break_even(kernel_size):
 
 def test_other_convolutions_have_no_closed_form():
     with pytest.raises(ValueError, match="conv=.*Conv"):
-        count_network(dataclasses.replace(PRESETS["resnet14"], conv=nnx.Conv), 32)
+        count_network(dataclasses.replace(PRESETS["resnet14"], conv=nnx.ConvTranspose), 32)
 
 
 @pytest.mark.parametrize("image_size", [0, (32,), (32, 32, 3), 32.0])

@@ -165,7 +165,7 @@ def test_what_all_names_have_in_front(prefix):
     from_torch(network, given | {f"{prefix}bn1.num_batches_tracked": np.array(3)})
     chex.assert_trees_all_equal(to_torch(network), values)
 
-    layer = SubKernelConv(2, 3, 1, use_bias=False, rngs=nnx.Rngs(0))
+    layer = SubKernelConv(2, 3, (1, 1), use_bias=False, rngs=nnx.Rngs(0))
     from_torch(layer, {f"{prefix}weight": np.ones((3, 2, 1, 1))})
     assert (layer.kernel[...] == 1).all()
 
@@ -205,7 +205,7 @@ def test_tensors_of_every_dtype_and_layout():
     ],
 )
 def test_values_that_are_none_or_not_real_are_named(value, told):
-    layer = SubKernelConv(2, 3, 1, rngs=nnx.Rngs(0))
+    layer = SubKernelConv(2, 3, (1, 1), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError) as error:
         from_torch(layer, {"weight": torch.ones(3, 2, 1, 1), "bias": value})
     (line,) = str(error.value).splitlines()[1:]

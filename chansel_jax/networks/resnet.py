@@ -7,6 +7,7 @@ num_classes)`.
 import collections
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -19,6 +20,9 @@ from chansel_jax.conv import BatchNorm, ChannelSelectionConv, SubKernelConv
 from chansel_jax.ops.window import positive
 
 CONVS = {"chansel": ChannelSelectionConv, "subkernel": SubKernelConv}
+DENSE = (SubKernelConv, nnx.Conv)
+
+he_normal = nnx.initializers.he_normal()  # for convolutions that ReLU follows
 
 Make = Callable[..., nnx.Module]  # a layer's constructor; what it lacks is `rngs`
 
@@ -53,7 +57,9 @@ class ResNetConfig:
     """What a `ResNet` is built from.
 
     Attributes:
-        conv: the convolution, called as `SubKernelConv` is.
+        conv: the convolution, called as `nnx.Conv` is. Its kernels begin as He et al. initialise
+            them, in channel selection the depthwise part, unless it is a `functools.partial` that
+            brings a `kernel_init`.
         num_classes: the number of logits.
         blocks: residual blocks in each stage; every stage but the first halves the image.
         width: channels of the first stage; every further stage doubles them.
@@ -62,6 +68,9 @@ class ResNetConfig:
         rank: the rank of every `conv`, or a rank for each, in the network's order; but 1 × 1
             shortcuts keep rank 1, and a pooled stem has at most the rank `in_channels`.
         use_bias: whether every `conv` has a bias before its BatchNorm.
+        plain_shortcuts: whether the 1 × 1 shortcuts are ordinary convolutions, whatever `conv` is.
+            With one weight for each output channel before a BatchNorm, the depthwise part of a
+            1 × 1 channel selection expresses nothing more.
         dropout_rate: the share of pooled features dropped before the last layer while training.
         dtype: of the computation; the parameters and the logits stay float32.
         in_channels: channels of the images.
@@ -74,6 +83,7 @@ class ResNetConfig:
     stem: Literal["plain", "pooled"]
     rank: int | tuple[int, ...] = 1
     use_bias: bool = False
+    plain_shortcuts: bool = False
     dropout_rate: float = 0.0
     dtype: Dtype = jnp.float32
     in_channels: int = 3
@@ -97,7 +107,7 @@ class ResNetConfig:
             positive("rank", rank)
         if max(ranks, default=1) > 9:
             raise ValueError(f"rank={self.rank} must be at most 9, the elements of a 3 × 3 kernel")
-        if max(ranks, default=1) > 1 and unwrapped(self.conv) is SubKernelConv:
+        if max(ranks, default=1) > 1 and unwrapped(self.conv) in DENSE:
             raise ValueError(f"rank={self.rank}: the dense convolution has no rank")
         count = 2 * sum(self.blocks) + (self.stem == "pooled")
         if isinstance(self.rank, tuple) and len(self.rank) != count:
@@ -118,7 +128,11 @@ class ResNetConfig:
 
     def layers(self) -> Iterator[Layer]:
         """Every layer that has parameters, in the order in which they are initialised."""
-        conv = functools.partial(_conv, self.conv, use_bias=self.use_bias, dtype=self.dtype)
+        given = {"use_bias": self.use_bias, "dtype": self.dtype}
+        conv = functools.partial(_conv, self.conv, **given)
+        shortcut = (
+            functools.partial(_conv, SubKernelConv, **given) if self.plain_shortcuts else conv
+        )
         norm = functools.partial(BatchNorm, self.width, dtype=self.dtype)
         ranks, inputs, outputs = iter(self.ranks), self.in_channels, self.width
         if self.stem == "plain":
@@ -142,18 +156,35 @@ class ResNetConfig:
             yield Layer(f"{path}.conv2", conv2, reduction)
             yield Layer(f"{path}.norm2", norm, reduction)
             if strides > 1:
-                yield Layer(f"{path}.shortcut", conv(inputs, outputs, 1, strides=strides), before)
+                make = shortcut(inputs, outputs, 1, strides=strides)
+                yield Layer(f"{path}.shortcut", make, before)
                 yield Layer(f"{path}.shortcut_norm", norm, reduction)
         linear = functools.partial(nnx.Linear, outputs, self.num_classes, dtype=self.dtype)
         yield Layer("classifier", linear, reduction)
 
 
 def _conv(
-    conv: Make, *sizes: int, strides: int = 1, rank: int = 1, use_bias: bool, dtype: Dtype
+    conv: Make,
+    inputs: int,
+    outputs: int,
+    kernel: int,
+    *,
+    strides: int = 1,
+    rank: int = 1,
+    use_bias: bool,
+    dtype: Dtype,
 ) -> functools.partial[nnx.Module]:
-    """A `conv` of so many channels in and out, and with a kernel of that size."""
-    given = {"strides": strides, "padding": sizes[2] // 2, "use_bias": use_bias, "dtype": dtype}
-    return functools.partial(conv, *sizes, **given, **({"rank": rank} if rank > 1 else {}))
+    """A `conv` of so many channels in and out, and with a kernel of `kernel` × `kernel`."""
+    given = {"strides": strides, "padding": kernel // 2, "use_bias": use_bias, "dtype": dtype}
+    given |= {"rank": rank} if rank > 1 else {}
+    return functools.partial(conv, inputs, outputs, (kernel, kernel), **given, **_he(conv))
+
+
+def _he(conv: Make) -> dict[str, nnx.Initializer]:
+    """He's initialisation for `conv`, if it does not bring its own."""
+    part = "depthwise_init" if unwrapped(conv) is ChannelSelectionConv else "kernel_init"
+    brought = getattr(conv, "keywords", {})
+    return {} if {part, "kernel_init"} & brought.keys() else {part: he_normal}
 
 
 class ResNet(nnx.Module):
@@ -200,7 +231,7 @@ def _named(name: str, layer: nnx.Module, x: jax.Array) -> jax.Array:
 class BasicBlock(nnx.Module):
     """Two 3 × 3 convolutions, each with BatchNorm, and a shortcut around them.
 
-    Where the width changes, the shortcut is a 1 × 1 convolution of the same kind with BatchNorm.
+    Where the width changes, the shortcut is a 1 × 1 convolution with BatchNorm.
     """
 
     def __init__(
@@ -235,7 +266,10 @@ class PlainStem(nnx.Module):
     """An ordinary 3 × 3 convolution with bias and ReLU: the original's, for images of 32 × 32."""
 
     def __init__(self, conv: Make, *, rngs: nnx.Rngs):
-        self.conv = conv(rngs=rngs)
+        # The second key for the kernel, the first for the bias, which layers draw the other way
+        # round: a seed always gave this network these parameters.
+        keys = (rngs.params(), rngs.params())
+        self.conv = conv(rngs=types.SimpleNamespace(params=reversed(keys).__next__))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(N, H, W, in_channels)` to `(N, H, W, width)`."""

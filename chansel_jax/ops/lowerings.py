@@ -4,65 +4,123 @@ The measurements behind these rules are tables of `chansel_jax/README.md`, secti
 takes'; `python -m experiments.tune` measures again on the machine at hand.
 """
 
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import jax
 from jax.typing import DTypeLike
 
 from chansel_jax.ops import native
 
+BY_XLA = ("lax", "composed", "grouped", "shifted")  # from what takes most work on to what least
 NATIVE = ("native", "composed_native")  # in C++
+NAMES = ("auto", *BY_XLA, *NATIVE)
 
 # Weights of the pointwise part from which on the matrix products decide, where XLA is the faster,
 # by instruction set.
 WIDE = {"avx512": 256 * 256, "avx2": 64 * 64, "baseline": 0}
 
 
-def fastest_layer(x: jax.Array, depthwise: jax.Array) -> str:
+class Place(NamedTuple):
+    """Where a program runs.
+
+    Attributes:
+        platform: `"cpu"`, or None for all others.
+        calls: whether the program may call what is in C++.
+    """
+
+    platform: str | None
+    calls: bool
+
+
+ANYWHERE = Place(None, False)
+
+
+def here() -> Place:
+    """Where a program runs that takes this process's devices."""
+    platform = "cpu" if jax.default_backend() == "cpu" else None
+    return Place(platform, platform == "cpu")
+
+
+_asked_for = jax.make_user_context("auto")  # part of what jax.jit keeps a program by
+
+
+@contextlib.contextmanager
+def lowering(name: str) -> Iterator[None]:
+    """Has all layers that were made with `lowering="auto"` take the lowering `name`, in a `with`.
+
+        with chansel_jax.lowering("composed"):
+            flops = jax.jit(network).lower(x).cost_analysis()["flops"]
+
+    Layers that do not have it, or lack something in it, take what is nearest: the dense
+    convolution `"lax"` where channel selection takes `"composed"`, `"grouped"` or `"shifted"`, and
+    otherwise `"auto"`.
+
+    Args:
+        name: one of those of any layer or function.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if name not in NAMES:
+        raise ValueError(f"name={name!r} must be one of {', '.join(map(repr, NAMES))}")
+    with _asked_for(name):
+        yield
+
+
+def nearest_asked_for(choices: tuple[str, ...]) -> str:
+    """What `lowering` asks for, or the nearest to it among `choices`, which may be `"auto"`."""
+    name = _asked_for.value
+    if name in choices:
+        return name if name not in NATIVE or native.available() else "auto"
+    return next((each for each in BY_XLA if each in choices), "auto") if name in BY_XLA else "auto"
+
+
+def fastest_layer(place: Place, x: jax.Array, depthwise: jax.Array) -> str:
     """The lowering that `channel_selection` takes for `"auto"`.
 
     Args:
-        x: `(N, H, W, C_in)`; of both, only shape and dtype count.
-        depthwise: `(K_h, K_w, R, C_out)`.
+        place: where the program runs.
+        x: `(N, *spatial, C_in)`; of both, only shape and dtype count.
+        depthwise: `(*kernel_size, R, C_out)`.
     """
-    if jax.default_backend() != "cpu":
+    if place.platform != "cpu":
         return "composed"  # 1.04 to 1.09 times the dense step on an H100; others not measured yet
-    if not _native_runs(x.dtype):
+    if not _native_runs(place, x.dtype):
         return "shifted"
-    in_channels, (rank, out_channels) = x.shape[3], depthwise.shape[2:]
-    if rank > max(2, in_channels // 16) and _dense_gains(x.dtype, in_channels, out_channels):
+    in_channels, (rank, out_channels) = x.shape[-1], depthwise.shape[-2:]
+    if rank > max(2, in_channels // 16) and _dense_gains(place, x.dtype, in_channels, out_channels):
         return "composed_native"  # its work does not grow with the rank
     narrow = in_channels * out_channels * rank < WIDE[native.instruction_set()]
     return "native" if narrow else "shifted"
 
 
-def fastest_depthwise() -> str:
+def fastest_depthwise(place: Place) -> str:
     """The lowering that `depthwise_conv` takes for `"auto"`."""
     # Other backends have kernels for grouped convolutions; what they take was not measured yet.
-    return "shifted" if jax.default_backend() == "cpu" else "grouped"
+    return "shifted" if place.platform == "cpu" else "grouped"
 
 
-def fastest_dense(kernel: jax.Array) -> str:
+def fastest_dense(place: Place, kernel: jax.Array) -> str:
     """The lowering that `dense_conv` takes for `"auto"`.
 
     Args:
-        kernel: `(K_h, K_w, C_in, C_out)`, of the dtype of the input; its values do not count.
+        place: where the program runs.
+        kernel: `(*kernel_size, C_in, C_out)`, of the dtype of the input; its values do not count.
     """
-    return "native" if _dense_gains(kernel.dtype, *kernel.shape[2:]) else "lax"
+    return "native" if _dense_gains(place, kernel.dtype, *kernel.shape[-2:]) else "lax"
 
 
-def _native_runs(dtype: DTypeLike) -> bool:
-    """Whether what is in C++ can run here, on one device: XLA cannot split it over several."""
+def _native_runs(place: Place, dtype: DTypeLike) -> bool:
+    """Whether what is in C++ can run there."""
+    return place.calls and str(dtype) in native.DTYPES and native.available()
+
+
+def _dense_gains(place: Place, dtype: DTypeLike, in_channels: int, out_channels: int) -> bool:
+    """Whether the dense convolution in C++ can run there, and was measured to be the faster."""
     return (
-        jax.default_backend() == "cpu"
-        and jax.device_count() == 1
-        and str(dtype) in native.DTYPES
-        and native.available()
-    )
-
-
-def _dense_gains(dtype: DTypeLike, in_channels: int, out_channels: int) -> bool:
-    """Whether the dense convolution in C++ can run here, and was measured to be the faster."""
-    return (
-        _native_runs(dtype)
+        _native_runs(place, dtype)
         and str(dtype) == "float32"
         and in_channels * out_channels <= 128 * 128
         and native.instruction_set() != "baseline"  # whose vectors of 16 bytes gain nothing

@@ -1,15 +1,19 @@
 """Channel selection as a function of arrays, and its lowerings."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax.typing import PrecisionLike
 from jax import lax
 
-from chansel_jax.ops import dense, native
+from chansel_jax.ops import dense, late, native
 from chansel_jax.ops import depthwise as depthwise_part
-from chansel_jax.ops.lowerings import checked_lowering, fastest_layer
+from chansel_jax.ops.limits import DEFAULT, Options, able, first_able
+from chansel_jax.ops.lowerings import ANYWHERE, Place, fastest_layer
 from chansel_jax.ops.window import Padding, Window
 
+LATE = ("auto", "native", "composed_native")  # whose lowering is chosen when a program is compiled
 LOWERINGS = ("auto", "composed", "grouped", "shifted", "native", "composed_native")
 
 
@@ -18,9 +22,9 @@ def channel_selection(
     pointwise: jax.Array,
     depthwise: jax.Array,
     *,
-    strides: int | tuple[int, int] = 1,
+    strides: int | Sequence[int] = 1,
     padding: Padding = "SAME",
-    dilation: int | tuple[int, int] = 1,
+    dilation: int | Sequence[int] = 1,
     lowering: str = "auto",
     precision: PrecisionLike = None,
 ) -> jax.Array:
@@ -32,30 +36,35 @@ def channel_selection(
     - `"grouped"`, `"shifted"`: a product over channels, then `depthwise_conv` in that lowering.
     - `"native"`: both at once in C++, on CPUs (`chansel_jax.ops.native`).
     - `"composed_native"`: as `"composed"`, its dense convolution in C++.
-    - `"auto"`: the fastest of them, by the rules of `chansel_jax.ops.lowerings`.
+    - `"auto"`: the fastest of them, by the rules of `chansel_jax.ops.lowerings`; what it does not
+      have, `"shifted"` or `"composed"` computes.
 
-    `"composed"` and `"grouped"` can be differentiated in any way; `"shifted"` in reverse mode
-    (`jax.grad`, `jax.vjp`) any number of times, what is in C++ once; neither by `jax.jvp`.
+    `"composed"` and `"grouped"` have any number of dimensions and negative padding, the others one
+    and two dimensions.
+
+    All can be differentiated in any way, but for `"shifted"`, asked for by name: that in reverse
+    mode (`jax.grad`, `jax.vjp`), any number of times, and not by `jax.jvp`.
 
     Args:
-        x: `(N, H, W, C_in)`.
+        x: `(N, *spatial, C_in)`.
         pointwise: `(C_in, C_out·R)`, output channel `o` owns the columns `o·R … o·R + R - 1`.
-        depthwise: `(K_h, K_w, R, C_out)`. Both kernels are brought to the dtype of `x`.
+        depthwise: `(*kernel_size, R, C_out)`. Both kernels are brought to the dtype of `x`.
         strides: as `padding` and `dilation`, that of `chansel_jax.ops.dense.dense_conv`.
         lowering: one of `LOWERINGS`. Default `"auto"`.
         precision: `jax.lax.Precision` of the products; what is in C++, and the depthwise part of
             `"shifted"`, never round the factors.
 
     Returns:
-        `(N, H_out, W_out, C_out)`, of the dtype of `x`.
+        `(N, *spatial_out, C_out)`, of the dtype of `x`.
 
     Raises:
         ValueError: if an argument is wrong, the shapes do not fit each other, or
-            the lowering is in C++, which is not available.
+            the lowering lacks something or is in C++, which is not available.
         TypeError: for derivatives that the lowering does not have.
     """
-    operands = map(jnp.asarray, (x, pointwise, depthwise))
-    return select(*operands, Window.of(strides, padding, dilation), lowering, precision)
+    x, pointwise, depthwise = map(jnp.asarray, (x, pointwise, depthwise))
+    window = Window.of(strides, padding, dilation, dimensions=max(1, depthwise.ndim - 2))
+    return select(x, pointwise, depthwise, window, lowering, Options(precision=precision))
 
 
 def select(
@@ -64,53 +73,107 @@ def select(
     depthwise: jax.Array,
     window: Window,
     lowering: str = "auto",
-    precision: PrecisionLike = None,
+    options: Options = DEFAULT,
 ) -> jax.Array:
-    """`channel_selection` in a window that is parsed already."""
-    fits = x.ndim == depthwise.ndim == 4
-    if not fits or pointwise.shape != (x.shape[-1], depthwise.shape[2] * depthwise.shape[3]):
+    """`channel_selection` in a window that is parsed already; `pointwise` `(C_in/G, C_out·R)`."""
+    _check(x, pointwise, depthwise, window, options)
+    lowering = able(lowering, LOWERINGS, window, options)
+    if lowering == "auto" and late.needs_lax(options, x, pointwise, depthwise):
+        lowering = "composed"
+    x, window = window.padded_first(x, depthwise.shape[:-2])
+    operands = x, pointwise, depthwise
+    function = late.Function(_compute, _choose, window, lowering, options)
+    if lowering in LATE:
+        return late.call(function, *operands)
+    return _compute(function, lowering, *operands)
+
+
+def _compute(
+    function: late.Function, lowering: str, x: jax.Array, pointwise: jax.Array, depthwise: jax.Array
+) -> jax.Array:
+    window, options = function.window, function.options
+    if lowering in ("composed", "composed_native"):
+        kernel = composed_kernel(pointwise, depthwise).astype(x.dtype)
+        in_dense = "lax" if lowering == "composed" else "native"
+        return dense.compute(function, in_dense, x, kernel)
+    pointwise, depthwise = pointwise.astype(x.dtype), depthwise.astype(x.dtype)
+    if lowering == "native":
+        if window.dimensions == 1:
+            rows = x[:, None], pointwise, depthwise[None], window.with_rows()
+            return native.channel_selection(*rows)[:, 0]
+        return native.channel_selection(x, pointwise, depthwise, window)
+    sums = weighted_sums(x, pointwise, options)
+    return depthwise_part.convolve(sums, depthwise, window, lowering, options)
+
+
+def _choose(
+    function: late.Function, place: Place, x: jax.Array, _: jax.Array, depthwise: jax.Array
+) -> str:
+    if place == ANYWHERE:
+        return "composed"
+    if function.lowering != "auto":
+        return function.lowering
+    return fastest(place, x, depthwise, function.window, function.options)
+
+
+def fastest(
+    place: Place, x: jax.Array, depthwise: jax.Array, window: Window, options: Options = DEFAULT
+) -> str:
+    """What `"auto"` takes: the fastest lowering, or another where that one lacks something."""
+    return first_able((fastest_layer(place, x, depthwise), "shifted", "composed"), window, options)
+
+
+def _check(
+    x: jax.Array, pointwise: jax.Array, depthwise: jax.Array, window: Window, options: Options
+) -> None:
+    fits = x.ndim == depthwise.ndim == window.dimensions + 2 and (
+        pointwise.shape
+        == (x.shape[-1] // options.groups, depthwise.shape[-2] * depthwise.shape[-1])
+        and x.shape[-1] % options.groups == depthwise.shape[-1] % options.groups == 0
+    )
+    if not fits:
         raise ValueError(
             f"x of shape {x.shape}, pointwise of shape {pointwise.shape} and depthwise of shape "
-            f"{depthwise.shape} must be (N, H, W, C_in), (C_in, C_out·R) and (K_h, K_w, R, C_out)"
+            f"{depthwise.shape} must be (N, *spatial, C_in), (C_in, C_out·R) and "
+            "(*kernel_size, R, C_out)"
         )
     if 0 in (*pointwise.shape, *depthwise.shape):
         raise ValueError(
             f"every size of pointwise of shape {pointwise.shape} and depthwise of shape "
             f"{depthwise.shape} must be at least 1"
         )
-    if checked_lowering(lowering, LOWERINGS) == "auto":
-        lowering = fastest_layer(x, depthwise)
-    if lowering in ("composed", "composed_native"):
-        kernel = composed_kernel(pointwise, depthwise).astype(x.dtype)
-        in_dense = "lax" if lowering == "composed" else "native"
-        return dense.convolve(x, kernel, window, in_dense, precision)
-    pointwise, depthwise = pointwise.astype(x.dtype), depthwise.astype(x.dtype)
-    if lowering == "native":
-        return native.channel_selection(x, pointwise, depthwise, window)
-    sums = weighted_sums(x, pointwise, precision)
-    return depthwise_part.convolve(sums, depthwise, window, lowering, precision)
+    window.output_size(x.shape[1:-1], depthwise.shape[:-2])  # raises where there is no output
 
 
-def weighted_sums(x: jax.Array, pointwise: jax.Array, precision: PrecisionLike = None) -> jax.Array:
-    """The pointwise part: `(N, H, W, C_in)` and `(C_in, M)` to `(N, H, W, M)`.
+def weighted_sums(x: jax.Array, pointwise: jax.Array, options: Options = DEFAULT) -> jax.Array:
+    """The pointwise part: `(N, *spatial, C_in)` and `(C_in/G, M)` to `(N, *spatial, M)`.
 
-    One product of two matrices: XLA:CPU computes the gradient of `pointwise` some three times
-    faster than that of a four-dimensional product.
+    One product of two matrices, or of G pairs of them: XLA:CPU computes the gradient of `pointwise`
+    some three times faster than that of a four-dimensional product.
     """
-    sums = jnp.dot(x.reshape(-1, x.shape[-1]), pointwise, precision=precision)
+    pixels = x.reshape(-1, x.shape[-1])
+    if options.groups == 1:
+        sums = jnp.dot(pixels, pointwise, precision=options.precision)
+    else:
+        sums = jnp.einsum(
+            "pgi,igo->pgo",
+            pixels.reshape(-1, options.groups, pointwise.shape[0]),
+            pointwise.reshape(pointwise.shape[0], options.groups, -1),
+            precision=options.precision,
+        )
     return sums.reshape(*x.shape[:-1], pointwise.shape[1])
 
 
 def composed_kernel(pointwise: jax.Array, depthwise: jax.Array) -> jax.Array:
-    """The dense kernel `(K_h, K_w, C_in, C_out)` that computes the same function.
+    """The dense kernel `(*kernel_size, C_in, C_out)` that computes the same function.
 
     Args:
         pointwise: `(C_in, C_out·R)`.
-        depthwise: `(K_h, K_w, R, C_out)`.
+        depthwise: `(*kernel_size, R, C_out)`.
     """
-    _, _, rank, out_channels = depthwise.shape
+    rank, out_channels = depthwise.shape[-2:]
     return jnp.einsum(
-        "ior,hwro->hwio",
+        "ior,...ro->...io",
         pointwise.reshape(-1, out_channels, rank),
         depthwise,
         precision=lax.Precision.HIGHEST,

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from chansel_jax.ops.late import varying_alike
 from chansel_jax.ops.window import Pair, Window
 
 # The kernel gradient sums so many rows at most, for so many taps at most, in one loop. LLVM unrolls
@@ -72,6 +73,7 @@ def _geometry(size: Pair, kernel_size: Pair, window: Window) -> _Geometry:
 
 def depthwise_shifted(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     """`depthwise_conv` of checked arguments."""
+    x, kernel = varying_alike(x, kernel)
     return _conv(x, kernel, _geometry(x.shape[1:3], kernel.shape[:2], window))
 
 

@@ -202,21 +202,18 @@ def load_train_images(settings: Settings) -> TrainImages | None:
 
 def default_lowering(conv: Conv) -> str:
     """The lowering of a layer of that convolution that is given none."""
-    return nnx.eval_shape(lambda: CONVS[conv](1, 1, 1, rngs=nnx.Rngs(0))).lowering
+    return nnx.eval_shape(lambda: CONVS[conv](1, 1, (1, 1), rngs=nnx.Rngs(0))).lowering
 
 
 def model_shapes(case: Case) -> list[LayerShape]:
     """The different convolutions of the model that are an argument of it, in its own order."""
     config = network_config(case, "chansel")
-    shapes = [
-        LayerShape(
-            -(-case.image_size // layer.reduction),
-            *layer.make.args,
-            layer.make.keywords["strides"],
-        )
-        for layer in config.layers()
-        if unwrapped(layer.make) is config.conv
-    ]
+    shapes = []
+    for layer in config.layers():
+        if unwrapped(layer.make) is config.conv:
+            in_channels, out_channels, (kernel_size, _) = layer.make.args
+            size, strides = -(-case.image_size // layer.reduction), layer.make.keywords["strides"]
+            shapes.append(LayerShape(size, in_channels, out_channels, kernel_size, strides))
     return list(dict.fromkeys(shapes))
 
 

@@ -57,11 +57,12 @@ def times(folder: Path, names: Iterable[str], steps: int) -> dict[str, float]:
 
 def kind_of(op_name: str) -> str:
     """The kind of an operation, from its name in Python as XLA keeps it."""
-    primitive = op_name.rsplit("/", 1)[-1]
+    primitive = op_name.rsplit("/", 1)[-1].lstrip("(")  # as in "(reduce_sum:custom_partitioning)"
     for scope in ("augmentation", "optimizer"):
         if scope in op_name:
             return scope
-    if primitive in ("conv_general_dilated", "dot_general", "ffi_call"):
+    # Over several devices what is in C++ is called by a `custom_partitioning`.
+    if primitive in ("conv_general_dilated", "dot_general", "ffi_call", "custom_partitioning"):
         return "convolutions, matrix products"
     if primitive in ("", "transpose", "copy"):
         return "transposes, copies"

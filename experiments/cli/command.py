@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from chansel_jax.memory import keep_freed_memory
 from experiments.cli.console import print_any_character
 from experiments.cli.ending import (
     EXIT_ERROR,
@@ -23,7 +24,6 @@ from experiments.cli.ending import (
 )
 from experiments.cli.errors import CommandError, Interrupted, in_a_line
 from experiments.cli.flags import Settings, parse
-from experiments.cli.memory import keep_freed_memory
 
 
 def run(

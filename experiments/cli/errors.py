@@ -7,7 +7,6 @@ import jax
 from chansel_jax.errors import OneLineError
 from chansel_jax.training.processes import is_loss
 from experiments.cli.flags import in_flags, refused_value
-from experiments.cli.memory import shortage
 
 
 class CommandError(OneLineError):
@@ -39,3 +38,14 @@ def fault_of_machine(error: Exception) -> str | None:
     if jax.distributed.is_initialized() and is_loss(error) and jax.process_count() > 1:
         return f"another process may have ended; it says why: {error}"
     return None
+
+
+def shortage(error: Exception) -> str | None:
+    """What to tell of an `error` that Python or XLA raised for want of memory; None of others."""
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        return None
+    return (
+        f"there is too little memory ({error}): a smaller --batch-size takes less; so do, in "
+        "training, --accumulate=N, which computes a batch in N parts, and --input=streaming, which "
+        "leaves the images on disk"
+    )

@@ -48,7 +48,7 @@ class WeightedSumConv2d(nn.Module):
 class TorchBasicBlock(nn.Module):
     """Two 3 × 3 convolutions, each with BatchNorm, and a shortcut around them."""
 
-    def __init__(self, conv, in_channels: int, out_channels: int, stride: int):
+    def __init__(self, conv, shortcut, in_channels: int, out_channels: int, stride: int):
         super().__init__()
         self.conv1 = conv(in_channels, out_channels, 3, stride=stride, padding=1)
         self.bn1 = nn.BatchNorm2d(out_channels)
@@ -57,7 +57,7 @@ class TorchBasicBlock(nn.Module):
         self.downsample = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.downsample = nn.Sequential(
-                conv(in_channels, out_channels, 1, stride=stride), nn.BatchNorm2d(out_channels)
+                shortcut(in_channels, out_channels, 1, stride=stride), nn.BatchNorm2d(out_channels)
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -83,10 +83,12 @@ class TorchResNet(nn.Module):
         stem: str,
         rank: int = 1,
         use_bias: bool = False,
+        plain_shortcuts: bool = False,
         dropout_rate: float = 0.0,
     ):
         super().__init__()
         conv = functools.partial(_conv, kind, rank, use_bias)
+        shortcut = functools.partial(_conv, "subkernel", 1, use_bias) if plain_shortcuts else conv
         if stem == "plain":
             self.conv1 = nn.Conv2d(3, width, 3, padding=1)
             self.bn1 = nn.Identity()
@@ -101,7 +103,7 @@ class TorchResNet(nn.Module):
             layer = []
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
-                layer.append(TorchBasicBlock(conv, channels, out_channels, stride))
+                layer.append(TorchBasicBlock(conv, shortcut, channels, out_channels, stride))
                 channels = out_channels
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layer))
         self.stages = len(blocks)
@@ -118,8 +120,9 @@ class TorchResNet(nn.Module):
 
 def torch_twin(kind: str, config: Any) -> TorchResNet:
     """`chansel_jax.ResNet(config)`, whose convolutions are of `kind`."""
-    names = ("num_classes", "blocks", "width", "stem", "rank", "use_bias", "dropout_rate")
-    return TorchResNet(kind, **{name: getattr(config, name) for name in names})
+    names = ("num_classes", "blocks", "width", "stem", "rank", "use_bias", "plain_shortcuts")
+    given = {name: getattr(config, name) for name in names}
+    return TorchResNet(kind, dropout_rate=config.dropout_rate, **given)
 
 
 def _conv(

@@ -12,12 +12,12 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from chansel_jax.memory import hand_back_memory
 from chansel_jax.training import checkpoint, step
 from chansel_jax.training.processes import together
 from experiments.cli.console import tracked
 from experiments.cli.ending import noted_signals
 from experiments.cli.errors import CommandError, Interrupted
-from experiments.cli.memory import hand_back_memory
 from experiments.cluster import coordination
 from experiments.training import feed as feeds
 from experiments.training import printing, records

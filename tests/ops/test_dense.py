@@ -91,17 +91,6 @@ def test_by_hand(lowering):
 
 
 @pytest.mark.parametrize("lowering", NATIVE)
-def test_other_derivatives_are_refused(lowering):
-    operands = [jnp.ones(shape) for shape in ((1, 4, 4, 2), (3, 3, 2, 3))]
-    call = functools.partial(dense_conv, lowering=lowering)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(call, operands, operands)
-    with pytest.raises(TypeError, match="first derivatives only.*'lax'"):
-        slope = jax.grad(lambda x: jnp.sum(call(x, operands[1])))
-        jax.grad(lambda x: jnp.sum(slope(x)))(operands[0])
-
-
-@pytest.mark.parametrize("lowering", NATIVE)
 def test_vmap_checkpoint_scan_and_a_sharded_batch(lowering):
     operands = arrays((6, 5), (3, 3), (4, 3), batch=8, **WINDOW)
     x, kernel, dy = operands
@@ -142,15 +131,12 @@ def test_empty_arrays(batch, size, lowering):
         np.testing.assert_array_equal(a, np.zeros(a.shape))
 
 
-@pytest.mark.parametrize("devices", [8, 1])
-def test_auto_is_one_of_the_others(devices, monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: devices)
-    output_and_gradients.clear_cache()  # where "auto" was something else
+def test_auto_is_one_of_the_others():
     operands = arrays((6, 5), (3, 3), (4, 3), **WINDOW)
     actual = output_and_gradients(*operands, **WINDOW, lowering="auto")
     assert_close(actual, in_torch(*operands, **WINDOW), 1e-5)
     long_vectors = bool(NATIVE) and native.instruction_set() != "baseline"
-    wanted = "chansel_dense" if devices == 1 and long_vectors else "convolution"
+    wanted = "chansel_dense" if long_vectors else "convolution"
     text = output_and_gradients.lower(*operands, **WINDOW, lowering="auto")
     assert wanted in text.as_text()
 

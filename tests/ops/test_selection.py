@@ -23,7 +23,6 @@ from chansel_jax.ops.window import Window
 
 RUNNABLE = [name for name in runnable(LOWERINGS) if name != "auto"]
 COMPILED = [name for name in RUNNABLE if name == "native"]
-ANY_DERIVATIVE = ["composed", "grouped"]
 RANKS = (1, 1, 1, 1, 2, 1, 3, 1, 2, 1)  # of `LAYERS`
 TOLERANCES = {np.float64: 1e-13, jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
 
@@ -103,11 +102,11 @@ def test_by_hand(lowering):
 
 
 @pytest.mark.parametrize("lowering", RUNNABLE)
-def test_forward_mode_works_or_is_refused(lowering):
+def test_forward_mode_works_but_for_shifted(lowering):
     operands = arrays((6, 5), (3, 3), (4, 3), **WINDOW)[:3]
     function = functools.partial(channel_selection, **WINDOW, lowering=lowering)
     tangents = [0.5 * operand for operand in operands]
-    if lowering not in ANY_DERIVATIVE:
+    if lowering == "shifted":
         with pytest.raises(TypeError, match="forward-mode"):
             jax.jvp(function, operands, tangents)
         return
@@ -146,11 +145,7 @@ def test_a_sharded_batch(lowering):
     assert_close(actual, in_torch(x, pointwise, depthwise, dy, **WINDOW), 1e-5)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_auto_is_one_of_the_others(monkeypatch, devices):
-    """With one device it may take "native"."""
-    monkeypatch.setattr(jax, "device_count", lambda: devices)
-    output_and_gradients.clear_cache()  # where "auto" was something else
+def test_auto_is_one_of_the_others():
     operands = arrays((6, 5), (3, 3), (4, 3), **WINDOW)
     actual = output_and_gradients(*operands, **WINDOW, lowering="auto")
     assert_close(actual, in_torch(*operands, **WINDOW), 1e-5)

@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 from layers import ANY_LAYER, WINDOW, assert_close, in_torch, normal
 
 from chansel_jax.ops.depthwise import depthwise_conv
-from chansel_jax.ops.window import Window, padding_spec, pair
+from chansel_jax.ops.window import Window, padding_spec, per_axis
 
 shifted = functools.partial(depthwise_conv, lowering="shifted")
 grouped = functools.partial(depthwise_conv, lowering="grouped")
@@ -66,10 +66,10 @@ def test_like_torch(kernel_size, strides, padding, dilation, rank):
     # 11 rows: more than the kernel gradient sums at once, and no multiple of what it does.
     assert_like_torch(
         (11, 9),
-        pair("kernel_size", kernel_size),
-        strides=pair("strides", strides),
+        per_axis("kernel_size", kernel_size),
+        strides=per_axis("strides", strides),
         padding=padding_spec(padding),
-        dilation=pair("dilation", dilation),
+        dilation=per_axis("dilation", dilation),
         rank=rank,
     )
 

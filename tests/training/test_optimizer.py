@@ -343,7 +343,7 @@ def test_named_kinds_of_a_network_do_not_decay(network_and_counts, undecayed):
 
 
 def test_parameters_of_a_layer_alone_are_told_apart():
-    layer = nnx.eval_shape(lambda: ChannelSelectionConv(2, 3, 3, norm=True, rngs=nnx.Rngs(0)))
+    layer = nnx.eval_shape(lambda: ChannelSelectionConv(2, 3, (3, 3), norm=True, rngs=nnx.Rngs(0)))
     params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
     assert decayed(params, ("biases", "norms")) == {
         "pointwise": True,

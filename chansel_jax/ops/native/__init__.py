@@ -64,9 +64,10 @@ def channel_selection(
     """`chansel_jax.ops.selection.channel_selection` in C++; all arrays are of one of `DTYPES`.
 
     Sums are taken in float32 where the dtype is bfloat16. Reverse-mode derivatives, once; neither
-    `jax.jvp` nor second derivatives. Under `jax.vmap` it runs once for each element; over an array
-    that is sharded, every device computes the whole (put it into `jax.shard_map`). A window may
-    need more memory than there is: a tile has as many columns as the padded image.
+    `jax.jvp` nor second derivatives, and over an array that is sharded every device computes the
+    whole: `chansel_jax.ops.late` adds what is missing. Under `jax.vmap` it runs once for each
+    element. A window may need more memory than there is: a tile has as many columns as the padded
+    image.
 
     Raises:
         ValueError: if the dtypes differ or are none of `DTYPES`, the window does not fit, or it is
@@ -111,7 +112,7 @@ def _canonical(
     if kernel_size == (1, 1) and pads == ((0, 0), (0, 0)):
         # Only the pixels that are looked at, instead of sums over all.
         x, strides = x[:, :: strides[0], :: strides[1]], (1, 1)
-    return x, Window(strides, pads, window.dilation)
+    return x, window._replace(strides=strides, padding=pads)
 
 
 def _once_differentiable(forward: Callable, gradients: Callable) -> Callable:

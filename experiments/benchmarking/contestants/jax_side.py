@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from chansel_jax import functional
 from chansel_jax.conv import lowerings_taken
+from chansel_jax.memory import hand_back_memory
 from chansel_jax.networks.resnet import CONVS, ResNet
 from chansel_jax.torch_weights import from_torch, to_torch
 from chansel_jax.training import devices
@@ -39,7 +40,6 @@ from experiments.benchmarking.ceilings import Ceilings, Effort, best_rate, numpy
 from experiments.benchmarking.contestants.runner import Runner, first_update, gradients
 from experiments.benchmarking.contestants.weights import uninitialised
 from experiments.benchmarking.work import network_config
-from experiments.cli.memory import hand_back_memory
 
 # The factors of float32 products are rounded on GPUs unless forbidden.
 PRECISIONS = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "default"}
@@ -82,7 +82,7 @@ def make_layer(task: Task) -> nnx.Module:
     layer = conv_of(task.contestant)(
         shape.in_channels,
         shape.out_channels,
-        shape.kernel_size,
+        (shape.kernel_size, shape.kernel_size),
         strides=shape.stride,
         padding=shape.padding,
         use_bias=False,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.cli.memory import hand_back_memory
+from chansel_jax.memory import hand_back_memory
 
 # CUDA graphs are recorded in the second or third step, cuDNN is tuned in the first; on CPUs the
 # allocator settles within five.

@@ -8,7 +8,7 @@ import importlib
 import sys
 from multiprocessing.connection import Connection
 
-from experiments.cli.memory import keep_freed_memory
+from chansel_jax.memory import keep_freed_memory
 
 SIDES = {
     "JAX": "experiments.benchmarking.contestants.jax_side",

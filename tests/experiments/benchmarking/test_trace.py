@@ -38,6 +38,8 @@ def test_operations_are_those_of_the_entry():
         ("jit(train_step)/jvp()/ffi_call", "convolutions, matrix products"),
         ("jit(train_step)/transpose(jvp())/conv_general_dilated", "convolutions, matrix products"),
         ("jit(train_step)/jvp()/dot_general", "convolutions, matrix products"),
+        ("jit(train_step)/jvp()/custom_partitioning", "convolutions, matrix products"),
+        ("jit(f)/transpose(jvp())/(reduce_sum:custom_partitioning)", "sums (BatchNorm)"),
         ("jit(train_step)/transpose(jvp())/reduce_sum", "sums (BatchNorm)"),
         ("jit(train_step)/jvp()/jit(relu)/max", "elementwise (BatchNorm, ReLU, …)"),
         ("jit(train_step)/optimizer/transpose", "optimizer"),

@@ -8,7 +8,7 @@ import pytest
 
 PAGE_FAULTS = """
 import resource, sys
-from experiments.cli.memory import keep_freed_memory
+from chansel_jax.memory import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 for _ in range(3):
@@ -24,7 +24,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 RESIDENT = """
 import re
 from pathlib import Path
-from experiments.cli.memory import hand_back_memory, keep_freed_memory
+from chansel_jax.memory import hand_back_memory, keep_freed_memory
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 keep_freed_memory()

@@ -1,4 +1,4 @@
-"""How the process asks the operating system for memory, and what to do if there is too little."""
+"""How the process asks the operating system for memory."""
 
 import ctypes
 import sys
@@ -9,11 +9,15 @@ NEVER = -1
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed, instead of handing it back and asking for it again.
+    """Makes a training on CPUs faster: lets glibc keep what is freed for what comes next.
 
     XLA:CPU allocates the temporary arrays of a step, some 200 MB for ResNet-14 at batch 128, at
     each step anew. Memory fresh from the operating system is mapped and zeroed page by page when
-    it is first touched: that took a third of such a step. Where there is no glibc it does nothing.
+    it is first touched: that took a third of such a step.
+
+    It may be called at any time, more than once, and holds for all of the process from then on:
+    what any part of it frees stays with the process, and all of its threads allocate from one heap.
+    `hand_back_memory` gives back what is not in use. Where there is no glibc it does nothing.
     """
     libc = _glibc()
     if libc is not None:
@@ -31,17 +35,6 @@ def hand_back_memory() -> None:
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
-
-
-def shortage(error: Exception) -> str | None:
-    """What to tell of an `error` that Python or XLA raised for want of memory; None of others."""
-    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-        return None
-    return (
-        f"there is too little memory ({error}): a smaller --batch-size takes less; so do, in "
-        "training, --accumulate=N, which computes a batch in N parts, and --input=streaming, which "
-        "leaves the images on disk"
-    )
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -1,0 +1,446 @@
+"""Functions whose lowering is chosen when a program is compiled, not when it is traced.
+
+While a function is traced, JAX cannot tell for which platform and how many devices it will be
+compiled, or whether the program is to be exported. When it lowers the program it can. So a function
+is a JAX primitive here, and the rule that lowers the primitive chooses how it is computed. The
+functions are linear in each operand, which makes all derivatives follow from it.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import ShapedArray
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+from chansel_jax.ops.limits import Options
+from chansel_jax.ops.lowerings import NATIVE, Place
+from chansel_jax.ops.window import Window
+
+Flags = tuple[bool, ...]
+
+
+class Function(NamedTuple):
+    """A function of images and kernels that is linear in each operand.
+
+    Attributes:
+        compute: takes this, the name of a lowering and the operands, and returns the output. What
+            it does by the lowering `choose` returns for `Place(None, False)` can be differentiated
+            in any way.
+        choose: takes this, a place and the operands, of which only shapes and dtypes count, and
+            returns the name of the lowering there.
+        window: of the kernels.
+        lowering: what was asked for.
+        options: beside the window.
+    """
+
+    compute: Callable[..., jax.Array]
+    choose: Callable[..., str]
+    window: Window
+    lowering: str
+    options: Options
+
+    def at(self, place: Place) -> Callable[..., jax.Array]:
+        """The function as it is computed at a place."""
+
+        def computed(*operands: jax.Array) -> jax.Array:
+            return self.compute(self, self.choose(self, place, *operands), *operands)
+
+        return computed
+
+
+def call(function: Function, *operands: jax.Array) -> jax.Array:
+    """The function of images `(N, H, W, C)`, whose batch may be sharded, and of kernels.
+
+    First derivatives in reverse mode take the lowering that is chosen, others what XLA makes of
+    the function; there are all, of any order.
+    """
+    divided = _divided() if jax.device_count() > 1 else None
+    return _output.bind(*varying_alike(*operands), function=function, levels=(), divided=divided)
+
+
+@functools.cache
+def _divided() -> Any:
+    """A program with a `custom_partitioning` in it.
+
+    JAX tells the devices and their mesh only to rules of programs that hold one, be it in a
+    primitive's parameters.
+    """
+    identity = custom_partitioning(lambda x: x)
+    identity.def_partition(
+        partition=lambda mesh, arguments, result: (mesh, lambda x: x, result.sharding, arguments),
+        sharding_rule=" -> ",
+    )
+    return jax.make_jaxpr(identity)(0.0)
+
+
+def varying_alike(*operands: jax.Array) -> list[jax.Array]:
+    """The operands, in `jax.shard_map` all varying over the axes that any of them varies over."""
+    varying = [jax.typeof(operand).manual_axis_type.varying for operand in operands]
+    every = frozenset().union(*varying)
+    return [
+        lax.pcast(operand, tuple(every - axes), to="varying") if every - axes else operand
+        for operand, axes in zip(operands, varying, strict=True)
+    ]
+
+
+def needs_lax(options: Options, *operands: jax.Array) -> bool:
+    """Whether only a convolution of `jax.lax` can have the output's dtype and all shardings."""
+    images, *kernels = [jax.typeof(operand).sharding.spec for operand in operands]
+    divided = any(axis is not None for axis in (*images[1:], *itertools.chain(*kernels)))
+    return divided or options.preferred_element_type is not None or options.out_sharding is not None
+
+
+# Three primitives: the output, its tangent, and the gradients by those operands that have a
+# tangent, which `which` tells. `levels` has a row for each `jax.vmap` around the function, the
+# outermost first: of each operand, whether it has the axis. These axes are in front, in that order.
+# `divided` is that of `_divided`, or None.
+
+_output = Primitive("multilinear")
+_tangent = Primitive("multilinear_tangent")
+_gradients = Primitive("multilinear_gradients")
+_gradients.multiple_results = True
+
+
+def _compute_output(
+    place: Place, *, function: Function, levels: Sequence[Flags], divided: Any
+) -> Callable:
+    return _mapped(function.at(place), levels)
+
+
+def _compute_tangent(
+    _: Place, *, function: Function, levels: Sequence[Flags], which: Flags, divided: Any
+) -> Callable:
+    def compute(*arguments: jax.Array) -> jax.Array:
+        operands, tangents = arguments[: len(which)], iter(arguments[len(which) :])
+        terms = []
+        for i, has_tangent in enumerate(which):
+            if has_tangent:
+                changed = (*operands[:i], next(tangents), *operands[i + 1 :])
+                terms.append(
+                    _output.bind(*changed, function=function, levels=levels, divided=divided)
+                )
+        return functools.reduce(jnp.add, terms)
+
+    return compute
+
+
+def _compute_gradients(
+    place: Place, *, function: Function, levels: Sequence[Flags], which: Flags, divided: Any
+) -> Callable:
+    def compute(*arguments: jax.Array) -> tuple[jax.Array, ...]:
+        *operands, dy = arguments
+
+        def of_some(*some: jax.Array) -> jax.Array:
+            rest = iter(some)
+            merged = [next(rest) if w else o for o, w in zip(operands, which, strict=True)]
+            return function.at(place)(*merged)
+
+        _, pull = jax.vjp(of_some, *(o for o, w in zip(operands, which, strict=True) if w))
+        return pull(dy)
+
+    return _mapped(compute, [(*flags, True) for flags in levels])
+
+
+def _mapped(computed: Callable, levels: Sequence[Flags]) -> Callable:
+    for flags in reversed(levels):
+        computed = jax.vmap(computed, [0 if flag else None for flag in flags])
+    return computed
+
+
+# Shapes
+
+
+def _shapes(
+    levels: Sequence[Flags], operands: Sequence[jax.Array]
+) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """The sizes of the axes that `jax.vmap` added, and each operand's shape without them."""
+    sizes, own = {}, []
+    for i, operand in enumerate(operands):
+        has = [level for level, flags in enumerate(levels) if flags[i]]
+        sizes |= dict(zip(has, operand.shape, strict=False))
+        own.append(operand.shape[len(has) :])
+    return tuple(sizes[level] for level in range(len(levels))), own
+
+
+def _output_type(
+    *arguments: Any,
+    function: Function,
+    levels: Sequence[Flags],
+    which: Flags | None = None,
+    divided: Any,
+) -> Any:
+    operands = arguments if which is None else arguments[: len(which)]
+    sizes, (images, *_, last) = _shapes(levels, operands)
+    *kernel_size, _, channels = last
+    output = function.window.output_size(images[1:-1], kernel_size)
+    return _typed(operands[0], (*sizes, images[0], *output, channels), bool(levels))
+
+
+def _gradient_types(
+    *arguments: Any, function: Function, levels: Sequence[Flags], which: Flags, divided: Any
+) -> list[Any]:
+    sizes, own = _shapes([(*flags, True) for flags in levels], arguments)
+    return [
+        _typed(operand, (*sizes, *shape), bool(levels))
+        for operand, shape, has_tangent in zip(arguments, own, (*which, False), strict=True)
+        if has_tangent
+    ]
+
+
+def _typed(like: Any, shape: tuple[int, ...], is_mapped: bool) -> Any:
+    """The type of an array of `shape`, whose first axis is sharded as that of `like`."""
+    spec = PartitionSpec() if is_mapped else PartitionSpec(like.sharding.spec[0])
+    sharding = NamedSharding(like.sharding.mesh, spec)
+    return like.update(shape=shape, weak_type=False, sharding=sharding)
+
+
+# Derivatives
+
+
+def _output_jvp(primals: Sequence, tangents: Sequence, **how: Any) -> tuple[Any, Any]:
+    which = tuple(type(tangent) is not ad.Zero for tangent in tangents)
+    given = [tangent for tangent, has_one in zip(tangents, which, strict=True) if has_one]
+    return _output.bind(*primals, **how), _tangent.bind(*primals, *given, which=which, **how)
+
+
+def _by_jax(primitive: Primitive, compute: Callable) -> Callable:
+    """The rule for a derivative's own derivative: that of what XLA computes it by."""
+
+    def rule(primals: Sequence, tangents: Sequence, **how: Any) -> tuple[Any, Any]:
+        which = [type(tangent) is not ad.Zero for tangent in tangents]
+
+        def of_some(*some: jax.Array) -> Any:
+            rest = iter(some)
+            merged = [next(rest) if w else p for p, w in zip(primals, which, strict=True)]
+            return compute(Place(None, False), **how)(*merged)
+
+        some = [p for p, w in zip(primals, which, strict=True) if w]
+        given = [t for t, w in zip(tangents, which, strict=True) if w]
+        _, found = jax.jvp(of_some, some, given)
+        return primitive.bind(*primals, **how), list(found) if type(found) is tuple else found
+
+    return rule
+
+
+def _tangent_transpose(dy: Any, *arguments: Any, which: Flags, levels: Any, **how: Any) -> list:
+    operands, tangents = arguments[: len(which)], arguments[len(which) :]
+    if type(dy) is ad.Zero:
+        return [ad.Zero(a.aval) if ad.is_undefined_primal(a) else None for a in arguments]
+    found = _gradients.bind(*operands, dy, which=which, levels=levels, **how)
+    positions = [i for i, has_tangent in enumerate(which) if has_tangent]
+    summed = [
+        _over_others(g, [f[i] for f in levels]) for g, i in zip(found, positions, strict=True)
+    ]
+    wanted = [ad.is_undefined_primal(tangent) for tangent in tangents]
+    return [None] * len(which) + [g if w else None for g, w in zip(summed, wanted, strict=True)]
+
+
+def _over_others(gradient: jax.Array, has_axis: Sequence[bool]) -> jax.Array:
+    """The sum of the gradients of one operand over those mapped axes that it does not have."""
+    return gradient.sum([level for level, has_it in enumerate(has_axis) if not has_it])
+
+
+def _output_transpose(dy: Any, *operands: Any, levels: Any, **how: Any) -> list:
+    """Of the output as a function of one operand: its gradient, which that does not enter."""
+    which = tuple(map(ad.is_undefined_primal, operands))
+    zeros = [
+        jnp.zeros(o.aval.shape, o.aval.dtype) if w else o
+        for o, w in zip(operands, which, strict=True)
+    ]
+    (found,) = _gradients.bind(*zeros, dy, which=which, levels=levels, **how)
+    found = _over_others(found, [flags[which.index(True)] for flags in levels])
+    return [found if w else None for w in which]
+
+
+# jax.vmap
+
+
+def _batched(primitive: Primitive) -> Callable:
+    def rule(arguments: Sequence, axes: Sequence, *, levels: Any, **how: Any) -> tuple[Any, Any]:
+        which = how.get("which", ())
+        count = len(arguments) if primitive is _output else len(which)
+        size = next(a.shape[d] for a, d in zip(arguments, axes, strict=True) if d is not None)
+        has = [axis is not None for axis in axes]
+        flags, needed = _flags(primitive, has, which, count)
+        of_kernels = any(flags[1:]) or (primitive is _gradients and any(which[1:]))
+        joins = not levels and not of_kernels
+        needed[0] = needed[0] or joins
+        moved = [
+            jnp.moveaxis(a, axis, 0)
+            if axis is not None
+            else (jnp.broadcast_to(a, (size, *a.shape)) if need else a)
+            for a, axis, need in zip(arguments, axes, needed, strict=True)
+        ]
+        if joins:
+            return _merged(primitive, moved, needed, how)
+        found = primitive.bind(*moved, levels=(flags, *levels), **how)
+        return found, [0] * len(found) if primitive.multiple_results else 0
+
+    return rule
+
+
+def _flags(
+    primitive: Primitive, has: Sequence[bool], which: Flags, count: int
+) -> tuple[Flags, list[bool]]:
+    """Which operands have the axis from now on, and which arguments must be given it.
+
+    An operand has it where its tangent does, and the gradient of the output always.
+    """
+    if primitive is _gradients:
+        return tuple(has[:count]), [*has[:count], True]
+    positions = [i for i, has_tangent in enumerate(which) if has_tangent]
+    of_tangents = dict(zip(positions, has[count:], strict=True))
+    flags = tuple(h or of_tangents.get(i, False) for i, h in enumerate(has[:count]))
+    return flags, [*flags, *(flags[i] for i in positions)]
+
+
+def _merged(
+    primitive: Primitive, arguments: Sequence, has: Sequence[bool], how: Any
+) -> tuple[Any, Any]:
+    """What has the axis are images alone, of which it joins the batch."""
+    size, batch = arguments[0].shape[:2]
+    joined = [
+        a.reshape(size * batch, *a.shape[2:]) if h else a
+        for a, h in zip(arguments, has, strict=True)
+    ]
+    found = primitive.bind(*joined, levels=(), **how)
+    apart = jax.tree.map(lambda y: y.reshape(size, batch, *y.shape[1:]), found)
+    return apart, [0] * len(found) if primitive.multiple_results else 0
+
+
+# Lowering
+
+
+def _lowered(primitive: Primitive, compute: Callable, platform: str | None) -> Callable:
+    def rule(context: mlir.LoweringRuleContext, *arguments: Any, **how: Any) -> Any:
+        place, devices = _place(context, platform)
+        lowering = how["function"].lowering
+        if lowering in NATIVE and not place.calls:
+            raise ValueError(
+                f"lowering={lowering!r} is for CPUs, and for programs that are not exported"
+            )
+        if devices and how["levels"]:
+            place = Place(platform, False)
+        computed = compute(place, **how)
+        types = [ShapedArray(aval.shape, aval.dtype) for aval in context.avals_in]
+        context = context.replace(avals_in=types)
+        if devices and place.calls and primitive is not _tangent:
+            computed = _over_devices(computed, primitive, types, how)
+            module = context.module_context
+            axes = dataclasses.replace(module.axis_context, device_assignment=devices)
+            context = context.replace(module_context=module.replace(axis_context=axes))
+        lowered = mlir.lower_fun(computed, multiple_results=primitive.multiple_results)
+        return lowered(context, *arguments)
+
+    return rule
+
+
+def _place(
+    context: mlir.LoweringRuleContext, platform: str | None
+) -> tuple[Place, tuple[jax.Device, ...]]:
+    """Where the program will run, and the devices if XLA divides it over several."""
+    module = context.module_context
+    axes, devices = module.axis_context, ()
+    # What is exported must run where this package is not installed.
+    calls = platform == "cpu" and not module.lowering_parameters.for_export
+    if manual := getattr(axes, "manual_axes", None):
+        calls = calls and set(manual) == set(axes.mesh.axis_names)
+    elif (count := getattr(axes, "num_devices", 1)) > 1:
+        devices = tuple(jax.devices(platform)[:count])  # their order is all that counts
+        calls = calls and axes.abstract_mesh is not None and len(devices) == count
+    return Place(platform, calls), devices
+
+
+def _over_devices(computed: Callable, primitive: Primitive, types: Sequence, how: Any) -> Callable:
+    """`computed` by every device for its part of the batch; gradients of kernels are added."""
+    which = how.get("which", ())
+    batches = [True] + [False] * (len(types) - 1)  # which arguments have the batch axis
+    if primitive is _gradients:
+        batches[-1] = True
+        results = [i == 0 for i, has_tangent in enumerate(which) if has_tangent]
+    else:
+        results = [True]
+    several = primitive.multiple_results
+
+    def partition(mesh, arguments, outputs):
+        spec = arguments[0].sharding.spec
+        batch = spec[0] if spec else None
+
+        def local(*arrays):
+            found = computed(*arrays)
+            if batch is None or not several:
+                return found
+            return tuple(
+                y if of_batch else lax.psum(y, batch)
+                for y, of_batch in zip(found, results, strict=True)
+            )
+
+        def sharding(of_batch):
+            return NamedSharding(mesh, PartitionSpec(batch if of_batch else None))
+
+        outs = tuple(map(sharding, results))
+        return mesh, local, outs if several else outs[0], tuple(map(sharding, batches))
+
+    def infer(mesh, arguments, outputs):
+        _, _, outs, _ = partition(mesh, arguments, outputs)
+        return outs
+
+    divided = custom_partitioning(computed)
+    divided.def_partition(
+        infer_sharding_from_operands=infer,
+        partition=partition,
+        sharding_rule=_sharding_rule(types, batches, results, which, how["function"]),
+    )
+    return divided
+
+
+def _sharding_rule(
+    types: Sequence, batches: Sequence[bool], results: Sequence[bool], which: Flags, function: Any
+) -> str:
+    """The rule of Shardy: only the batch `n` is one factor of several arrays."""
+    names = (f"x{i}" for i in range(10**6))
+
+    def factors(ndim, of_batch):
+        first = ["n"] if of_batch else [next(names)]
+        return " ".join([*first, *(next(names) for _ in range(ndim - 1))])
+
+    inputs = [factors(len(t.shape), b) for t, b in zip(types, batches, strict=True)]
+    if which:
+        outputs = [
+            factors(len(t.shape), i == 0)
+            for i, (t, has_tangent) in enumerate(zip(types, which, strict=False))
+            if has_tangent
+        ]
+    else:
+        outputs = [factors(len(types[0].shape), True)]
+    return f"{', '.join(inputs)} -> {', '.join(outputs)}"
+
+
+def _register(primitive: Primitive, compute: Callable, types: Callable, jvp: Callable) -> None:
+    def evaluate(*operands: jax.Array, **how: Any) -> Any:
+        return primitive.bind(*operands, **how)
+
+    primitive.def_impl(
+        jax.jit(evaluate, static_argnames=("function", "levels", "which", "divided"))
+    )
+    primitive.def_abstract_eval(types)
+    ad.primitive_jvps[primitive] = jvp
+    batching.primitive_batchers[primitive] = _batched(primitive)
+    for platform in (None, "cpu"):
+        mlir.register_lowering(primitive, _lowered(primitive, compute, platform), platform)
+
+
+_register(_output, _compute_output, _output_type, _output_jvp)
+_register(_tangent, _compute_tangent, _output_type, _by_jax(_tangent, _compute_tangent))
+_register(_gradients, _compute_gradients, _gradient_types, _by_jax(_gradients, _compute_gradients))
+ad.primitive_transposes[_output] = _output_transpose
+ad.primitive_transposes[_tangent] = _tangent_transpose
