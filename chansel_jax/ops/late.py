@@ -9,6 +9,7 @@ functions are linear in each operand, which makes all derivatives follow from it
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from chansel_jax.ops.limits import Options
 from chansel_jax.ops.lowerings import NATIVE, Place
@@ -372,8 +373,7 @@ def _over_devices(computed: Callable, primitive: Primitive, types: Sequence, how
     several = primitive.multiple_results
 
     def partition(mesh, arguments, outputs):
-        spec = arguments[0].sharding.spec
-        batch = spec[0] if spec else None
+        batch = _axes_of_batch(mesh, arguments[0])
 
         def local(*arrays):
             found = computed(*arrays)
@@ -398,14 +398,24 @@ def _over_devices(computed: Callable, primitive: Primitive, types: Sequence, how
     divided.def_partition(
         infer_sharding_from_operands=infer,
         partition=partition,
-        sharding_rule=_sharding_rule(types, batches, results, which, how["function"]),
+        sharding_rule=_sharding_rule(types, batches, which),
     )
     return divided
 
 
-def _sharding_rule(
-    types: Sequence, batches: Sequence[bool], results: Sequence[bool], which: Flags, function: Any
-) -> str:
+def _axes_of_batch(mesh: Mesh, images: Any) -> str | tuple[str, ...] | None:
+    """The axes of the mesh that the batch is divided over, if it can be in equal parts.
+
+    Else XLA would fill the last part up, with images that are none.
+    """
+    spec = images.sharding.spec
+    axes = spec[0] if spec else None
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    parts = math.prod(mesh.shape[name] for name in names)
+    return axes if images.shape[0] % parts == 0 else None
+
+
+def _sharding_rule(types: Sequence, batches: Sequence[bool], which: Flags) -> str:
     """The rule of Shardy: only the batch `n` is one factor of several arrays."""
     names = (f"x{i}" for i in range(10**6))
 

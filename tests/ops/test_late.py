@@ -162,6 +162,21 @@ def compiled_for_one(operands):
     return step.lower(*operands).compile().as_text()
 
 
+def test_a_batch_that_the_devices_cannot_share_equally():
+    x, *kernels = normal((8, *SHAPES[0][1:]), *SHAPES[1:])
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    divided = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+
+    def of_seven(x, *kernels, late):
+        return loss(jnp.sin(x)[:7], *kernels, late=late)
+
+    late, by_lax = (
+        jax.jit(jax.grad(functools.partial(of_seven, late=late), EVERY))(divided, *kernels)
+        for late in (True, False)
+    )
+    assert_close(late, by_lax, 1e-5)
+
+
 @pytest.mark.parametrize("lowering", ["auto", "shifted", "grouped"])
 def test_gradients_within_shard_map(lowering):
     x, pointwise, depthwise, _ = normal(*SHAPES)
