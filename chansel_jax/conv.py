@@ -96,7 +96,8 @@ class SubKernelConv(nnx.Module):
             raise ValueError(
                 f"mask of shape {mask.shape} must have the kernel's shape {self.kernel_shape}"
             )
-        self.lowering = able(lowering, dense.LOWERINGS, self.window, _options(self))
+        self.lowering = lowering
+        able(lowering, dense.LOWERINGS, self.window, _options(self))
         if self._by_its_function and lowering not in ("auto", "lax"):
             raise ValueError(
                 f"lowering={lowering!r} does not have mask or conv_general_dilated; 'auto' and "
@@ -180,9 +181,10 @@ class ChannelSelectionConv(nnx.Module):
         param_dtype: that of the parameters. Default float32.
         precision: `jax.lax.Precision` of the products.
         kernel_init: initialiser of both parts where `pointwise_init` and `depthwise_init` are not
-            given; LeCun's normal one by default. If it names the sharding of the composed kernel's
-            axes, as `nnx.with_partitioning` does, `pointwise` takes the names of the last two axes,
-            `depthwise` those of the spatial axes and of the last.
+            given, which is called with the shape of each; LeCun's normal one by default. If it
+            names the sharding of the composed kernel's axes, as `nnx.with_partitioning` does,
+            `pointwise` takes the names of the last two axes, `depthwise` those of the spatial axes
+            and of the last.
         bias_init: initialiser of `bias`; zeros by default.
         conv_general_dilated: must be that of `jax.lax`: there is no one convolution to replace.
         promote_dtype: brings `(inputs, pointwise, depthwise, bias)` to one dtype; by default that
@@ -249,10 +251,11 @@ class ChannelSelectionConv(nnx.Module):
         self.rank = _checked_rank(rank, selected_from, self.kernel_size)
         self.lowering = _lowering_with(norm, lowering)
         able(lowering, selection.LOWERINGS, self.window, _options(self))
-        selected = self.out_features * self.rank
+        selected, axes = self.out_features * self.rank, len(self.kernel_size) + 2
         self.pointwise = _part(
             (selected_from, selected),
             lambda names: names[-2:],
+            axes,
             (pointwise_init, kernel_init),
             (pointwise_metadata, kernel_metadata),
             param_dtype,
@@ -261,6 +264,7 @@ class ChannelSelectionConv(nnx.Module):
         self.depthwise = _part(
             (*self.kernel_size, self.rank, self.out_features),
             lambda names: (*names[:-2], None, names[-1]),
+            axes,
             (depthwise_init, kernel_init),
             (depthwise_metadata, kernel_metadata),
             param_dtype,
@@ -356,14 +360,17 @@ def _set_geometry(
 
 
 def _options(layer: SubKernelConv | ChannelSelectionConv, out_sharding: Any = None) -> Options:
-    return Options(
-        layer.feature_group_count, layer.precision, layer.preferred_element_type, out_sharding
-    )
+    precision = layer.precision
+    if isinstance(precision, list):
+        precision = tuple(precision)  # which can be hashed
+    groups, dtype = layer.feature_group_count, layer.preferred_element_type
+    return Options(groups, precision, dtype, out_sharding)
 
 
 def _part(
     shape: tuple[int, ...],
     names_of_part: Callable[[tuple], tuple],
+    axes: int,
     inits: tuple[Initializer | None, Initializer],
     metadata: tuple[Metadata, Metadata],
     dtype: Dtype,
@@ -371,27 +378,32 @@ def _part(
 ) -> nnx.Param:
     """One of the two parts of channel selection.
 
-    The initialiser and the metadata are its own, and else those of the composed kernel;
-    `names_of_part` takes what the composed kernel's axes are called to what its own are.
+    The initialiser and the metadata are its own, and else those of the composed kernel, whose
+    `axes` `names_of_part` takes by their names to those of the part.
     """
     (own_init, kernel_init), (own_metadata, kernel_metadata) = inits, metadata
     value = (own_init or kernel_init)(rngs.params(), shape, dtype)
-    given = _sharded_as(kernel_metadata, names_of_part)
+    given = _sharded_as(kernel_metadata, names_of_part, axes)
     if isinstance(value, nnx.VariableMetadata):
         of_init = value.metadata
         if own_init is None:
-            of_init = _sharded_as(of_init, names_of_part)
+            of_init = _sharded_as(of_init, names_of_part, axes)
         # Flax lets what the initialiser says win over the rest.
         value = dataclasses.replace(value, metadata={**of_init, **own_metadata})
     return nnx.Param(value, **{**given, **own_metadata})
 
 
-def _sharded_as(metadata: Metadata, names_of_part: Callable[[tuple], tuple]) -> Metadata:
-    """`metadata` of the composed kernel with its axes' names as those of a part's axes."""
-    names = metadata.get("out_sharding")
-    if names is None:
-        return metadata
-    return {**metadata, "out_sharding": names_of_part(tuple(names))}
+def _sharded_as(metadata: Metadata, names_of_part: Callable[[tuple], tuple], axes: int) -> Metadata:
+    """`metadata` of the composed kernel, of so many axes, with the names of a part's axes."""
+    found = dict(metadata)
+    for key in ("out_sharding", "sharding", "sharding_names"):  # in several versions of Flax
+        names = metadata.get(key)
+        if names is None:
+            continue
+        if not isinstance(names, tuple | list | jax.sharding.PartitionSpec):
+            raise ValueError(f"{key}={names!r} of a kernel's metadata must name its axes")
+        found[key] = names_of_part((*names, *[None] * (axes - len(names))))
+    return found
 
 
 def _bias(

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from layers import assert_close
 
-from chansel_jax import ChannelSelectionConv, SubKernelConv
+from chansel_jax import ChannelSelectionConv, SubKernelConv, conv
 from chansel_jax.conv import lowerings_taken
 from chansel_jax.ops.limits import Options, lacks
 from chansel_jax.ops.lowerings import runnable
@@ -352,3 +352,27 @@ def test_the_code_of_the_readme():
     (network,) = (block for block in blocks if "nnx.Module" in block)
     for block in (*blocks, network.replace("ChannelSelectionConv(", "nnx.Conv(")):
         exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("key", ["out_sharding", "sharding", "sharding_names"])
+@pytest.mark.parametrize(
+    ("names", "pointwise", "depthwise"),
+    [
+        ((None, None, "in", "out"), ("in", "out"), (None, None, None, "out")),
+        (("rows",), (None, None), ("rows", None, None, None)),
+        ((), (None, None), (None,) * 4),
+    ],
+)
+def test_names_of_a_kernels_axes_are_those_of_its_parts(key, names, pointwise, depthwise):
+    for axes, expected in ((slice(-2, None), pointwise), (None, depthwise)):
+        of_part = (lambda n, a=axes: n[a]) if axes else (lambda n: (*n[:-2], None, n[-1]))
+        assert conv._sharded_as({key: names, "x": 1}, of_part, 4) == {key: expected, "x": 1}
+
+
+@pytest.mark.parametrize("kind", [SubKernelConv, ChannelSelectionConv])
+def test_sizes_in_arrays_and_precision_in_a_list(kind):
+    sizes = {"strides": np.array([2, 1]), "padding": np.array([[1, 1], [0, 2]])}
+    layer = kind(2, 3, np.array([3, 3]), **sizes, precision=["high", "high"], rngs=nnx.Rngs(0))
+    same = kind(2, 3, (3, 3), (2, 1), padding=((1, 1), (0, 2)), rngs=nnx.Rngs(0))
+    x = jnp.ones((1, 6, 5, 2))
+    np.testing.assert_allclose(layer(x), same(x), rtol=1e-5)

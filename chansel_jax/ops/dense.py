@@ -72,7 +72,9 @@ def convolve(
     check(x, kernel, window, fits, "(N, *spatial, C_in) and (*kernel_size, C_in, C_out)")
     lowering = able(lowering, LOWERINGS, window, options)
     x, window = window.padded_first(x, kernel.shape[:-2])
-    if lowering == "lax" or late.needs_lax(options, x, kernel):
+    if late.needs_lax(options, x, kernel):
+        lowering = late.without_late(lowering, "lax")
+    if lowering == "lax":
         return lax_conv(x, kernel, window, options)
     return late.call(late.Function(compute, _choose, window, lowering, options), x, kernel)
 
@@ -88,8 +90,10 @@ def compute(function: late.Function, lowering: str, x: jax.Array, kernel: jax.Ar
 
 
 def _choose(function: late.Function, place: Place, _: jax.Array, kernel: jax.Array) -> str:
-    if place == ANYWHERE or function.lowering != "auto":
-        return "lax" if place == ANYWHERE else function.lowering
+    if place == ANYWHERE:
+        return "lax"
+    if function.lowering != "auto":
+        return function.lowering
     return fastest(place, kernel, function.window, function.options)
 
 

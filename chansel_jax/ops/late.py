@@ -61,8 +61,12 @@ class Function(NamedTuple):
 def call(function: Function, *operands: jax.Array) -> jax.Array:
     """The function of images `(N, H, W, C)`, whose batch may be sharded, and of kernels.
 
-    First derivatives in reverse mode take the lowering that is chosen, others what XLA makes of
-    the function; there are all, of any order.
+    First derivatives take the lowering that is chosen, others what XLA makes of the function; there
+    are all, of any order.
+
+    Raises:
+        ValueError: when the program is compiled, if a lowering in C++ was asked for where it cannot
+            be called.
     """
     divided = _divided() if jax.device_count() > 1 else None
     return _output.bind(*varying_alike(*operands), function=function, levels=(), divided=divided)
@@ -98,6 +102,20 @@ def needs_lax(options: Options, *operands: jax.Array) -> bool:
     images, *kernels = [jax.typeof(operand).sharding.spec for operand in operands]
     divided = any(axis is not None for axis in (*images[1:], *itertools.chain(*kernels)))
     return divided or options.preferred_element_type is not None or options.out_sharding is not None
+
+
+def without_late(lowering: str, by_lax: str) -> str:
+    """`by_lax`, in the place of `"auto"`, for operands of which `needs_lax` is true.
+
+    Raises:
+        ValueError: if a lowering in C++ was asked for by name.
+    """
+    if lowering in NATIVE:
+        raise ValueError(
+            f"lowering={lowering!r} does not have explicit shardings of other axes than the batch; "
+            "'auto' finds one that has"
+        )
+    return by_lax if lowering == "auto" else lowering
 
 
 # Three primitives: the output, its tangent, and the gradients by those operands that have a
@@ -251,7 +269,7 @@ def _over_others(gradient: jax.Array, has_axis: Sequence[bool]) -> jax.Array:
 
 
 def _output_transpose(dy: Any, *operands: Any, levels: Any, **how: Any) -> list:
-    """Of the output as a function of one operand: its gradient, which that does not enter."""
+    """The output is linear in each operand, so the gradient by one does not depend on its value."""
     which = tuple(map(ad.is_undefined_primal, operands))
     zeros = [
         jnp.zeros(o.aval.shape, o.aval.dtype) if w else o
@@ -327,7 +345,8 @@ def _lowered(primitive: Primitive, compute: Callable, platform: str | None) -> C
         lowering = how["function"].lowering
         if lowering in NATIVE and not place.calls:
             raise ValueError(
-                f"lowering={lowering!r} is for CPUs, and for programs that are not exported"
+                f"lowering={lowering!r} calls C++, which a program can do on CPUs, if it is not "
+                "exported and the axes of its mesh are all automatic, all explicit or all manual"
             )
         if devices and how["levels"]:
             place = Place(platform, False)
@@ -439,9 +458,13 @@ def _register(primitive: Primitive, compute: Callable, types: Callable, jvp: Cal
     def evaluate(*operands: jax.Array, **how: Any) -> Any:
         return primitive.bind(*operands, **how)
 
-    primitive.def_impl(
-        jax.jit(evaluate, static_argnames=("function", "levels", "which", "divided"))
-    )
+    compiled = jax.jit(evaluate, static_argnames=("function", "levels", "which", "divided"))
+
+    def at_once(*operands: jax.Array, **how: Any) -> Any:
+        with jax.disable_jit(False):  # for the lowering is chosen when a program is compiled
+            return compiled(*operands, **how)
+
+    primitive.def_impl(at_once)
     primitive.def_abstract_eval(types)
     ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = _batched(primitive)

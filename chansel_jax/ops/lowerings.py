@@ -15,7 +15,7 @@ from chansel_jax.ops import native
 
 BY_XLA = ("lax", "composed", "grouped", "shifted")  # from what takes most work on to what least
 NATIVE = ("native", "composed_native")  # in C++
-NAMES = ("auto", *BY_XLA, *NATIVE)
+NAMES = ("auto", *BY_XLA)
 
 # Weights of the pointwise part from which on the matrix products decide, where XLA is the faster,
 # by instruction set.
@@ -26,7 +26,8 @@ class Place(NamedTuple):
     """Where a program runs.
 
     Attributes:
-        platform: `"cpu"`, or None for all others.
+        platform: `"cpu"`, None for all others, or `"any"` for what every platform and every
+            derivative has.
         calls: whether the program may call what is in C++.
     """
 
@@ -34,7 +35,7 @@ class Place(NamedTuple):
     calls: bool
 
 
-ANYWHERE = Place(None, False)
+ANYWHERE = Place("any", False)
 
 
 def here() -> Place:
@@ -53,12 +54,13 @@ def lowering(name: str) -> Iterator[None]:
         with chansel_jax.lowering("composed"):
             flops = jax.jit(network).lower(x).cost_analysis()["flops"]
 
-    Layers that do not have it, or lack something in it, take what is nearest: the dense
-    convolution `"lax"` where channel selection takes `"composed"`, `"grouped"` or `"shifted"`, and
-    otherwise `"auto"`.
+    Layers that do not have it take what is nearest: the dense convolution `"lax"`, channel
+    selection `"composed"` for `"lax"`, with `norm` `"grouped"`. Where a layer asks for what the
+    lowering lacks, as a negative padding, it stays with `"auto"`.
 
     Args:
-        name: one of those of any layer or function.
+        name: `"lax"`, `"composed"`, `"grouped"`, `"shifted"` or `"auto"`. What is in C++ depends on
+            dtypes and machine, and is what `"auto"` takes where it gains.
 
     Raises:
         ValueError: if it is none.
@@ -73,7 +75,7 @@ def nearest_asked_for(choices: tuple[str, ...]) -> str:
     """What `lowering` asks for, or the nearest to it among `choices`, which may be `"auto"`."""
     name = _asked_for.value
     if name in choices:
-        return name if name not in NATIVE or native.available() else "auto"
+        return name
     return next((each for each in BY_XLA if each in choices), "auto") if name in BY_XLA else "auto"
 
 

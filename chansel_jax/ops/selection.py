@@ -42,8 +42,8 @@ def channel_selection(
     `"composed"` and `"grouped"` have any number of dimensions and negative padding, the others one
     and two dimensions.
 
-    All can be differentiated in any way, but for `"shifted"`, asked for by name: that in reverse
-    mode (`jax.grad`, `jax.vjp`), any number of times, and not by `jax.jvp`.
+    All can be differentiated in any way. Only `"shifted"`, if it is asked for by name, has no
+    forward mode (`jax.jvp`); it can be differentiated in reverse mode any number of times.
 
     Args:
         x: `(N, *spatial, C_in)`.
@@ -78,8 +78,8 @@ def select(
     """`channel_selection` in a window that is parsed already; `pointwise` `(C_in/G, C_out·R)`."""
     _check(x, pointwise, depthwise, window, options)
     lowering = able(lowering, LOWERINGS, window, options)
-    if lowering == "auto" and late.needs_lax(options, x, pointwise, depthwise):
-        lowering = "composed"
+    if late.needs_lax(options, x, pointwise, depthwise):
+        lowering = late.without_late(lowering, "composed")
     x, window = window.padded_first(x, depthwise.shape[:-2])
     operands = x, pointwise, depthwise
     function = late.Function(_compute, _choose, window, lowering, options)
@@ -93,7 +93,8 @@ def _compute(
 ) -> jax.Array:
     window, options = function.window, function.options
     if lowering in ("composed", "composed_native"):
-        kernel = composed_kernel(pointwise, depthwise).astype(x.dtype)
+        dtype = jnp.promote_types(x.dtype, pointwise.dtype)  # composed before it is rounded
+        kernel = composed_kernel(pointwise.astype(dtype), depthwise.astype(dtype)).astype(x.dtype)
         in_dense = "lax" if lowering == "composed" else "native"
         return dense.compute(function, in_dense, x, kernel)
     pointwise, depthwise = pointwise.astype(x.dtype), depthwise.astype(x.dtype)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Pair = tuple[int, int]
@@ -200,9 +201,12 @@ def axis_names(dimensions: int) -> str:
 
 
 def is_int(value: object) -> bool:
-    """Whether `value` is an integer of Python or NumPy, and no truth value."""
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    """Whether `value` is an integer of Python or NumPy, and neither a truth value nor an array."""
+    arrays = np.ndarray | jax.Array
+    return hasattr(value, "__index__") and not isinstance(value, bool | arrays)
 
 
 def _sequence(value: object) -> Sequence:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    return tuple(value) if isinstance(value, tuple | list) else (value,)

@@ -269,6 +269,47 @@ def test_multiply_adds_of_a_network_are_seen_by_xla():
     assert counted == 2 * (6 * 7 * 3 * 5 + 4 * 5 * 9 * 5)
 
 
+def test_a_layer_made_where_a_lowering_is_asked_for_keeps_its_own():
+    with chansel_jax.lowering("lax"):
+        layer = SubKernelConv(2, 3, (3, 3), rngs=nnx.Rngs(0))
+    assert layer.lowering == "auto"
+
+
+def test_without_jit():
+    x, pointwise, depthwise, _ = normal(*SHAPES)
+    call = functools.partial(channel_selection, x, pointwise)
+    with jax.disable_jit():
+        found = jax.value_and_grad(lambda d: jnp.sum(call(d)))(depthwise)
+    expected = jax.value_and_grad(lambda d: jnp.sum(call(d, lowering="composed")))(depthwise)
+    assert_close(found, expected, 1e-5)
+
+
+def test_other_explicit_shardings_are_for_lax():
+    x, pointwise, depthwise, kernel = normal((2, 5, 4, 2), *SHAPES[1:])
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    expected = channel_selection(x, pointwise, depthwise)
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, PartitionSpec(None, None, "data"))
+        divided = jax.device_put(x, rows)
+        others = jax.device_put(
+            (pointwise, depthwise, kernel), NamedSharding(mesh, PartitionSpec())
+        )
+        for function, kernels in ((channel_selection, others[:2]), (dense_conv, others[2:])):
+            with pytest.raises(ValueError, match="lowering='native' does not have explicit shard"):
+                function(divided, *kernels, lowering="native")
+        found = jax.jit(channel_selection)(divided, *others[:2])
+    assert_close(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("lowering", ["composed", "grouped", "auto"])
+def test_float64_of_float32_parameters(lowering):
+    with jax.enable_x64(True):
+        operands = normal(*SHAPES, dtype=jnp.float32)[:3]
+        wide = [o.astype(jnp.float64) for o in operands]
+        found = channel_selection(wide[0], *operands[1:], lowering=lowering)
+        assert_close(found, channel_selection(*wide, lowering="grouped"), 1e-14)
+
+
 @pytest.mark.parametrize("switch", ["debug_nans", "numpy_dtype_promotion", "numpy_rank_promotion"])
 def test_switches_of_jax(switch):
     values = {"numpy_dtype_promotion": "strict", "numpy_rank_promotion": "raise"}
