@@ -69,7 +69,18 @@ def call(function: Function, *operands: jax.Array) -> jax.Array:
             be called.
     """
     divided = _divided() if jax.device_count() > 1 else None
-    return _output.bind(*varying_alike(*operands), function=function, levels=(), divided=divided)
+
+    def bound(*operands: jax.Array) -> jax.Array:
+        alike = varying_alike(*operands)
+        return _output.bind(*alike, function=function, levels=(), divided=divided)
+
+    sharding = jax.typeof(operands[0]).sharding
+    if sharding.spec[0] is None or sharding.mesh.size == 1:
+        return bound(*operands)
+    # The axes are explicit, so it is known here how the batch is divided.
+    batch = PartitionSpec(sharding.spec[0])
+    specs = (batch, *[PartitionSpec()] * (len(operands) - 1))
+    return jax.shard_map(bound, mesh=sharding.mesh, in_specs=specs, out_specs=batch)(*operands)
 
 
 @functools.cache
