@@ -23,7 +23,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from chansel_jax.ops.limits import Options
-from chansel_jax.ops.lowerings import NATIVE, Place
+from chansel_jax.ops.lowerings import ANYWHERE, NATIVE, Place
 from chansel_jax.ops.window import Window
 
 Flags = tuple[bool, ...]
@@ -34,8 +34,8 @@ class Function(NamedTuple):
 
     Attributes:
         compute: takes this, the name of a lowering and the operands, and returns the output. What
-            it does by the lowering `choose` returns for `Place(None, False)` can be differentiated
-            in any way.
+            it does by the lowering that `choose` returns for `ANYWHERE` can be differentiated in
+            any way.
         choose: takes this, a place and the operands, of which only shapes and dtypes count, and
             returns the name of the lowering there.
         window: of the kernels.
@@ -168,16 +168,20 @@ def _compute_gradients(
 ) -> Callable:
     def compute(*arguments: jax.Array) -> tuple[jax.Array, ...]:
         *operands, dy = arguments
-
-        def of_some(*some: jax.Array) -> jax.Array:
-            rest = iter(some)
-            merged = [next(rest) if w else o for o, w in zip(operands, which, strict=True)]
-            return function.at(place)(*merged)
-
-        _, pull = jax.vjp(of_some, *(o for o, w in zip(operands, which, strict=True) if w))
+        _, pull = jax.vjp(*_of_some(function.at(place), operands, which))
         return pull(dy)
 
     return _mapped(compute, [(*flags, True) for flags in levels])
+
+
+def _of_some(computed: Callable, arguments: Sequence, which: Sequence[bool]) -> list[Any]:
+    """`computed` as a function of those arguments that `which` tells, and these."""
+
+    def of_some(*some: jax.Array) -> Any:
+        rest = iter(some)
+        return computed(*(next(rest) if w else a for a, w in zip(arguments, which, strict=True)))
+
+    return [of_some, *(a for a, w in zip(arguments, which, strict=True) if w)]
 
 
 def _mapped(computed: Callable, levels: Sequence[Flags]) -> Callable:
@@ -247,14 +251,8 @@ def _by_jax(primitive: Primitive, compute: Callable) -> Callable:
 
     def rule(primals: Sequence, tangents: Sequence, **how: Any) -> tuple[Any, Any]:
         which = [type(tangent) is not ad.Zero for tangent in tangents]
-
-        def of_some(*some: jax.Array) -> Any:
-            rest = iter(some)
-            merged = [next(rest) if w else p for p, w in zip(primals, which, strict=True)]
-            return compute(Place(None, False), **how)(*merged)
-
-        some = [p for p, w in zip(primals, which, strict=True) if w]
-        given = [t for t, w in zip(tangents, which, strict=True) if w]
+        of_some, *some = _of_some(compute(ANYWHERE, **how), primals, which)
+        given = [tangent for tangent, has_one in zip(tangents, which, strict=True) if has_one]
         _, found = jax.jvp(of_some, some, given)
         return primitive.bind(*primals, **how), list(found) if type(found) is tuple else found
 

@@ -21,7 +21,8 @@ import chansel_jax
 from chansel_jax import ChannelSelectionConv, SubKernelConv
 from chansel_jax.networks.resnet import resnet14
 from chansel_jax.ops.dense import dense_conv
-from chansel_jax.ops.selection import channel_selection
+from chansel_jax.ops.lowerings import NATIVE, runnable
+from chansel_jax.ops.selection import LOWERINGS, channel_selection
 
 # Images, pointwise, depthwise and dense kernel.
 SHAPES = ((2, 5, 4, 2), (2, 6), (3, 3, 2, 3), (3, 3, 2, 3))
@@ -79,6 +80,21 @@ def test_gradients_of_gradients_are_those_of_lax(operands):
         jax.jit(jax.grad(functools.partial(slope, late=late), EVERY)) for late in (True, False)
     )
     assert_close(late(*operands), by_lax(*operands), 1e-12)
+
+
+@pytest.mark.parametrize("lowering", [n for n in runnable(LOWERINGS) if n in NATIVE])
+def test_second_derivatives_of_what_is_asked_for_by_name(operands, lowering):
+    x, pointwise, depthwise, _ = operands
+
+    def selected(pointwise, depthwise, lowering):
+        y = channel_selection(x, pointwise, depthwise, **WINDOW, lowering=lowering)
+        return jnp.sum(jnp.sin(y))
+
+    named, by_lax = (
+        jax.hessian(functools.partial(selected, lowering=name), (0, 1))(pointwise, depthwise)
+        for name in (lowering, "composed")
+    )
+    assert_close(leaves(named), leaves(by_lax), 1e-12)
 
 
 def test_directional_derivative_is_the_finite_difference(operands):
