@@ -97,7 +97,7 @@ class SubKernelConv(nnx.Module):
                 f"mask of shape {mask.shape} must have the kernel's shape {self.kernel_shape}"
             )
         self.lowering = lowering
-        able(lowering, dense.LOWERINGS, self.window, _options(self))
+        able(lowering, dense.LOWERINGS, window_of(self), _options(self))
         if self._by_its_function and lowering not in ("auto", "lax"):
             raise ValueError(
                 f"lowering={lowering!r} does not have mask or conv_general_dilated; 'auto' and "
@@ -126,10 +126,10 @@ class SubKernelConv(nnx.Module):
         inputs, kernel, bias = operands
         options = _options(self, out_sharding)
         if self._by_its_function:
-            inputs, window = self.window.padded_first(inputs, self.kernel_size)
+            inputs, window = window_of(self).padded_first(inputs, self.kernel_size)
             y = dense.lax_conv(inputs, kernel, window, options, self.conv_general_dilated)
         else:
-            y = dense.convolve(inputs, kernel, self.window, self.lowering, options)
+            y = dense.convolve(inputs, kernel, window_of(self), self.lowering, options)
         return _with_batch(_with_bias(y, bias), batch)
 
     @property
@@ -250,7 +250,7 @@ class ChannelSelectionConv(nnx.Module):
         selected_from = self.in_features // self.feature_group_count
         self.rank = _checked_rank(rank, selected_from, self.kernel_size)
         self.lowering = _lowering_with(norm, lowering)
-        able(lowering, selection.LOWERINGS, self.window, _options(self))
+        able(lowering, selection.LOWERINGS, window_of(self), _options(self))
         selected, axes = self.out_features * self.rank, len(self.kernel_size) + 2
         self.pointwise = _part(
             (selected_from, selected),
@@ -293,7 +293,7 @@ class ChannelSelectionConv(nnx.Module):
         inputs, *promoted, bias = self.promote_dtype((inputs, *parts, bias), dtype=self.dtype)
         if self.promote_dtype is not promote_to_one_dtype:
             parts = promoted  # which may be more than cast; else they are composed, then cast
-        how = self.window, self.lowering, _options(self, out_sharding)
+        how = window_of(self), self.lowering, _options(self, out_sharding)
         if self.norm is None:
             y = selection.select(inputs, *parts, *how)
         else:
@@ -323,7 +323,7 @@ def lowerings_taken(module: nnx.Module, dtype: Dtype) -> dict[type[nnx.Module], 
 
 
 def _fastest_lowering(layer: SubKernelConv | ChannelSelectionConv, dtype: Dtype) -> str:
-    how = layer.window, _options(layer)
+    how = window_of(layer), _options(layer)
     if isinstance(layer, SubKernelConv):
         if layer._by_its_function:
             return "lax"
@@ -353,10 +353,20 @@ def _set_geometry(
             raise ValueError(
                 f"feature_group_count={groups} must divide {name}={getattr(layer, name)}"
             )
-    layer.window = Window.of(
-        *window, dimensions=len(layer.kernel_size), dilation_name="kernel_dilation"
+    layer.strides, layer.padding, layer.kernel_dilation, layer.input_dilation = window
+    layer.strides, layer.padding, layer.kernel_dilation, layer.input_dilation = window_of(layer)
+
+
+def window_of(layer: SubKernelConv | ChannelSelectionConv) -> Window:
+    """How the kernel of `layer` moves over its input, by its attributes as they are now."""
+    return Window.of(
+        layer.strides,
+        layer.padding,
+        layer.kernel_dilation,
+        layer.input_dilation,
+        dimensions=len(layer.kernel_size),
+        dilation_name="kernel_dilation",
     )
-    layer.strides, layer.padding, layer.kernel_dilation, layer.input_dilation = layer.window
 
 
 def _options(layer: SubKernelConv | ChannelSelectionConv, out_sharding: Any = None) -> Options:
@@ -434,7 +444,7 @@ def _with_one_batch_axis(
     batch, image = inputs.shape[:-axes], inputs.shape[-axes:]
     if 0 in image[:-1]:
         raise ValueError(f"an input of size ({axis_names(axes - 1)})={image[:-1]} has no pixels")
-    layer.window.output_size(image[:-1], layer.kernel_size)  # raises where there is none
+    window_of(layer).output_size(image[:-1], layer.kernel_size)  # raises where there is none
     if len(batch) != 1:
         inputs = inputs.reshape(math.prod(batch), *image)
     return batch, inputs

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from layers import assert_close
 
 from chansel_jax import ChannelSelectionConv, SubKernelConv, conv
-from chansel_jax.conv import lowerings_taken
+from chansel_jax.conv import lowerings_taken, window_of
 from chansel_jax.ops.limits import Options, lacks
 from chansel_jax.ops.lowerings import runnable
 from chansel_jax.ops.selection import composed_kernel
@@ -110,6 +110,16 @@ def gradients_of_parts(layer, kernel_gradient):
     return jax.vjp(composed_kernel, layer.pointwise[...], layer.depthwise[...])[1](kernel_gradient)
 
 
+@pytest.mark.parametrize("layer_type", [nnx.Conv, *LAYERS])
+def test_attributes_may_be_set_after_construction(layer_type):
+    options = {"strides": 2, "padding": 1, "kernel_dilation": 2}
+    made_so, changed = (layer_type(2, 3, (3, 3), **o, rngs=nnx.Rngs(0)) for o in (options, {}))
+    for name, value in options.items():
+        setattr(changed, name, value)
+    x = normal(1, 9, 8, 2)
+    np.testing.assert_array_equal(changed(x), made_so(x))
+
+
 def drawn(key, shape, dtype):
     """An initialiser in NumPy, which compiles nothing."""
     return jnp.asarray(np.random.default_rng(len(shape)).standard_normal(shape), dtype)
@@ -122,7 +132,7 @@ def test_outputs_and_gradients_are_those_of_flax(layer_type, call, data):
     sizes, options, shape = call
     init = {"kernel_init": drawn, "bias_init": drawn, "rngs": nnx.Rngs(0)}
     graph, state = nnx.split(layer_type(*sizes, **options, **init))
-    window = nnx.merge(graph, state).window
+    window = window_of(nnx.merge(graph, state))
     groups, preferred = options["feature_group_count"], options["preferred_element_type"]
     asked = Options(groups=groups, preferred_element_type=preferred)
     lowerings = [name for name in runnable(layer_type.LOWERINGS) if not lacks(name, window, asked)]

@@ -10,6 +10,7 @@ import torch
 from flax import nnx
 
 from chansel_jax import ChannelSelectionConv, SubKernelConv, resnet14
+from chansel_jax.conv import window_of
 from experiments.pytorch.networks import WeightedSumConv2d
 
 LAYERS = [SubKernelConv, ChannelSelectionConv]
@@ -52,8 +53,8 @@ def torch_twin(layer):
     The parameters come as `{name in layer: (parameter, function from its layout to Flax's)}`.
     """
     window = {
-        "stride": layer.window.strides,
-        "dilation": layer.window.dilation,
+        "stride": layer.strides,
+        "dilation": layer.kernel_dilation,
         "bias": layer.bias is not None,
     }
     sizes = (layer.in_features, layer.out_features, layer.kernel_size)
@@ -76,7 +77,7 @@ def torch_twin(layer):
 
 def torch_forward(twin, layer, x):
     """`twin` of the NHWC tensor `x`, padded as `layer` pads."""
-    rows, columns = layer.window.padding_pairs(tuple(x.shape[1:3]), layer.kernel_size)
+    rows, columns = window_of(layer).padding_pairs(tuple(x.shape[1:3]), layer.kernel_size)
     padded = torch.nn.functional.pad(x.permute(0, 3, 1, 2), (*columns, *rows))
     return twin(padded).permute(0, 2, 3, 1)
 

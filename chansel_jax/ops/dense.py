@@ -131,7 +131,7 @@ def lax_conv(
         x,
         kernel,
         window.strides,
-        window.padding_pairs(x.shape[1:-1], kernel.shape[:-2]),
+        window.padding,
         lhs_dilation=window.input_dilation,
         rhs_dilation=window.dilation,
         dimension_numbers=lax.ConvDimensionNumbers(lhs, rhs, lhs),

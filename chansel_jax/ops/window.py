@@ -149,21 +149,23 @@ class Window(NamedTuple):
         if self.padding in PADDED_FIRST:
             return tuple(((e - 1) // 2, e // 2) for e in extent)
         pads = lax.padtype_to_pads(size, extent, self.strides, self.padding)
-        return tuple((int(before), int(after)) for before, after in pads)
+        return tuple(map(tuple, pads))
 
     def output_size(self, size: Sizes, kernel_size: Sizes) -> Sizes:
         """The spatial axes of the output for an input whose spatial axes have `size`.
+
+        In a program that is exported a size may be symbolic.
 
         Raises:
             ValueError: if the padded input is smaller than the dilated kernel.
         """
         pads, extent = self.padding_pairs(size, kernel_size), self._extent(kernel_size)
-        dilated = (max(0, (n - 1) * d + 1) for n, d in zip(size, self.input_dilation, strict=True))
+        dilated = ((n - 1) * d + 1 for n, d in zip(size, self.input_dilation, strict=True))
         output = tuple(
-            (n + sum(p) - e) // s + 1
+            ((max(0, n) if is_int(n) else n) + sum(p) - e) // s + 1
             for n, p, e, s in zip(dilated, pads, extent, self.strides, strict=True)
         )
-        if min(output) < 1:
+        if any(is_int(n) and n < 1 for n in output):
             raise ValueError(
                 f"an input of size ({axis_names(len(size))})={tuple(size)} with "
                 f"padding={self.padding!r} is smaller than a kernel of "

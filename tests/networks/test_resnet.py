@@ -286,7 +286,7 @@ def test_width_rank_and_bias_reach_every_convolution():
     ranks = {name: 3 if "stem" in name else 1 if "shortcut" in name else 4 for name in convs}
     assert {name: layer.rank for name, layer in convs.items()} == ranks
     assert [block.conv1.out_features for block in network.blocks] == [6, 6, 12, 12, 24, 24, 48, 48]
-    assert [block.conv1.window.strides[0] for block in network.blocks] == [1, 1, 2, 1, 2, 1, 2, 1]
+    assert [block.conv1.strides[0] for block in network.blocks] == [1, 1, 2, 1, 2, 1, 2, 1]
     assert [block.shortcut is not None for block in network.blocks] == [0, 0, 1, 0, 1, 0, 1, 0]
 
 

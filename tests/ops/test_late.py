@@ -6,12 +6,13 @@ The oracle is the lowering "composed", which is a convolution of `jax.lax` alone
 import functools
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import environment
+from commands import environment, free_port
 from flax import nnx
 from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -178,6 +179,27 @@ def compiled_for_one(operands):
     return step.lower(*operands).compile().as_text()
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_eight_devices_of_one_process_and_of_two(count):
+    script, port = Path(__file__).parents[1] / "over_devices.py", free_port()
+    found = [
+        subprocess.Popen(
+            [sys.executable, script, str(port), str(count), str(process)],
+            env=environment(8 // count),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(count)
+    ]
+    try:
+        for process in found:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in found:
+            process.kill()
+
+
 def test_a_batch_that_the_devices_cannot_share_equally():
     x, *kernels = normal((8, *SHAPES[0][1:]), *SHAPES[1:])
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
@@ -234,12 +256,13 @@ np.save(sys.argv[2], exported.call(np.load(sys.argv[3])))
 def test_exported_program_runs_where_the_package_is_not(tmp_path):
     network = resnet14(width=4, blocks=(1, 1), rngs=nnx.Rngs(0))
     network.eval()
-    x = normal((2, 8, 8, 3))[0]
+    x = normal((2, 8, 9, 3))[0]
     graph, state = nnx.split(network)
     platforms = ("cpu", "cuda", "tpu")
-    any_batch = jax.ShapeDtypeStruct(export.symbolic_shape("n, 8, 8, 3"), jnp.float32)
+    shape = export.symbolic_shape("n, h, w, 3", constraints=["h >= 8", "w >= 8"])
+    any_images = jax.ShapeDtypeStruct(shape, jnp.float32)
     call = jax.jit(lambda x: nnx.merge(graph, state)(x))
-    program = export.export(call, platforms=platforms)(any_batch)
+    program = export.export(call, platforms=platforms)(any_images)
     assert program.platforms == platforms and "@chansel" not in program.mlir_module()
     paths = [str(tmp_path / name) for name in ("program", "y.npy", "x.npy")]
     (tmp_path / "program").write_bytes(program.serialize())
