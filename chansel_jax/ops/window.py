@@ -17,7 +17,7 @@ Sizes = tuple[int, ...]  # one for each spatial axis
 Padding = str | int | Sequence[int | Sequence[int]]
 PaddingPairs = tuple[Pair, ...]
 
-OF_LAX = ("SAME", "SAME_LOWER", "VALID")
+PADDINGS_OF_LAX = ("SAME", "SAME_LOWER", "VALID")
 PADDED_FIRST = {"CIRCULAR": "wrap", "REFLECT": "reflect", "CAUSAL": "constant"}
 """Paddings that `lax` does not have, and the mode of `jnp.pad` that makes them."""
 
@@ -71,7 +71,7 @@ def padding_spec(padding: Padding, dimensions: int = 2) -> str | PaddingPairs:
         name = padding.upper()
         if name == "CAUSAL" and dimensions != 1:
             raise ValueError(f"padding={padding!r} is for one dimension only, not {dimensions}")
-        if name in (*OF_LAX, *PADDED_FIRST):
+        if name in (*PADDINGS_OF_LAX, *PADDED_FIRST):
             return name
     elif is_int(padding):
         return ((int(padding), int(padding)),) * dimensions
@@ -80,7 +80,7 @@ def padding_spec(padding: Padding, dimensions: int = 2) -> str | PaddingPairs:
         if len(sides) == dimensions and all(len(s) == 2 and all(map(is_int, s)) for s in sides):
             return tuple((int(before), int(after)) for before, after in sides)
     raise ValueError(
-        f"padding={padding!r} must be one of {', '.join(map(repr, (*OF_LAX, *PADDED_FIRST)))}, an "
+        f"padding={padding!r} must be one of {', '.join(map(repr, (*PADDINGS_OF_LAX, *PADDED_FIRST)))}, an "
         f"integer, or a sequence of {dimensions}, each an integer or a pair (before, after)"
     )
 
