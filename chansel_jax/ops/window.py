@@ -79,9 +79,10 @@ def padding_spec(padding: Padding, dimensions: int = 2) -> str | PaddingPairs:
         sides = [(p, p) if is_int(p) else _sequence(p) for p in _sequence(padding)]
         if len(sides) == dimensions and all(len(s) == 2 and all(map(is_int, s)) for s in sides):
             return tuple((int(before), int(after)) for before, after in sides)
+    names = ", ".join(map(repr, (*PADDINGS_OF_LAX, *PADDED_FIRST)))
     raise ValueError(
-        f"padding={padding!r} must be one of {', '.join(map(repr, (*PADDINGS_OF_LAX, *PADDED_FIRST)))}, an "
-        f"integer, or a sequence of {dimensions}, each an integer or a pair (before, after)"
+        f"padding={padding!r} must be one of {names}, an integer, or a sequence of {dimensions}, "
+        "each an integer or a pair (before, after)"
     )
 
 
