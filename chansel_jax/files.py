@@ -3,21 +3,42 @@
 import contextlib
 import json
 import os
+import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+
+def is_address(path: str) -> bool:
+    """Whether `path` is an address, as `gs://bucket/run`, rather than one of a file or folder."""
+    return re.match(r"[A-Za-z][\w+.-]*:/", path) is not None
 
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A file beside `path`, to be written within a `with`; in its end it takes the place of `path`.
 
-    A reader sees the old file or the new one, never half; if there was an error, the old one.
+    A reader sees the old file or the new one, never half; if there was an error, the old one. Where
+    `path` is a link it stays one, and a device or a pipe takes what is written.
+
+    Raises:
+        OSError: that names `path`.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # other processes have theirs
+    path, asked = Path(os.path.realpath(path)), path
+    is_place = path.exists() and not (path.is_file() or path.is_dir())
+    folder = Path(tempfile.gettempdir()) if is_place else path.parent
+    partial = folder / f"{path.name}.{os.getpid()}.partial"  # other processes have theirs
     try:
         yield partial
-        partial.replace(path)
+        if is_place:
+            path.write_bytes(partial.read_bytes())
+        else:
+            partial.replace(path)
+    except OSError as error:
+        if error.errno and error.filename in (None, str(partial)):  # as of a full disk
+            raise OSError(error.errno, error.strerror, str(asked)) from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -101,7 +101,7 @@ def compare(settings: Settings, console: Console) -> dict[str, Any]:
         OneLineError: if a setting or the data is wrong, or a training fails.
     """
     output = settings.output or Path("runs", f"compare-{settings.data.dataset}")
-    make_folder(output)
+    make_folder(output, settings.data)
     base = TrainSettings(
         network=settings.network,
         data=settings.data,

@@ -111,7 +111,7 @@ def compress(settings: Settings, console: Console) -> dict[str, Any]:
     if others:
         raise CommandError(f"the {' and '.join(others)} images are not those of the run")
     output = settings.output or settings.workdir / "compressed"
-    make_folder(output)
+    make_folder(output, data_settings(dense, settings.data_dir))
     validation = dataset.splits["validation"]
     whole = scores_of(dense.network, dense, validation).accuracy
     console.print(f"dense network, epoch {dense.epoch}: {whole:.2%} of the validation images")

@@ -13,8 +13,9 @@ from chansel_jax.training.prediction import Scores
 from experiments.cli.command import make_output, run
 from experiments.cli.console import make_console
 from experiments.reporting import plots, report
-from experiments.training.load import Checkpoint, Run, load_run
+from experiments.training.load import Checkpoint, Run, data_settings, load_run
 from experiments.training.scores import Wanted, measure, share_or_none
+from experiments.training.workdir import refuse_among_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ def evaluate(settings: Settings, console: Console) -> Scores:
     """
     trained = load_run(settings.workdir, settings.epoch)
     output = settings.output or settings.workdir
+    refuse_among_images("output", output, data_settings(trained, settings.data_dir))
     make_output(output)
     wanted = Wanted(settings.split, settings.epoch, settings.flip_average)
     found = measure(trained, wanted, settings.data_dir, output, console)

@@ -6,6 +6,7 @@ python -m experiments.predict --workdir=RUN --images=FOLDER --output=submission.
 import collections
 import csv
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,7 +74,7 @@ def predict(settings: Settings, console: Console) -> None:
     """
     if settings.output.is_dir() or not settings.output.name:
         raise CommandError(f"output={settings.output} is a folder")
-    files = find_files(settings.images)
+    files = find_files(settings.images, settings.output)
     trained = load_run(settings.workdir, settings.epoch)
     console.print(f"{len(files):,} files; the parameters are those of epoch {trained.epoch}")
     try:
@@ -106,15 +107,16 @@ def predict(settings: Settings, console: Console) -> None:
         raise CommandError(f"{len(bad)} of {len(files)} files are not predicted: {names}")
 
 
-def find_files(root: Path) -> list[Path]:
-    """All files under `root` but hidden ones, sorted; links are followed.
+def find_files(root: Path, output: Path) -> list[Path]:
+    """All files under `root` but hidden ones and `output`, sorted; links are followed.
 
     Raises:
         CommandError: if there is none.
     """
     if not root.is_dir():
         raise CommandError(f"images={root} is not a folder")
-    files = sorted(files_below(root))
+    written = os.path.realpath(output)  # by an earlier call
+    files = sorted(path for path in files_below(root) if os.path.realpath(path) != written)
     if not files:
         raise CommandError(f"images={root} holds no files")
     return files

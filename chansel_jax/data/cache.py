@@ -21,7 +21,7 @@ from chansel_jax.data.source import Source
 from chansel_jax.data.stored import StoredImages, unreadable
 from chansel_jax.data.summary import CHUNK, Summary, summarise_chunks
 from chansel_jax.data.terminal import progress_bar, quiet
-from chansel_jax.files import replaced
+from chansel_jax.files import is_address, replaced
 
 PART = 64  # images of a chunk that a thread reads
 
@@ -81,11 +81,13 @@ def cache_folder(data_dir: str | Path | None = None) -> Path:
     """Where prepared data sets and downloads are kept, as `load_source` has it.
 
     Raises:
-        DataError: that is in the user's home, and there is none; or it is not UTF-8, as
-            array_record has it.
+        DataError: that is in the user's home, and there is none; or it is an address as of
+            `gs://`, or not UTF-8, as array_record has it.
     """
     data_dir = data_dir or constants.get_default_data_dir()
     try:
+        if is_address(str(data_dir)):
+            raise DataError(f"{data_dir} is an address; prepared data sets are kept in a folder")
         folder = Path(data_dir).expanduser()
         str(folder.absolute()).encode()
         return folder

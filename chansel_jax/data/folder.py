@@ -9,6 +9,7 @@ nobody could tell what class they are of.
 
 import hashlib
 import os
+import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -88,6 +89,8 @@ def _find(root: Path, classes: Sequence[str]) -> tuple[tuple[str, ...], dict[str
         raise DataError(f"data_dir={root} is no folder{hint}")
     roots = _split_folders(root)
     class_names = tuple(classes) or _subfolders(roots["train"])
+    if len(class_names) == 1:  # the images may be those that lie beside the one folder
+        _refuse_loose_images(roots["train"], "the classes: each class has a folder")
     _check_classes(class_names, _subfolders(roots["train"]), roots["train"])
     found = {}
     for split, split_root in roots.items():
@@ -154,9 +157,11 @@ def _check_classes(wanted: Sequence[str], there: Sequence[str], root: Path) -> N
         if name not in there:
             raise DataError(f"there is no class {name} in {root}, but {', '.join(there)}")
     if changed := [repr(name) for name in wanted if not _can_be_kept(name)]:
+        encoding = sys.getfilesystemencoding()
+        of_locale = "" if encoding == "utf-8" else f"; or set PYTHONUTF8=1, it is {encoding} now"
         raise DataError(
             f"rename {listed(changed)} in {root}: the name of a class must be UTF-8 without line "
-            "breaks or other control characters, and neither begin nor end with a blank"
+            f"breaks or other control characters, and neither begin nor end with a blank{of_locale}"
         )
 
 

@@ -1,7 +1,9 @@
 """Image files: where they are, and as arrays."""
 
 import contextlib
+import functools
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,12 +48,19 @@ def files_below(root: Path, depth: int | None = None) -> Iterator[Path]:
         yield from (place / name for name in sorted(files) if not is_hidden(name))
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those that Pillow reads by itself: for EPS it would run Ghostscript on the file."""
+    Image.init()
+    return tuple(name for name in Image.OPEN if name != "EPS")
+
+
 def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """An image file as `(H, W, 3)` uint8, turned as its EXIF data say.
 
     Args:
-        path: of any format that Pillow reads, with at most 8 bits a channel. EXIF data that are
-            damaged are passed over.
+        path: of any format that Pillow reads but EPS, with at most 8 bits a channel. EXIF data that
+            are damaged are passed over.
         size: `(H, W)`: scale the image until it covers these pixels and keep the centre; by
             default it stays as it is.
 
@@ -61,7 +70,8 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     try:
         if not path.is_file() and path.exists():  # a pipe would be waited for
             raise ValueError("it is no file")
-        with Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(path, formats=_formats()) as image:
+            warnings.simplefilter("ignore")  # of damaged EXIF data
             # Pillow's mode tells of more than 8 bits for grey ones only, and would clip the others.
             layouts = [str(tile.args) for tile in image.tile]
             if image.mode.startswith(("I", "F")) or any(";16" in layout for layout in layouts):

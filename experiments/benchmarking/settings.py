@@ -130,6 +130,8 @@ def parse_shape(text: str, argument: str = "shapes") -> LayerShape:
     fields = text.split("x")
     if len(fields) != 5 or not all(field.isdecimal() and int(field) for field in fields):
         raise ValueError(f"{argument}={text} must be {SHAPE_FORMAT}, each at least 1")
+    if any(len(field) > 6 for field in fields):
+        raise ValueError(f"{argument}={text} must be {SHAPE_FORMAT}, each below a million")
     shape = LayerShape(*map(int, fields))
     if shape.kernel_size > shape.size:
         raise ValueError(

@@ -92,6 +92,8 @@ def make_output(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+    except FileExistsError as error:
+        raise CommandError(f"output={folder} is a file, not a folder") from error
     except OSError as error:
         raise CommandError(f"output={folder}: {error.strerror or error}") from error
     finally:

@@ -1,5 +1,6 @@
 """The errors of commands, and what is told of an error in one line."""
 
+import os
 from typing import Any
 
 import jax
@@ -28,6 +29,8 @@ def in_a_line(error: Exception, settings: Any) -> str | None:
         return in_flags(str(error), settings)
     if told := fault_of_machine(error):
         return told
+    if "Unable to initialize backend" in str(error) or "Unknown backend" in str(error):
+        return f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {str(error).splitlines()[0]}"
     return refused_value(error, settings) if isinstance(error, ValueError) else None
 
 

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import math
 import os
 import re
 import shlex
@@ -12,11 +13,13 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from chansel_jax.files import is_address
 from experiments.cli.ending import EXIT_USAGE, discard_output, print_error
 
 Settings = TypeVar("Settings")
@@ -111,7 +114,7 @@ def parse(
         )
     registry = ConstructorRegistry()
     registry.primitive_rule(_comma_separated)
-    registry.primitive_rule(_path)
+    registry.primitive_rule(_of_one_kind)
     if shutil.get_terminal_size().columns < NARROWEST:
         os.environ["COLUMNS"] = str(NARROWEST)
     framed = io.StringIO()
@@ -195,6 +198,8 @@ def _without_frame(framed: str) -> str:
 
 def _hint(said: str, arguments: Sequence[str], settings_type: type) -> str:
     """What was meant, where an error is due to a habit from other programs; empty if unknown."""
+    if said.startswith("Missing "):
+        return _hint_of_missing(said, arguments, settings_type)
     if not said.startswith("Unrecognized options: ") or "; perhaps " in said:
         return ""
     first = said.removeprefix("Unrecognized options: ").split(", ")[0]
@@ -222,6 +227,18 @@ def _hint(said: str, arguments: Sequence[str], settings_type: type) -> str:
     return ""
 
 
+def _hint_of_missing(said: str, arguments: Sequence[str], settings_type: type) -> str:
+    """What was typed in the place of what is missing, as `--run=RUN` or `--name=rank`."""
+    if positional := re.match(r"Missing value for argument '(\w+)'", said):
+        return f"; it stands alone, without --{positional[1]}="
+    known = {name for name, _ in _leaves(settings_type)}
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+        if name not in known and name != "recipe":
+            return f"; {argument} is none of its flags"
+    return ""
+
+
 def _means(given: str, name: str) -> bool:
     """Whether a flag is known by another name: `lr` or `num_epochs`, or `dropout`."""
     words, others = given.split("_"), name.split("_")
@@ -240,24 +257,58 @@ def _take_recipe(
     try:
         namespace, others = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
-        print_error(error)
+        print_error(f"{error} ({program} --help explains)")
         sys.exit(EXIT_USAGE)
     return namespace.recipe, others
 
 
-def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    if info.type is not Path:
+def _of_one_kind(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Paths and numbers, each of which may also be None."""
+    kinds = [kind for kind in get_args(info.type) or [info.type] if kind is not NoneType]
+    if len(kinds) != 1 or kinds[0] not in CONVERTED:
         return None
+    (kind,), optional = kinds, info.type not in CONVERTED
+    metavar = {Path: "PATH"}.get(kind, kind.__name__.upper())
 
-    def instance_from_str(word: str) -> Path:
-        if not word:  # as of a variable that is not set; it would be the current folder
-            raise ValueError("the path must not be empty")
-        try:
-            return Path(word).expanduser()  # no shell does behind `=`
-        except RuntimeError as error:
-            raise ValueError(f"whose home {word} begins with is not known") from error
+    def convert(word: str) -> Any:
+        return None if optional and word == "None" else CONVERTED[kind](word)
 
-    return _of_one_word("PATH", Path, instance_from_str)
+    return _of_one_word(f"{{None}}|{metavar}" if optional else metavar, info.type, convert)
+
+
+def _path(word: str) -> Path:
+    if not word:  # as of a variable that is not set; it would be the current folder
+        raise ValueError("the path must not be empty")
+    if is_address(word):
+        raise ValueError(f"{word} is an address; it must be a file or folder of this machine")
+    try:
+        return Path(word).expanduser()  # no shell does behind `=`
+    except RuntimeError as error:
+        raise ValueError(f"whose home {word} begins with is not known") from error
+
+
+def _integer(word: str) -> int:
+    try:
+        value = int(word)
+    except ValueError as error:
+        raise ValueError(f"{word} is no integer") from error
+    if abs(value) > LARGEST:
+        raise ValueError(f"{word} is beyond {LARGEST:,}")
+    return value
+
+
+def _real(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError as error:
+        raise ValueError(f"{word} is no number") from error
+    if math.isnan(value):
+        raise ValueError(f"{word} is no number")
+    return value
+
+
+LARGEST = 2**31 - 1  # of a size or a count
+CONVERTED = {Path: _path, int: _integer, float: _real}
 
 
 def _of_one_word(metavar: str, kind: type, convert: Callable) -> PrimitiveConstructorSpec:
@@ -275,7 +326,7 @@ def _comma_separated(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None
         return None
     element = get_args(info.type)[0]
     choices = get_args(element) if get_origin(element) is Literal else ()
-    convert = str if choices else element
+    convert = str if choices else CONVERTED.get(element, element)
 
     def instance_from_str(word: str) -> tuple[Any, ...]:
         values = tuple(convert(text.strip()) for text in word.split(",") if text.strip())

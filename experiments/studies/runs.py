@@ -25,7 +25,7 @@ from experiments.training.records import Row
 from experiments.training.run import BEFORE_THEY_WERE, train_and_evaluate
 from experiments.training.scores import Wanted, measure
 from experiments.training.settings import DataSettings, Settings, decisive
-from experiments.training.workdir import DATA_DIR, filled
+from experiments.training.workdir import DATA_DIR, filled, refuse_among_images
 
 RUNS = "runs.jsonl"
 
@@ -77,13 +77,15 @@ class Record:
         return known.items() <= self.evaluations.get(wanted.name, {}).items()
 
 
-def make_folder(output: Path) -> None:
-    """Makes the folder of --output, in which runs will be.
+def make_folder(output: Path, data: DataSettings) -> None:
+    """Makes the folder of --output, in which runs on `data` will be.
 
     Raises:
         CheckpointError: if no checkpoints can be kept in it.
+        WorkdirError: if it lies among the images.
         CommandError: if it is a file or cannot be made or written to.
     """
+    refuse_among_images("output", output, data)
     check_workdir(output, "output")
     make_output(output)
 

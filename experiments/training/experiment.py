@@ -112,6 +112,11 @@ def build(settings: Settings, network: ResNet | None = None) -> Experiment:
             f"cutout={recipe.augmentation.cutout} must be less than the {smallest} pixels of the "
             "images"
         )
+    if recipe.augmentation.crop_padding > smallest:
+        raise ValueError(
+            f"crop_padding={recipe.augmentation.crop_padding} must be at most the {smallest} "
+            "pixels of the images"
+        )
     schedule, optimizer = schedule_and_optimizer(recipe, updates_per_epoch)
     mesh = devices.data_mesh()
     devices.check_batch_size(recipe.batch_size, mesh, recipe.accumulate)

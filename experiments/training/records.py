@@ -34,7 +34,7 @@ def recorded(workdir: Path, history: Sequence[Row], title: str) -> Iterator[Call
     rows = []
     with (
         (workdir / "metrics.jsonl").open("w") as lines,
-        summary_writer()(str(workdir), purge_step=len(history) + 1) as events,
+        summary_writer()(str(workdir.absolute()), purge_step=len(history) + 1) as events,
         contextlib.ExitStack() as ending,
     ):
         lines.writelines(json.dumps(row) + "\n" for row in history)

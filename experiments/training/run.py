@@ -22,7 +22,7 @@ from experiments.training import printing, records
 from experiments.training.experiment import Experiment, build
 from experiments.training.loop import Progress, train
 from experiments.training.settings import Settings, decisive, run_name
-from experiments.training.workdir import check, claim
+from experiments.training.workdir import check, claim, refuse_among_images
 
 # What settings are worth in the files of runs that are older than they.
 BEFORE_THEY_WERE = {"settings": decisive(Settings())}
@@ -46,7 +46,7 @@ def train_and_evaluate(
         Interrupted: after SIGINT or SIGTERM, when all is saved.
     """
     workdir = settings.workdir or Path("runs", run_name(settings))
-    refuse_workdir_among_images(workdir, settings)
+    refuse_among_images("workdir", workdir, settings.data)
     checkpoint.check_workdir(workdir)
     coordination.check_equal("settings", equal_in_all_processes(settings))
     known = {"settings": decisive(settings)}
@@ -135,12 +135,3 @@ def summarise(
         **records.summarise(progress.history),
         "params_sha256": digest((state.params, state.batch_stats)),
     }
-
-
-def refuse_workdir_among_images(workdir: Path, settings: Settings) -> None:
-    """Raises `CommandError` if a run's files would become part of its own folder of images."""
-    images = settings.data.data_dir
-    if settings.data.dataset != "folder" or images is None:
-        return
-    if workdir.resolve().is_relative_to(images.resolve()):
-        raise CommandError(f"--workdir={workdir} lies within the images of {images}")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,14 +13,18 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from flax import nnx
 
+from chansel_jax.counting import count_network
 from chansel_jax.networks.resnet import CONVS, PRESETS, Model, ResNet
 from chansel_jax.training.augmentation import Augmentation
 from chansel_jax.training.optimizer import OptimizerSettings
+from experiments.cli.errors import CommandError
 from experiments.cluster.joining import ClusterSettings
 
 Conv = Literal["chansel", "subkernel"]
 
-LONGEST_NAME = 100  # characters of a run's default name, before the digest of longer ones
+LONGEST_NAME = 100  # bytes of a run's default name, before the digest of longer ones
+MOST_WORKERS = 1024
+LARGEST_IMAGE = 16_384  # pixels each way
 
 INITIALISERS = {
     "he": None,
@@ -82,6 +87,8 @@ class DataSettings:
         for name in ("train_images", "validation_images"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if self.image_size is not None and self.image_size > LARGEST_IMAGE:
+            raise ValueError(f"image_size={self.image_size} must be at most {LARGEST_IMAGE}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +103,8 @@ class ReadingSettings:
     threads of its own."""
 
     def __post_init__(self):
-        if self.workers < 0:
-            raise ValueError(f"workers={self.workers} must not be negative")
+        if not 0 <= self.workers <= MOST_WORKERS:
+            raise ValueError(f"workers={self.workers} must be from 0 to {MOST_WORKERS}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,10 +227,10 @@ def run_name(settings: Settings) -> str:
     named = [] if plain.training == RECIPES[recipe] else [recipe]
     parts = [data, network, settings.conv, *named, *changes[recipe], f"seed{settings.seed}"]
     name = re.sub(r"[^\w.,=+-]", "_", "-".join(parts))
-    if len(name) <= LONGEST_NAME:
+    if len(name.encode()) <= LONGEST_NAME:
         return name
     digest = hashlib.sha256(json.dumps(decisive(settings)).encode()).hexdigest()[:8]
-    return f"{name[:LONGEST_NAME]}-{digest}"
+    return f"{name.encode()[:LONGEST_NAME].decode(errors='ignore')}-{digest}"
 
 
 def title(settings: Settings) -> str:
@@ -248,6 +255,7 @@ def build_network(settings: Settings, num_classes: int) -> ResNet:
 
     Raises:
         ValueError: naming the setting that is wrong, and its value.
+        CommandError: if its parameters do not fit this machine's memory.
     """
     network = settings.network
     if network.norm and settings.conv == "subkernel":
@@ -269,4 +277,11 @@ def build_network(settings: Settings, num_classes: int) -> ResNet:
         num_classes=num_classes,
         **{name: value for name, value in given.items() if value is not None},
     )
+    parameters = sum(row.parameters for row in count_network(config, config.image_size))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * parameters > memory:
+        raise CommandError(
+            f"the network's {parameters:,} parameters take more than the {memory / 1e9:.0f} GB of "
+            "this machine's memory: --width, --blocks and --model decide their number"
+        )
     return ResNet(config, rngs=nnx.Rngs(settings.seed))

@@ -14,6 +14,7 @@ from chansel_jax.errors import OneLineError
 from chansel_jax.files import write_json
 from chansel_jax.training.checkpoint import CHECKPOINTS, UNFINISHED
 from experiments.cli.differences import differences
+from experiments.training.settings import DataSettings
 
 DATA_DIR = "data_dir"  # of `config.json`; the rest decides the result
 
@@ -23,6 +24,19 @@ class WorkdirError(OneLineError):
 
 
 Resume = Literal["auto", "never", "must"]
+
+
+def refuse_among_images(name: str, folder: Path, data: DataSettings) -> None:
+    """Raises `WorkdirError` if what is written to `folder` would become part of a tree of images.
+
+    Args:
+        name: of the setting that `folder` is.
+        folder: to be written to.
+        data: which may be such a tree.
+    """
+    images = data.data_dir if data.dataset == "folder" else None
+    if images is not None and folder.resolve().is_relative_to(images.resolve()):
+        raise WorkdirError(f"{name}={folder} lies within the images of {images}")
 
 
 def check(

@@ -232,6 +232,15 @@ def test_damaged_exif_data_are_not_the_image(tmp_path, damage, turns):
     np.testing.assert_array_equal(read_image(tmp_path / "00.png"), np.rot90(pixels, turns))
 
 
+def test_no_program_is_run_on_a_file(tmp_path):
+    path = tmp_path / "00.png"  # Pillow looks at what is in it, and has Ghostscript draw this
+    path.write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n"
+    )
+    with pytest.raises(DataError, match="cannot identify image file"):
+        read_image(path)
+
+
 def animated(array, other):
     buffer = io.BytesIO()
     frames = [Image.fromarray(other)]

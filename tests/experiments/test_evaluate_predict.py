@@ -301,14 +301,17 @@ def test_all_files_but_hidden_ones_are_found(tmp_path, monkeypatch):
         path.touch()
     root.mkdir()
     (root / "link").symlink_to(elsewhere)
-    assert predict.find_files(root) == [root / "link" / "a.png"]
+    output = tmp_path / "predictions.csv"
+    assert predict.find_files(root, output) == [root / "link" / "a.png"]
     (elsewhere / "back").symlink_to(root)
     (root / "deep").mkdir()
     (root / "deep" / "link").symlink_to(elsewhere)
     (root / "none.png").symlink_to("nowhere")
     monkeypatch.chdir(root)
     found = [Path("deep/link/a.png"), Path("link/a.png"), Path("none.png")]
-    assert predict.find_files(Path()) == found
+    assert predict.find_files(Path(), output) == found
+    # What an earlier call wrote is no image, whatever it is called by.
+    assert predict.find_files(Path(), root / "link" / "a.png") == found[2:]
 
 
 @pytest.mark.parametrize("output", [Path(), Path("/")])

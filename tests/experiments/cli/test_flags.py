@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import experiments
+from experiments import evaluate, study
 from experiments.cli import command, ending
 from experiments.cli.command import make_output, run
 from experiments.cli.errors import CommandError
@@ -112,8 +113,8 @@ def test_pair_of_fixed_length_stays_as_it_is():
 @pytest.mark.parametrize(
     "argument, named",
     [
-        ("--counts=1,two", "--counts: invalid literal for int() with base 10: 'two'"),
-        ("--counts=1.5", "--counts: invalid literal for int() with base 10: '1.5'"),
+        ("--counts=1,two", "--counts: two is no integer"),
+        ("--counts=1.5", "--counts: 1.5 is no integer"),
         ("--counts=0", "--counts=(0,) must not be zero"),
         ("--kinds=biases,kernels", "--kinds: 'kernels' is none of biases, norms"),
         ("--rate=fast", "--rate"),
@@ -387,3 +388,16 @@ def test_output_that_is_a_file_is_named(tmp_path):
         with pytest.raises(CommandError, match=f"^output={folder}: "):
             make_output(folder)
     assert path.read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "told"),
+    [
+        (evaluate, "--run=RUN", "--run=RUN is none of its flags"),
+        (study, "--name=rank", "it stands alone, without --name="),
+    ],
+)
+def test_what_was_typed_in_the_place_of_what_is_missing_is_named(command, word, told, capsys):
+    with pytest.raises(SystemExit):
+        parse(command.Settings, "command", [word])
+    assert told in capsys.readouterr().err

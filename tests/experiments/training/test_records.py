@@ -1,7 +1,10 @@
 """What a run leaves in its folder, read back."""
 
+import errno
 import itertools
 import json
+import os
+import re
 import struct
 import sys
 from pathlib import Path
@@ -11,7 +14,7 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from chansel_jax.files import write_json
+from chansel_jax.files import replaced, write_json
 from experiments.training.records import (
     best_epoch,
     plot_losses,
@@ -104,6 +107,31 @@ def test_content_that_is_no_json_leaves_the_old_file(tmp_path):
         write_json(path, {"epoch": object()})
     assert json.loads(path.read_text()) == {"epoch": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_and_what_it_names_is_written(tmp_path):
+    path, link = tmp_path / "real.json", tmp_path / "link.json"
+    write_json(path, {"epoch": 1})
+    link.symlink_to(path.name)
+    write_json(link, {"epoch": 2})
+    assert link.is_symlink() and json.loads(path.read_text()) == {"epoch": 2}
+
+
+def test_a_pipe_takes_what_is_written_and_stays(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    write_json(path, {"epoch": 1})
+    assert json.loads(os.read(reading, 100)) == {"epoch": 1} and path.is_fifo()
+    os.close(reading)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_of_writing_names_the_file(tmp_path):
+    path = tmp_path / "summary.json"
+    message = re.escape(f"No space left on device: '{path}'")
+    with pytest.raises(OSError, match=message), replaced(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 # Metrics

@@ -71,6 +71,12 @@ def test_run_is_named_by_dataset_model_conv_and_seed():
     assert run_name(Settings()) == "silhouettes-resnet14-chansel-seed0"
 
 
+def test_name_is_short_enough_for_a_folder_in_any_script():
+    classes = tuple(chr(0x20000 + i) * 9 for i in range(9))  # characters of four bytes
+    name = run_name(Settings(data=DataSettings(dataset="folder", classes=classes)))
+    assert len(name.encode()) < 255
+
+
 def test_name_tells_runs_of_other_settings_apart():
     best = RECIPES["best"]
     shorter = dataclasses.replace(best, epochs=15, dropout_rate=None)
