@@ -14,16 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
+from chansel_jax.conv import ChannelSelectionConv, SubKernelConv, SubspaceChannelSelectionConv
 
 # What turns a layer's path in a `ResNet` into its name in a state dict, applied in this order. The
 # number of a block has become that of its stage and its own within the stage before.
 _LAYER_NAMES = (
+    (r"^input_norm$", "data_bn"),
+    (r"^last_norm$", "last_bn"),
     (r"^stem\.conv", "conv1"),
     (r"^stem\.norm", "bn1"),
-    (r"\.norm([12])$", r".bn\1"),
+    (r"\.norm([123])$", r".bn\1"),
     (r"\.shortcut_norm$", ".downsample.1"),
     (r"\.shortcut", ".downsample.0"),
+    (r"\.subspace_norm$", ".subspace_bn"),
     (r"\.norm$", ".bn"),
     (r"^classifier$", "fc"),
 )
@@ -35,6 +38,12 @@ _KERNEL = "kernel"
 _VARIABLES = {
     SubKernelConv: (("kernel", "weight", _KERNEL), ("bias", "bias", (0,))),
     ChannelSelectionConv: (
+        ("pointwise", "fc.weight", (1, 0)),
+        ("depthwise", "conv2d.weight", _KERNEL),
+        ("bias", "conv2d.bias", (0,)),
+    ),
+    SubspaceChannelSelectionConv: (
+        ("subspace", "subspace.weight", (1, 0)),
         ("pointwise", "fc.weight", (1, 0)),
         ("depthwise", "conv2d.weight", _KERNEL),
         ("bias", "conv2d.bias", (0,)),

@@ -15,7 +15,12 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from chansel_jax.functional import Tree, apply_function, network_tree
+from chansel_jax.functional import (
+    Tree,
+    apply_function,
+    network_tree,
+    orthonormal_loss_function,
+)
 from chansel_jax.training.augmentation import Augmentation, cutout, normalise, random_crop_flip
 from chansel_jax.training.devices import everywhere, replicate
 
@@ -112,7 +117,8 @@ def make_train_step(
 
     It consumes (donates) `state`. Its `Batch` is sharded as `batch_sharding` says; `mean` and `std`
     are the channels' statistics `(C,)` float32 over the training images. The totals hold the
-    cross-entropy without label smoothing.
+    cross-entropy without label smoothing. The orthonormal losses of layers that select from a
+    subspace are added to what is minimised.
 
     Args:
         network: gives the structure; its arrays are not used.
@@ -122,6 +128,7 @@ def make_train_step(
         label_smoothing: share of the target spread evenly over all classes.
     """
     apply = apply_function(network, train=True)
+    orthonormal_loss = orthonormal_loss_function(network)
 
     def train_step(state, totals, batch, mean, std):
         _, steps_key = jax.random.split(jax.random.wrap_key_data(state.key))
@@ -142,6 +149,8 @@ def make_train_step(
             one_hot = jax.nn.one_hot(batch.labels, logits.shape[-1], dtype=logits.dtype)
             targets = optax.smooth_labels(one_hot, label_smoothing)
             loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+            if orthonormal_loss is not None:
+                loss += orthonormal_loss(params)
             return loss, (logits, batch_stats)
 
         (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_function, has_aux=True)(

@@ -12,12 +12,19 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from flax import nnx
 
-from chansel_jax.networks.resnet import CONVS, PRESETS, Model, ResNet
+from chansel_jax.networks.resnet import (
+    CONVS,
+    PRESETS,
+    Model,
+    Replaced,
+    ResNet,
+    ResNetConfig,
+)
 from chansel_jax.training.augmentation import Augmentation
 from chansel_jax.training.optimizer import OptimizerSettings
 from experiments.cluster.joining import ClusterSettings
 
-Conv = Literal["chansel", "subkernel"]
+Conv = Literal["chansel", "subspace", "subkernel"]
 
 LONGEST_NAME = 100  # characters of a run's default name, before the digest of longer ones
 
@@ -33,11 +40,20 @@ class NetworkSettings:
     """The network."""
 
     model: Model = "resnet14"
-    """resnet14 is the original's network for small images, resnet18 is torchvision's."""
+    """resnet14 is the original's network for small images. resnet18, resnet34 and resnet50 are
+    torchvision's, for images of 224 × 224. The others are residual and wide residual networks for
+    small images as the package bsconv has them, with their depth and the factor of their width."""
     blocks: tuple[int, ...] = ()
     """The stages have these numbers of residual blocks; by default they are the model's own."""
     width: int | None = None
     """The first stage has this many channels, by default as many as the model's own."""
+    stem: Literal["plain", "small", "pooled"] | None = None
+    """The network begins with a 3 × 3 convolution with bias, with one with BatchNorm, or with a
+    7 × 7 one of stride 2, BatchNorm and max pooling; by default as the model does."""
+    replaced: Replaced | None = None
+    """These convolutions are --conv, and the others are ordinary ones: all but a plain stem's, of
+    them those that are not 1 × 1, or those of 3 × 3 alone, as in the package bsconv; by default
+    they are the model's own."""
     rank: int = 1
     """Each 3 × 3 convolution adds up this many channel selections, 1 to 9."""
     ranks: tuple[int, ...] = ()
@@ -152,7 +168,8 @@ class Settings:
     """Trains a network on images, saves it, and reports."""
 
     conv: Conv = "chansel"
-    """The network has channel selection, or the ordinary dense convolution."""
+    """The network has channel selection, the same from a subspace of a quarter of the channels
+    (BSConv-S), or the ordinary dense convolution."""
     network: NetworkSettings = NetworkSettings()
     data: DataSettings = DataSettings()
     reading: ReadingSettings = ReadingSettings()
@@ -243,8 +260,8 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def build_network(settings: Settings, num_classes: int) -> ResNet:
-    """The network that `settings` describe, initialised with `settings.seed`.
+def network_config(settings: Settings, num_classes: int) -> ResNetConfig:
+    """What `settings` decide of the network.
 
     Raises:
         ValueError: naming the setting that is wrong, and its value.
@@ -258,15 +275,25 @@ def build_network(settings: Settings, num_classes: int) -> ResNet:
     given = {
         "blocks": network.blocks or None,
         "width": network.width,
+        "stem": network.stem,
+        "replaced": network.replaced,
         "rank": network.ranks or network.rank,
         "use_bias": network.use_bias,
         "dropout_rate": settings.training.dropout_rate,
         "dtype": jnp.dtype(network.dtype),
     }
-    config = dataclasses.replace(
+    return dataclasses.replace(
         PRESETS[network.model],
         conv=functools.partial(conv, **of_conv) if of_conv else conv,
         num_classes=num_classes,
         **{name: value for name, value in given.items() if value is not None},
     )
-    return ResNet(config, rngs=nnx.Rngs(settings.seed))
+
+
+def build_network(settings: Settings, num_classes: int) -> ResNet:
+    """The network that `settings` describe, initialised with `settings.seed`.
+
+    Raises:
+        ValueError: naming the setting that is wrong, and its value.
+    """
+    return ResNet(network_config(settings, num_classes), rngs=nnx.Rngs(settings.seed))
