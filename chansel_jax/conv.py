@@ -458,8 +458,9 @@ class SubspaceChannelSelectionConv(ChannelSelectionConv):
         """
         groups = self.feature_group_count
         parts = self.subspace[...].reshape(self.subspace.shape[0], groups, -1)
+        parts = parts.astype(jnp.promote_types(parts.dtype, jnp.float32))
         products = jnp.einsum("igm,ign->gmn", parts, parts, precision=lax.Precision.HIGHEST)
-        squares = jnp.sum((products - jnp.eye(parts.shape[-1])) ** 2, axis=(1, 2))
+        squares = jnp.sum((products - jnp.eye(parts.shape[-1])[None]) ** 2, axis=(1, 2))
         # The root has no derivative at 0, where the loss is the least: let it be 0 there.
         positive_squares = jnp.where(squares > 0, squares, 1)
         return jnp.sum(jnp.where(squares > 0, jnp.sqrt(positive_squares), 0))
