@@ -24,7 +24,7 @@ from chansel_jax import (
     wide_resnet,
 )
 from chansel_jax.networks.resnet import CONVS, PRESETS
-from chansel_jax.torch_weights import from_torch, to_torch
+from chansel_jax.torch_weights import from_torch, to_numpy
 from experiments.pytorch.networks import torch_twin
 
 BATCH = 4
@@ -62,7 +62,7 @@ def carried(network, twin):
 
 
 def step(network, part, loss, x):
-    """Loss, gradient of `x`, and `to_torch` after a step: gradients in the parameters' places."""
+    """Loss, gradient of `x`, and `to_numpy` after a step: gradients in the parameters' places."""
     graphdef, params, rest = nnx.split(part, nnx.Param, ...)
 
     @jax.jit
@@ -75,7 +75,7 @@ def step(network, part, loss, x):
 
     (value, stats), (gradients, x_gradient) = loss_and_gradients(params, rest, x)
     nnx.update(part, gradients, stats)
-    return value, x_gradient, to_torch(network)
+    return value, x_gradient, to_numpy(network)
 
 
 def torch_step(twin, part, loss, x):
