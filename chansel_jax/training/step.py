@@ -21,7 +21,11 @@ from chansel_jax.functional import (
     network_tree,
     orthonormal_loss_function,
 )
-from chansel_jax.training.augmentation import Augmentation, cutout, normalise, random_crop_flip
+from chansel_jax.training.augmentation import (
+    Augmentation,
+    augmented,
+    normalise,
+)
 from chansel_jax.training.devices import everywhere, replicate
 
 NO_STEP = np.iinfo(np.int32).max
@@ -134,15 +138,7 @@ def make_train_step(
         _, steps_key = jax.random.split(jax.random.wrap_key_data(state.key))
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(steps_key, state.step))
         with jax.named_scope("augmentation"):  # scopes are what a profile shows
-            images = random_crop_flip(
-                augment_key,
-                batch.images,
-                padding=augmentation.crop_padding,
-                flip=augmentation.flip,
-            )
-            images = normalise(images, mean, std)
-            # `split` in the function above has made the keys 0 and 1 of this one.
-            images = cutout(jax.random.fold_in(augment_key, 2), images, size=augmentation.cutout)
+            images = augmented(augmentation, augment_key, batch.images, mean, std)
 
         def loss_function(params):
             logits, batch_stats = apply(params, state.batch_stats, images, dropout_key)
