@@ -117,6 +117,22 @@ def test_networks_have_the_parameters_of_bsconv(name, variant, conv):
     assert sum(row.parameters for row in count_network(config, 32)) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "conv"),
+    [
+        ("cifar_wrn16_1", CONVS["subkernel"]),
+        ("cifar_preresnet20_bsconvu", CONVS["chansel"]),
+        ("resnet10_bsconvs_p1d4", functools.partial(SubspaceChannelSelectionConv, norm=True)),
+    ],
+)
+def test_networks_have_the_multiply_adds_of_bsconv(name, conv):
+    with torch.device("meta"):
+        counts = torch_multiply_adds(get_model(name, num_classes=10), (64, 48))
+    config = dataclasses.replace(BSCONV_NETWORKS[name.partition("_bsconv")[0]], conv=conv)
+    expected = sum(count for _, count in counts.values())
+    assert sum(row.multiply_adds for row in count_network(config, (64, 48))) == expected
+
+
 def test_parameters_of_a_wide_resnet_by_hand():
     """WRN-16-1 with BSConv-U: the stem, two blocks of 16, 32 and 64 channels, the classifier."""
 
