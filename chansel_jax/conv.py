@@ -1,7 +1,7 @@
-"""Convolution layers: the ordinary dense one and channel selection.
+"""Convolution layers: the ordinary dense one, channel selection, and the same from a subspace.
 
-Both are `flax.nnx` modules that take the arguments of `nnx.Conv` and are called as it is, so that a
-network takes any of the three as an argument. Arrays are channels-last, `(*batch, *spatial, C)`.
+All are `flax.nnx` modules that take the arguments of `nnx.Conv` and are called as it is, so that a
+network takes any of the four as an argument. Arrays are channels-last, `(*batch, *spatial, C)`.
 """
 
 import collections
@@ -254,7 +254,7 @@ class ChannelSelectionConv(nnx.Module):
         selected, axes = self.out_features * self.rank, len(self.kernel_size) + 2
         self.pointwise = _part(
             (selected_from, selected),
-            lambda names: names[-2:],
+            self._names_of_pointwise,
             axes,
             (pointwise_init, kernel_init),
             (pointwise_metadata, kernel_metadata),
@@ -288,18 +288,12 @@ class ChannelSelectionConv(nnx.Module):
                 or is smaller than the kernel, or the lowering does not have `out_sharding`.
         """
         batch, inputs = _with_one_batch_axis(self, inputs)
-        parts = self.pointwise[...], self.depthwise[...]
+        parts = self._parts()
         bias = None if self.bias is None else self.bias[...]
         inputs, *promoted, bias = self.promote_dtype((inputs, *parts, bias), dtype=self.dtype)
         if self.promote_dtype is not promote_to_one_dtype:
             parts = promoted  # which may be more than cast; else they are composed, then cast
-        how = window_of(self), self.lowering, _options(self, out_sharding)
-        if self.norm is None:
-            y = selection.select(inputs, *parts, *how)
-        else:
-            pointwise, kernel = (part.astype(inputs.dtype) for part in parts)
-            sums = self.norm(selection.weighted_sums(inputs, pointwise, how[-1]))
-            y = depthwise.convolve(sums.astype(inputs.dtype), kernel, *how)
+        y = self._convolved(inputs, *parts, _options(self, out_sharding))
         return _with_batch(_with_bias(y, bias), batch)
 
     def composed_kernel(self) -> jax.Array:
@@ -310,7 +304,221 @@ class ChannelSelectionConv(nnx.Module):
         """
         if self.norm is not None:
             raise ValueError("norm=True: a layer normalised between its parts has no dense kernel")
-        return selection.composed_kernel(self.pointwise[...], self.depthwise[...])
+        return self._composed(*self._parts())
+
+    @property
+    def _selected_from(self) -> int:
+        """The channels that the outputs of all groups are computed from, as it is computed."""
+        return self.in_features
+
+    @staticmethod
+    def _names_of_pointwise(names: tuple) -> tuple:
+        """The names of the axes of `pointwise`, of those of the composed kernel."""
+        return names[-2:]
+
+    def _parts(self) -> tuple[jax.Array, ...]:
+        return self.pointwise[...], self.depthwise[...]
+
+    def _composed(self, *parts: jax.Array) -> jax.Array:
+        return selection.composed_kernel(*parts)
+
+    def _convolved(
+        self, inputs: jax.Array, pointwise: jax.Array, kernel: jax.Array, options: Options
+    ) -> jax.Array:
+        """The output without bias, of what has one batch axis and the dtype of the computation."""
+        how = window_of(self), self.lowering, options
+        if self.norm is None:
+            return selection.select(inputs, pointwise, kernel, *how)
+        pointwise, kernel = (part.astype(inputs.dtype) for part in (pointwise, kernel))
+        sums = self.norm(selection.weighted_sums(inputs, pointwise, options))
+        return depthwise.convolve(sums.astype(inputs.dtype), kernel, *how)
+
+
+class SubspaceChannelSelectionConv(ChannelSelectionConv):
+    """Channel selection from a subspace: the pointwise part is a product of two matrices.
+
+    The C_in/G input channels of a group are first summed up to M channels, which all outputs of the
+    group share, and from which each then selects as in `ChannelSelectionConv`. With R = 1 and G = 1
+    this is the BSConv-S of Haase and Amthor, "Rethinking Depthwise Separable Convolutions" (CVPR
+    2020).
+
+    Parameters, besides those of `ChannelSelectionConv`:
+
+    - `subspace` `(C_in/G, G·M)`, group `g` owns the columns `g·M … g·M + M - 1`
+    - `pointwise` `(M, C_out·R)`, in the place of `(C_in/G, C_out·R)`
+    - `subspace_norm.scale`, `subspace_norm.bias` `(G·M,)`, with `norm`
+
+    Where fewer multiply-adds follow, as where M is C_in/G, both matrices are multiplied first.
+
+    Args:
+        kernel_init: initialiser of all three parts. Of the names of the composed kernel's axes,
+            `subspace` takes that of the last but one, `pointwise` the last.
+        promote_dtype: brings `(inputs, subspace, pointwise, depthwise, bias)` to one dtype.
+        rngs: the stream `params` initialises `subspace` first.
+        kernel_metadata: metadata of all three parts.
+        rank: R, from 1 (the default) to min(M, K).
+        pointwise_init: initialiser of `subspace` and of `pointwise`.
+        norm: whether BatchNorm normalises the channels of the subspace, and the weighted sums.
+        pointwise_metadata: metadata of `subspace` and of `pointwise`.
+        share: M is this share of C_in/G, rounded up, but at least 4 and at most C_in/G. In (0, 1];
+            default 1 / 4.
+
+    The other arguments are those of `ChannelSelectionConv`.
+
+    Raises:
+        ValueError: naming the argument that is wrong, and its value.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] | None = 1,
+        *,
+        padding: Padding = "SAME",
+        input_dilation: int | Sequence[int] | None = 1,
+        kernel_dilation: int | Sequence[int] | None = 1,
+        feature_group_count: int = 1,
+        use_bias: bool = True,
+        mask: None = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = lecun_normal,
+        bias_init: Initializer = zeros,
+        conv_general_dilated: Callable[..., jax.Array] = lax.conv_general_dilated,
+        promote_dtype: PromoteDtypeFn = promote_to_one_dtype,
+        preferred_element_type: Dtype | None = None,
+        rngs: nnx.Rngs,
+        kernel_metadata: Metadata = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
+        rank: int = 1,
+        pointwise_init: Initializer | None = None,
+        depthwise_init: Initializer | None = None,
+        norm: bool = False,
+        lowering: str = "auto",
+        pointwise_metadata: Metadata = NO_METADATA,
+        depthwise_metadata: Metadata = NO_METADATA,
+        share: float = 0.25,
+    ):
+        in_features, _, groups = _checked_channels(in_features, out_features, feature_group_count)
+        selected_from = in_features // groups
+        size = subspace_size(selected_from, share) * groups
+        self.share = share
+        self.subspace = _part(
+            (selected_from, size),
+            lambda names: (names[-2], None),
+            len(kernel_sizes(kernel_size)) + 2,
+            (pointwise_init, kernel_init),
+            (pointwise_metadata, kernel_metadata),
+            param_dtype,
+            rngs,
+        )
+        super().__init__(
+            size,
+            out_features,
+            kernel_size,
+            strides,
+            padding=padding,
+            input_dilation=input_dilation,
+            kernel_dilation=kernel_dilation,
+            feature_group_count=feature_group_count,
+            use_bias=use_bias,
+            mask=mask,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            conv_general_dilated=conv_general_dilated,
+            promote_dtype=promote_dtype,
+            preferred_element_type=preferred_element_type,
+            rngs=rngs,
+            kernel_metadata=kernel_metadata,
+            bias_metadata=bias_metadata,
+            rank=rank,
+            pointwise_init=pointwise_init,
+            depthwise_init=depthwise_init,
+            norm=norm,
+            lowering=lowering,
+            pointwise_metadata=pointwise_metadata,
+            depthwise_metadata=depthwise_metadata,
+        )
+        self.in_features = in_features
+        self.subspace_norm = nnx.data(
+            BatchNorm(size, dtype=dtype, param_dtype=param_dtype, rngs=rngs) if norm else None
+        )
+
+    def orthonormal_loss(self) -> jax.Array:
+        """The sum over the groups of ‖Wᵀ·W - I‖, where W `(C_in/G, M)` is the part of `subspace`.
+
+        It is the Frobenius norm, which is zero where the M channels are orthonormal combinations of
+        those of the input. Haase and Amthor add 0.1 of the sum over all layers to a network's loss.
+        """
+        groups = self.feature_group_count
+        parts = self.subspace[...].reshape(self.subspace.shape[0], groups, -1)
+        parts = parts.astype(jnp.promote_types(parts.dtype, jnp.float32))
+        products = jnp.einsum("igm,ign->gmn", parts, parts, precision=lax.Precision.HIGHEST)
+        squares = jnp.sum((products - jnp.eye(parts.shape[-1])[None]) ** 2, axis=(1, 2))
+        # The root has no derivative at 0, where the loss is the least: let it be 0 there.
+        positive_squares = jnp.where(squares > 0, squares, 1)
+        return jnp.sum(jnp.where(squares > 0, jnp.sqrt(positive_squares), 0))
+
+    @property
+    def _selected_from(self) -> int:
+        return self.in_features if self._is_cheaper_multiplied() else self.subspace.shape[1]
+
+    @staticmethod
+    def _names_of_pointwise(names: tuple) -> tuple:
+        return None, names[-1]
+
+    def _parts(self) -> tuple[jax.Array, ...]:
+        return self.subspace[...], *super()._parts()
+
+    def _composed(self, subspace: jax.Array, *parts: jax.Array) -> jax.Array:
+        pointwise, kernel = parts
+        return super()._composed(self._product(subspace, pointwise), kernel)
+
+    def _convolved(
+        self, inputs: jax.Array, subspace: jax.Array, *parts: jax.Array | Options
+    ) -> jax.Array:
+        pointwise, kernel, options = parts
+        if self.norm is None and self._is_cheaper_multiplied():
+            pointwise = self._product(subspace, pointwise)
+            return super()._convolved(inputs, pointwise, kernel, options)
+        sums = selection.weighted_sums(inputs, subspace.astype(inputs.dtype), options)
+        if self.subspace_norm is not None:
+            sums = self.subspace_norm(sums)
+        return super()._convolved(sums.astype(inputs.dtype), pointwise, kernel, options)
+
+    def _is_cheaper_multiplied(self) -> bool:
+        """Whether fewer multiply-adds a pixel follow if both matrices are multiplied first."""
+        inputs, (size, selected) = self.subspace.shape[0], self.pointwise.shape
+        selected //= self.feature_group_count
+        return inputs * selected <= size * (inputs + selected)
+
+    def _product(self, subspace: jax.Array, pointwise: jax.Array) -> jax.Array:
+        """The matrix `(C_in/G, C_out·R)` that both are."""
+        groups = self.feature_group_count
+        product = jnp.einsum(
+            "igm,mgo->igo",
+            subspace.reshape(subspace.shape[0], groups, -1),
+            pointwise.reshape(pointwise.shape[0], groups, -1),
+            precision=lax.Precision.HIGHEST,
+        )
+        return product.reshape(subspace.shape[0], -1)
+
+
+def subspace_size(in_features: int, share: float) -> int:
+    """M of `SubspaceChannelSelectionConv`: `share` of the channels, at least 4, at most all.
+
+    Raises:
+        ValueError: if `share` is not in (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share} must be in (0, 1]")
+    return min(in_features, max(4, math.ceil(share * in_features)))
 
 
 def lowerings_taken(module: nnx.Module, dtype: Dtype) -> dict[type[nnx.Module], list[str]]:
@@ -330,7 +538,7 @@ def _fastest_lowering(layer: SubKernelConv | ChannelSelectionConv, dtype: Dtype)
         return dense.fastest(here(), jax.ShapeDtypeStruct(layer.kernel.shape, dtype), *how)
     if layer.norm is not None:
         return depthwise.fastest(here(), *how)
-    x = jax.ShapeDtypeStruct((1, *layer.kernel_size, layer.in_features), dtype)
+    x = jax.ShapeDtypeStruct((1, *layer.kernel_size, layer._selected_from), dtype)
     return selection.fastest(here(), x, layer.depthwise, *how)
 
 
@@ -343,16 +551,11 @@ def _set_geometry(
     groups: int,
 ) -> None:
     """Gives `layer` its sizes and its window, each in one form whatever its spelling was."""
-    layer.in_features = positive("in_features", in_features)
-    layer.out_features = positive("out_features", out_features)
+    in_features, out_features, groups = _checked_channels(in_features, out_features, groups)
+    layer.in_features, layer.out_features = in_features, out_features
     layer.kernel_size = kernel_sizes(kernel_size)
     layer.kernel_size_is_integer = is_int(kernel_size)
-    layer.feature_group_count = positive("feature_group_count", groups)
-    for name in ("in_features", "out_features"):
-        if getattr(layer, name) % groups:
-            raise ValueError(
-                f"feature_group_count={groups} must divide {name}={getattr(layer, name)}"
-            )
+    layer.feature_group_count = groups
     layer.strides, layer.padding, layer.kernel_dilation, layer.input_dilation = window
     layer.strides, layer.padding, layer.kernel_dilation, layer.input_dilation = window_of(layer)
 
@@ -367,6 +570,15 @@ def window_of(layer: SubKernelConv | ChannelSelectionConv) -> Window:
         dimensions=len(layer.kernel_size),
         dilation_name="kernel_dilation",
     )
+
+
+def _checked_channels(in_features: int, out_features: int, groups: int) -> tuple[int, int, int]:
+    groups = positive("feature_group_count", groups)
+    named = {"in_features": in_features, "out_features": out_features}
+    for name, channels in named.items():
+        if positive(name, channels) % groups:
+            raise ValueError(f"feature_group_count={groups} must divide {name}={channels}")
+    return int(in_features), int(out_features), groups
 
 
 def _options(layer: SubKernelConv | ChannelSelectionConv, out_sharding: Any = None) -> Options:

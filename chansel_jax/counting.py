@@ -10,8 +10,8 @@ import math
 
 from flax import nnx
 
-from chansel_jax.conv import ChannelSelectionConv
-from chansel_jax.networks.resnet import DENSE, Layer, ResNetConfig, unwrapped
+from chansel_jax.conv import SubspaceChannelSelectionConv, subspace_size
+from chansel_jax.networks.resnet import CONVS, DENSE, Layer, ResNetConfig, unwrapped
 from chansel_jax.ops.window import Pair, per_axis
 
 
@@ -21,7 +21,7 @@ class LayerCount:
 
     Attributes:
         name: the layer's path in its network, as in `"blocks.2.shortcut"`.
-        kind: `"subkernel"`, `"chansel"`, `"batch_norm"` or `"linear"`.
+        kind: `"subkernel"`, `"chansel"`, `"subspace"`, `"batch_norm"` or `"linear"`.
         output: shape of the output for one image: `(H, W, C)`, or `(num_classes,)`.
         parameters: what is learned; running statistics are not.
         multiply_adds: multiplications with an addition, for one image.
@@ -65,6 +65,7 @@ def chansel_cost(
     rank: int = 1,
     use_bias: bool = True,
     norm: bool = False,
+    share: float | None = None,
 ) -> tuple[int, int]:
     """Parameters and multiply-adds of channel selection of rank R.
 
@@ -72,13 +73,20 @@ def chansel_cost(
     has O·R·K and runs at the size of the output: H·W·I·O·R + H_out·W_out·O·R·K multiply-adds. A
     bias has O parameters more, normalisation between the parts 2·O·R.
 
+    With a `share`, it is channel selection from a subspace of M = min(I, max(4, ⌈share·I⌉))
+    channels: there are I·M + M·O·R in the place of I·O·R, and normalisation has 2·M more.
+
     Raises:
-        ValueError: if a size is neither an integer of at least 1 nor a pair of them.
+        ValueError: if a size is neither an integer of at least 1 nor a pair of them, or `share` is
+            not in (0, 1].
     """
     selected = out_channels * rank
-    pointwise = in_channels * selected
+    inner = None if share is None else subspace_size(in_channels, share)
+    pointwise = in_channels * selected if inner is None else inner * (in_channels + selected)
     depthwise = selected * math.prod(per_axis("kernel_size", kernel_size))
-    parameters = pointwise + depthwise + use_bias * out_channels + norm * 2 * selected
+    parameters = (
+        pointwise + depthwise + use_bias * out_channels + norm * 2 * (selected + (inner or 0))
+    )
     pixels_in = math.prod(per_axis("input_size", input_size))
     pixels_out = math.prod(per_axis("output_size", output_size))
     return parameters, pixels_in * pointwise + pixels_out * depthwise
@@ -102,14 +110,14 @@ def count_network(config: ResNetConfig, image_size: int | Pair) -> list[LayerCou
     A block's shortcut follows its main path. The columns of the rows add up to the network's.
 
     Raises:
-        ValueError: if `config.conv` is neither of the two convolutions, nor `nnx.Conv`, nor a
+        ValueError: if `config.conv` is none of the three convolutions, nor `nnx.Conv`, nor a
             `functools.partial` of one, or `image_size` is neither an integer of at least 1 nor a
             pair of them.
     """
-    if unwrapped(config.conv) not in (*DENSE, ChannelSelectionConv):
+    if unwrapped(config.conv) not in (*CONVS.values(), nnx.Conv):
         raise ValueError(
-            f"conv={config.conv!r} must be ChannelSelectionConv, SubKernelConv, nnx.Conv or a "
-            "functools.partial of one: of another layer no closed form is known"
+            f"conv={config.conv!r} must be one of {', '.join(k.__name__ for k in CONVS.values())}, "
+            "nnx.Conv or a functools.partial of one: of another layer no closed form is known"
         )
     size = per_axis("image_size", image_size)
     return [_count_layer(layer, size) for layer in config.layers()]
@@ -131,5 +139,7 @@ def _count_layer(layer: Layer, image_size: Pair) -> LayerCount:
         kind, cost = "subkernel", subkernel_cost(*layer.make.args, **options)
     else:
         options |= {"rank": given.get("rank", 1), "norm": given.get("norm", False)}
-        kind, cost = "chansel", chansel_cost(*layer.make.args, input_size=size, **options)
+        kind = "subspace" if make is SubspaceChannelSelectionConv else "chansel"
+        options |= {"share": given.get("share", 0.25)} if kind == "subspace" else {}
+        cost = chansel_cost(*layer.make.args, input_size=size, **options)
     return LayerCount(layer.path, kind, (*output_size, layer.make.args[1]), *cost)

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from chansel_jax.conv import SubspaceChannelSelectionConv
+
 Tree = Any
 
 
@@ -35,3 +37,31 @@ def apply_function(network: nnx.Module, *, train: bool) -> Callable:
         return logits, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
     return apply
+
+
+def orthonormal_loss_function(
+    network: nnx.Module, weight: float = 0.1
+) -> Callable[[Tree], jax.Array] | None:
+    """The pure function of `network`'s parameters that adds up its layers' orthonormal losses.
+
+    Args:
+        network: gives the structure only.
+        weight: what the sum is multiplied with, as Haase and Amthor do by default.
+
+    Returns:
+        The function `(params) -> loss`, or None where no layer is a `SubspaceChannelSelectionConv`.
+    """
+
+    def layers(module):
+        modules = (module for _, module in nnx.iter_modules(module))
+        return [layer for layer in modules if isinstance(layer, SubspaceChannelSelectionConv)]
+
+    if not layers(network):
+        return None
+    graph, _, rest = nnx.split(network, nnx.Param, ...)
+
+    def loss(params):
+        module = nnx.merge(graph, params, nnx.to_pure_dict(rest))
+        return weight * sum(layer.orthonormal_loss() for layer in layers(module))
+
+    return loss

@@ -1,115 +1,298 @@
-"""PyTorch state dicts in and out of a `ResNet`, without importing PyTorch.
+"""Weights of PyTorch in and out: state dicts and `.safetensors` files.
 
-Names are torchvision's: `conv1`, `bn1`, `layer1.0.conv1`, `layer2.0.downsample.0`, `fc`. Where a
-convolution is channel selection, its two parts are `fc`, an `nn.Linear` without bias, and `conv2d`,
-a grouped `nn.Conv2d` that has the bias; BatchNorm between them is `bn`.
+A layer of a module has a name in a state dict, and its arrays have names behind that. The layers of
+a `ResNet` have those of torchvision, which are timm's too, or those of the package `bsconv`; those
+of any other module their own path, or what a mapping says. A dense convolution has `weight` and
+`bias`; channel selection has layers of its own, of which the last has the bias:
+
+- in the original `fc`, an `nn.Linear`, and `conv2d`, with `bn` between them if it has `norm`; from
+  a subspace another `nn.Linear`, `subspace`, comes before, and `subspace_bn`.
+- in `bsconv` `pw`, an `nn.Conv2d` of 1 × 1, and `dw`, with `bn` between them; from a subspace
+  `pw1`, `bn1`, `pw2`, `bn2` and `dw`.
 """
 
 import collections
+import operator
 import re
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
+from chansel_jax.conv import ChannelSelectionConv, SubKernelConv, SubspaceChannelSelectionConv
+from chansel_jax.files import replaced
 
-# What turns a layer's path in a `ResNet` into its name in a state dict, applied in this order. The
-# number of a block has become that of its stage and its own within the stage before.
-_LAYER_NAMES = (
-    (r"^stem\.conv", "conv1"),
-    (r"^stem\.norm", "bn1"),
-    (r"\.norm([12])$", r".bn\1"),
+Parts = Literal["original", "bsconv"]
+Names = Literal["torchvision", "bsconv"] | Mapping[str, str]
+
+# What turns a layer's path in a `ResNet` into its name in a state dict, applied in this order.
+_TORCHVISION = (
+    (r"^input_norm$", "data_bn"),
+    (r"^stem\.conv$", "conv1"),
+    (r"^stem\.norm$", "bn1"),
+    (r"\.norm(\d)$", r".bn\1"),
     (r"\.shortcut_norm$", ".downsample.1"),
-    (r"\.shortcut", ".downsample.0"),
-    (r"\.norm$", ".bn"),
+    (r"\.shortcut$", ".downsample.0"),
+    (r"^last_norm$", "last_bn"),
     (r"^classifier$", "fc"),
 )
+_BSCONV = (
+    (r"^input_norm$", "backbone.data_bn"),
+    (r"^stem\.conv$", "backbone.init_unit.conv.conv"),
+    (r"^stem\.norm$", "backbone.init_unit.conv.bn"),
+    (r"\.conv(\d)$", r".conv\1.conv"),
+    (r"\.norm(\d)$", r".conv\1.bn"),
+    (r"\.shortcut_norm$", ".projection.bn"),
+    (r"\.shortcut$", ".projection.conv"),
+    (r"^last_norm$", "backbone.final_activation.bn"),
+    (r"^classifier$", "classifier.conv"),
+)
 
-# Variable of a layer, its name in a state dict, and which of its axes the axes of the array there
-# are. Kernels are HWIO here and OIHW there (`_KERNEL`, in any number of dimensions), a linear
-# layer's (in, out) and (out, in).
-_KERNEL = "kernel"
-_VARIABLES = {
-    SubKernelConv: (("kernel", "weight", _KERNEL), ("bias", "bias", (0,))),
-    ChannelSelectionConv: (
-        ("pointwise", "fc.weight", (1, 0)),
-        ("depthwise", "conv2d.weight", _KERNEL),
-        ("bias", "conv2d.bias", (0,)),
-    ),
-    nnx.BatchNorm: (
-        ("scale", "weight", (0,)),
-        ("bias", "bias", (0,)),
-        ("mean", "running_mean", (0,)),
-        ("var", "running_var", (0,)),
-    ),
-    nnx.Linear: (("kernel", "weight", (1, 0)), ("bias", "bias", (0,))),
+
+class _Leaf(NamedTuple):
+    """An array of a layer.
+
+    Attributes:
+        variable: the attribute of the layer that it belongs to.
+        name: its name behind the layer's.
+        axes: which of the variable's axes its own axes are; an axis of one element is None.
+            Kernels are HWIO here and OIHW there (`_KERNEL`, in any number of dimensions), products
+            over channels (in, out) and (out, in), with axes for the kernel if `_POINT`.
+    """
+
+    variable: str
+    name: str
+    axes: tuple[int | None, ...] | str
+
+
+_KERNEL, _POINT, _VECTOR, _MATRIX = "kernel", "point", (0,), (1, 0)
+_SCALE = (_Leaf("scale", "weight", _VECTOR), _Leaf("bias", "bias", _VECTOR))
+_BATCH_NORM = (
+    *_SCALE,
+    _Leaf("mean", "running_mean", _VECTOR),
+    _Leaf("var", "running_var", _VECTOR),
+)
+_CONV = (_Leaf("kernel", "weight", _KERNEL), _Leaf("bias", "bias", _VECTOR))
+_LAYERS = {
+    SubKernelConv: _CONV,
+    nnx.Conv: _CONV,
+    nnx.Linear: (_Leaf("kernel", "weight", _MATRIX), _Leaf("bias", "bias", _VECTOR)),
+    nnx.BatchNorm: _BATCH_NORM,
+    nnx.LayerNorm: _SCALE,
+    nnx.GroupNorm: _SCALE,
+    nnx.Embed: (_Leaf("embedding", "weight", (0, 1)),),
 }
 
 
-def from_torch(network: nnx.Module, state_dict: Mapping[str, Any]) -> None:
-    """Loads parameters and running statistics into `network`, in place.
+def _selection(
+    sums: Mapping[str, str], spatial: str, axes: Any, norms: Mapping[str, str]
+) -> tuple[_Leaf, ...]:
+    """The arrays of channel selection: what its products, its kernel and its norms are called."""
+    return (
+        *(_Leaf(variable, f"{name}.weight", axes) for variable, name in sums.items()),
+        _Leaf("depthwise", f"{spatial}.weight", _KERNEL),
+        _Leaf("bias", f"{spatial}.bias", _VECTOR),
+        *(
+            _Leaf(f"{variable}.{leaf.variable}", f"{name}.{leaf.name}", leaf.axes)
+            for variable, name in norms.items()
+            for leaf in _BATCH_NORM
+        ),
+    )
+
+
+_SELECTIONS = {
+    "original": {
+        ChannelSelectionConv: _selection({"pointwise": "fc"}, "conv2d", _MATRIX, {"norm": "bn"}),
+        SubspaceChannelSelectionConv: _selection(
+            {"subspace": "subspace", "pointwise": "fc"},
+            "conv2d",
+            _MATRIX,
+            {"subspace_norm": "subspace_bn", "norm": "bn"},
+        ),
+    },
+    "bsconv": {
+        ChannelSelectionConv: _selection({"pointwise": "pw"}, "dw", _POINT, {"norm": "bn"}),
+        SubspaceChannelSelectionConv: _selection(
+            {"subspace": "pw1", "pointwise": "pw2"},
+            "dw",
+            _POINT,
+            {"subspace_norm": "bn1", "norm": "bn2"},
+        ),
+    },
+}
+_MOST_TOLD = 8  # problems that an error lists; the others it counts
+
+
+def from_torch(
+    module: nnx.Module,
+    state_dict: Mapping[str, Any],
+    *,
+    names: Names = "torchvision",
+    parts: Parts | None = None,
+) -> None:
+    """Loads parameters and running statistics into `module`, in place.
 
     Args:
-        network: a `ResNet` built with the configuration the arrays belong to, or a single
-            convolution, whose arrays have no `NAME.` in front.
+        module: a `ResNet`, or any other module of convolutions, linear layers, embeddings and
+            normalisations, built as the one the arrays belong to. The arrays of a single layer have
+            no `NAME.` in front.
         state_dict: a PyTorch module's `state_dict()`, or the same in NumPy arrays. Convolutions
-            are `NAME.weight` `(C_out, C_in, K_h, K_w)` or, where they are channel selection,
-            `NAME.fc.weight` `(C_out·R, C_in)` and `NAME.conv2d.weight` `(C_out, R, K_h, K_w)`; the
-            last layer is `fc.weight` `(num_classes, C)`; everything else has one axis. All names
-            may have the same words in front, as `module.` of `DataParallel` or `_orig_mod.` of
-            `torch.compile`. Values are real, of any dtype and layout, and cast to the dtype of the
-            network's variables. `num_batches_tracked`, which a momentum makes meaningless, is
-            ignored.
+            are `NAME.weight` `(C_out, C_in/G, *kernel_size)`; channel selection has, with the parts
+            of the original, `NAME.fc.weight` `(C_out·R, C_in)` and `NAME.conv2d.weight`
+            `(C_out, R, *kernel_size)`, with those of `bsconv` `NAME.pw.weight`
+            `(C_out·R, C_in/G, 1, 1)` and `NAME.dw.weight`; linear layers are `(C_out, C_in)`;
+            everything else has one axis. All names may have the same words in front, as `module.`
+            of `DataParallel` or `_orig_mod.` of `torch.compile`. Values are real, of any dtype and
+            layout, and cast to the dtype of the module's variables. `num_batches_tracked`, which a
+            momentum makes meaningless, is ignored.
+        names: of the layers of a `ResNet`: those of torchvision (the default), which are timm's
+            too, or those of the package `bsconv`. Or a mapping from the paths of layers, as
+            `"encoder.0.conv"`, to names; a layer that it lacks, and every layer of another module
+            without a mapping, has its path for a name.
+        parts: how channel selection is written; by default as in `bsconv` with its names, else as
+            the original.
 
     Raises:
-        ValueError: listing all names that are missing, unexpected, without real values, or of a
-            wrong shape; or naming a layer of the network that has no PyTorch counterpart. Nothing
-            is loaded then.
+        ValueError: naming the first of the names that are missing, unexpected, without real values,
+            or of a wrong shape, and counting the others; or naming a layer of the module that has
+            no PyTorch counterpart, or an argument that is wrong. Nothing is loaded then.
     """
-    entries = {name: (variable, axes) for name, variable, axes in _entries(network)}
+    entries = {name: (variable, axes) for name, variable, axes in _entries(module, names, parts)}
     given = {n: value for n, value in state_dict.items() if not n.endswith("num_batches_tracked")}
     prefix = _common_prefix(given, entries)
     entries = {prefix + name: entry for name, entry in entries.items()}
-    problems = [f"{name} is missing" for name in entries if name not in given]
-    problems += [f"{name} is unexpected" for name in given if name not in entries]
+    problems = [(name, "missing", "") for name in entries if name not in given]
+    problems += [(name, "unexpected", "") for name in given if name not in entries]
     arrays = {}
     for name, (variable, axes) in entries.items():
         if name not in given:
             continue
-        shape = tuple(variable.shape[axis] for axis in axes)
+        shape = tuple(1 if axis is None else variable.shape[axis] for axis in axes)
         try:
             arrays[name] = _real_array(given[name])
         except (TypeError, ValueError, RuntimeError) as error:
-            problems.append(f"{name} has no values that can be taken: {str(error).splitlines()[0]}")
+            told = f"no values that can be taken: {str(error).splitlines()[0]}"
+            problems.append((name, "without values", told))
         else:
             if arrays[name].shape != shape:
-                problems.append(f"{name} has shape {arrays[name].shape}, not {shape}")
+                told = f"shape {arrays[name].shape}, not {shape}"
+                problems.append((name, "of another shape", told))
     if problems:
-        raise ValueError("state_dict does not fit the network:\n" + "\n".join(problems))
+        raise ValueError(_summary(problems))
     for name, (variable, axes) in entries.items():
+        real = [axis for axis in axes if axis is not None]
+        array = arrays[name].reshape([variable.shape[axis] for axis in real])
         # A copy: on CPUs JAX would share the memory, which PyTorch goes on to change.
-        array = np.array(arrays[name].transpose(np.argsort(axes)))
-        variable[...] = jnp.asarray(array, variable.dtype)
+        variable[...] = jnp.asarray(np.array(array.transpose(np.argsort(real))), variable.dtype)
 
 
-def to_torch(network: nnx.Module) -> dict[str, np.ndarray]:
-    """Parameters and running statistics as a PyTorch module's `load_state_dict` takes them.
+def to_numpy(
+    module: nnx.Module, *, names: Names = "torchvision", parts: Parts | None = None
+) -> dict[str, np.ndarray]:
+    """Parameters and running statistics with the names and shapes of a PyTorch module.
+
+    Args:
+        module: as of `from_torch`, which has the other arguments too.
+        names: of its layers.
+        parts: how channel selection is written.
 
     Returns:
-        NumPy arrays that own their memory, by name, with the shapes `from_torch` takes and the
-        dtypes of the network's variables. `num_batches_tracked` is not among them; PyTorch's strict
-        loading does without.
+        NumPy arrays that own their memory, by name, as `from_torch` takes them, of the dtypes of
+        the module's variables. `num_batches_tracked` is not among them; PyTorch's strict loading
+        does without.
 
     Raises:
-        ValueError: naming a layer of the network that has no PyTorch counterpart.
+        ValueError: naming a layer of the module that has no PyTorch counterpart, or an argument
+            that is wrong.
     """
-    return {
-        name: np.array(np.asarray(variable[...]).transpose(axes), order="C")
-        for name, variable, axes in _entries(network)
-    }
+    arrays = {}
+    for name, variable, axes in _entries(module, names, parts):
+        array = np.asarray(variable[...])
+        array = array.transpose([axis for axis in axes if axis is not None])
+        added = [place for place, axis in enumerate(axes) if axis is None]
+        arrays[name] = np.array(np.expand_dims(array, added), order="C")
+    return arrays
+
+
+def to_torch(
+    module: nnx.Module, *, names: Names = "torchvision", parts: Parts | None = None
+) -> dict[str, Any]:
+    """What `to_numpy` returns in tensors, which a PyTorch module's `load_state_dict` takes.
+
+    Raises:
+        ModuleNotFoundError: if PyTorch is not installed.
+        ValueError: as of `to_numpy`.
+    """
+    import torch
+
+    def tensor(array: np.ndarray) -> Any:
+        # NumPy's own view of bfloat16 is none that PyTorch takes; bytes are.
+        flat = torch.frombuffer(bytearray(array.tobytes()), dtype=getattr(torch, array.dtype.name))
+        return flat.reshape(array.shape)
+
+    return {n: tensor(array) for n, array in to_numpy(module, names=names, parts=parts).items()}
+
+
+def load_safetensors(
+    module: nnx.Module,
+    path: str | Path,
+    *,
+    names: Names = "torchvision",
+    parts: Parts | None = None,
+) -> None:
+    """Loads a `.safetensors` file into `module`, in place; it needs the package `safetensors`.
+
+    The arguments are those of `from_torch`.
+
+    Raises:
+        ModuleNotFoundError: if the package is not installed.
+        OSError: if the file cannot be read.
+        ValueError: if it is no such file; else as of `from_torch`.
+    """
+    import safetensors.numpy
+
+    try:
+        arrays = safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"path={str(path)!r} is not a safetensors file: {error}") from error
+    from_torch(module, arrays, names=names, parts=parts)
+
+
+def save_safetensors(
+    module: nnx.Module,
+    path: str | Path,
+    *,
+    names: Names = "torchvision",
+    parts: Parts | None = None,
+) -> None:
+    """Writes what `to_numpy` returns to a `.safetensors` file; it needs the package `safetensors`.
+
+    Raises:
+        ModuleNotFoundError: if the package is not installed.
+        OSError: if the file cannot be written.
+        ValueError: as of `to_numpy`.
+    """
+    import safetensors.numpy
+
+    arrays = to_numpy(module, names=names, parts=parts)
+    with replaced(Path(path)) as partial:
+        partial.write_bytes(safetensors.numpy.save(arrays, metadata={"format": "pt"}))
+
+
+def _summary(problems: Collection[tuple[str, str, str]]) -> str:
+    """How many problems of each kind there are, and the first of them, a line each."""
+    counts = collections.Counter(kind for _, kind, _ in problems)
+    counted = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    lines = [
+        f"{name} has {told}" if told else f"{name} is {kind}"
+        for name, kind, told in list(problems)[:_MOST_TOLD]
+    ]
+    more = len(problems) - len(lines)
+    lines += [f"and {more} more"] if more else []
+    return "\n".join([f"state_dict does not fit the network ({counted}):", *lines])
 
 
 def _common_prefix(given: Collection[str], wanted: Collection[str]) -> str:
@@ -140,31 +323,73 @@ def _real_array(value: Any) -> np.ndarray:
     return array
 
 
-def _entries(network: nnx.Module) -> Iterator[tuple[str, nnx.Variable, tuple[int, ...]]]:
+def _entries(
+    module: nnx.Module, names: Names, parts: Parts | None
+) -> Iterator[tuple[str, nnx.Variable, tuple[int | None, ...]]]:
     """Each array of a state dict: its name, the variable it belongs to, and its axes there."""
-    for path, layer in nnx.iter_modules(network):
-        name = _layer_name(path, network)
+    if parts not in (None, *_SELECTIONS):
+        choices = ", ".join(map(repr, _SELECTIONS))
+        raise ValueError(f"parts={parts!r} must be one of {choices}, or None")
+    known = _LAYERS | _SELECTIONS[parts or ("bsconv" if names == "bsconv" else "original")]
+    name_of, layers = _namer(module, names), list(nnx.iter_modules(module))
+    selections = {path for path, layer in layers if isinstance(layer, ChannelSelectionConv)}
+    for path, layer in layers:
+        if path and path[:-1] in selections:
+            continue  # a norm of channel selection, which is one of its arrays
+        name = name_of(path)
         has_parameters = any(isinstance(value, nnx.Param) for value in vars(layer).values())
-        if type(layer) not in _VARIABLES and has_parameters:
+        if type(layer) not in known and has_parameters:
             raise ValueError(
                 f"{name} is a {type(layer).__name__}, which has no PyTorch counterpart"
             )
-        for attribute, leaf, axes in _VARIABLES.get(type(layer), ()):
-            variable = getattr(layer, attribute)
-            if variable is None:
-                continue
-            if axes is _KERNEL:
-                dimensions = len(variable.shape) - 2
-                axes = (dimensions + 1, dimensions, *range(dimensions))
-            yield f"{name}.{leaf}" if path else leaf, variable, axes
+        for leaf in known.get(type(layer), ()):
+            *holders, attribute = leaf.variable.split(".")
+            holder = operator.attrgetter(*holders)(layer) if holders else layer
+            variable = getattr(holder, attribute, None)
+            if variable is not None:
+                axes = _axes(layer, leaf, as_conv=names == "bsconv")
+                yield f"{name}.{leaf.name}" if path else leaf.name, variable, axes
 
 
-def _layer_name(path: tuple[str | int, ...], network: nnx.Module) -> str:
-    if path[:1] == ("blocks",) and len(path) > 1:
-        sizes = enumerate(network.config.blocks, 1)
-        stages = [f"layer{stage}.{i}" for stage, n in sizes for i in range(n)]
-        path = (stages[path[1]], *path[2:])
-    name = ".".join(map(str, path))
-    for pattern, replacement in _LAYER_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+def _axes(layer: nnx.Module, leaf: _Leaf, *, as_conv: bool) -> tuple[int | None, ...]:
+    """The axes of a leaf; in `bsconv` linear layers are convolutions of 1 × 1."""
+    if leaf.axes is _KERNEL:
+        dimensions = len(layer.kernel_size)
+        return dimensions + 1, dimensions, *range(dimensions)
+    if leaf.axes is _POINT:
+        return *_MATRIX, *(None for _ in layer.kernel_size)
+    if as_conv and isinstance(layer, nnx.Linear) and leaf.axes == _MATRIX:
+        return *_MATRIX, None, None
+    return leaf.axes
+
+
+def _namer(module: nnx.Module, names: Names) -> Callable[[tuple[str | int, ...]], str]:
+    """What gives a layer's name for its path."""
+    if isinstance(names, Mapping):
+        paths = {".".join(map(str, path)) for path, _ in nnx.iter_modules(module)}
+        if unknown := names.keys() - paths:
+            raise ValueError(f"names: {min(unknown)!r} is no layer of the module")
+        return lambda path: names.get(".".join(map(str, path)), ".".join(map(str, path)))
+    if names not in ("torchvision", "bsconv"):
+        raise ValueError(f"names={names!r} must be 'torchvision', 'bsconv' or a mapping")
+    config = getattr(module, "config", None)
+    patterns = {"torchvision": _TORCHVISION, "bsconv": _BSCONV}[names]
+    stages = [(s, b) for s, count in enumerate(getattr(config, "blocks", ())) for b in range(count)]
+
+    def name_of(path: tuple[str | int, ...]) -> str:
+        name = ".".join(map(str, path))
+        if not stages:
+            return name
+        for pattern, replacement in patterns:
+            name = re.sub(pattern, replacement, name)
+        if path[:1] != ("blocks",) or len(path) < 2:
+            return name
+        stage, block = stages[path[1]]
+        rest = name.removeprefix(f"blocks.{path[1]}")
+        if names == "torchvision":
+            return f"layer{stage + 1}.{block}{rest}"
+        if config.block == "preactivation":  # its norms belong to the convolutions before them
+            rest = {".conv1.bn": ".bn", ".conv2.bn": ".conv1.bn"}.get(rest, rest)
+        return f"backbone.stage{stage + 1}.unit{block + 1}{rest}"
+
+    return name_of

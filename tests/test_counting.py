@@ -7,9 +7,16 @@ import math
 import jax
 import pytest
 import torch
+from bsconv.pytorch import get_model
 from flax import nnx
 
-from chansel_jax import ChannelSelectionConv, ResNet
+from chansel_jax import (
+    ChannelSelectionConv,
+    ResNet,
+    SubspaceChannelSelectionConv,
+    cifar_resnet,
+    wide_resnet,
+)
 from chansel_jax.counting import (
     LayerCount,
     break_even,
@@ -55,7 +62,7 @@ def torch_multiply_adds(network, image_size):
         ("resnet14", "subkernel", {}, 174_787),
         ("resnet14", "chansel", {}, 27_363),
         ("resnet14", "chansel", {"width": 32}, 97_731),
-        ("resnet14", "chansel", {"plain_shortcuts": True}, 27_267),
+        ("resnet14", "chansel", {"replaced": "spatial"}, 27_267),
         ("resnet14", "chansel", {"width": 44}, 178_731),
         ("resnet14", "chansel", {"rank": 2}, 50_339),
         ("resnet14", "chansel", {"rank": 3}, 73_315),
@@ -63,6 +70,9 @@ def torch_multiply_adds(network, image_size):
         ("resnet18", "subkernel", {}, 11_689_512),
         ("resnet18", "chansel", {}, 1_954_024),
         ("resnet18", "chansel", {"use_bias": True}, 1_958_824),
+        ("resnet34", "subkernel", {}, 21_797_672),  # torchvision's, as the next
+        ("resnet50", "subkernel", {}, 25_557_032),
+        ("resnet14", "subspace", {}, 15_971),
     ],
 )
 def test_parameters_of_the_networks(preset, kind, options, parameters):
@@ -71,7 +81,77 @@ def test_parameters_of_the_networks(preset, kind, options, parameters):
     assert sum(p.numel() for p in abstract_twin(kind, config).parameters()) == parameters
 
 
+AS_BSCONV = {"replaced": "3x3", "input_norm": True, "num_classes": 10}
+BSCONV_NETWORKS = {
+    **{name: PRESETS[name] for name in PRESETS if name.startswith("cifar_wrn")},
+    **{f"cifar_resnet{depth}": cifar_resnet(depth) for depth in (20, 56, 110)},
+    "resnet18": config_of("resnet18", **AS_BSCONV),
+    "resnet34": config_of("resnet34", **AS_BSCONV),
+    "resnet10": config_of("resnet18", blocks=(1, 1, 1, 1), **AS_BSCONV),
+    "resnet26": config_of("resnet18", blocks=(3, 3, 3, 3), **AS_BSCONV),
+    "preresnet18": config_of("resnet18", block="preactivation", **AS_BSCONV),
+    "cifar_preresnet20": dataclasses.replace(cifar_resnet(20), block="preactivation"),
+    "cifar_wrn40_4": wide_resnet(40, 4),
+}
+
+
+@pytest.mark.parametrize(
+    ("variant", "conv"),
+    [
+        ("", CONVS["subkernel"]),
+        ("_bsconvu", CONVS["chansel"]),
+        (
+            "_bsconvs_p1d2",
+            functools.partial(SubspaceChannelSelectionConv, share=1 / 2, norm=True),
+        ),
+        ("_bsconvs_p1d4", functools.partial(SubspaceChannelSelectionConv, norm=True)),
+    ],
+)
+@pytest.mark.parametrize("name", BSCONV_NETWORKS)
+def test_networks_have_the_parameters_of_bsconv(name, variant, conv):
+    if name in ("resnet26", "cifar_resnet110") and variant.endswith("2"):
+        name = "resnet10"  # these take the longest to build and would show nothing more
+    with torch.device("meta"):
+        expected = sum(p.numel() for p in get_model(name + variant, num_classes=10).parameters())
+    config = dataclasses.replace(BSCONV_NETWORKS[name], conv=conv)
+    assert sum(row.parameters for row in count_network(config, 32)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "conv"),
+    [
+        ("cifar_wrn16_1", CONVS["subkernel"]),
+        ("cifar_preresnet20_bsconvu", CONVS["chansel"]),
+        ("resnet10_bsconvs_p1d4", functools.partial(SubspaceChannelSelectionConv, norm=True)),
+    ],
+)
+def test_networks_have_the_multiply_adds_of_bsconv(name, conv):
+    with torch.device("meta"):
+        counts = torch_multiply_adds(get_model(name, num_classes=10), (64, 48))
+    config = dataclasses.replace(BSCONV_NETWORKS[name.partition("_bsconv")[0]], conv=conv)
+    expected = sum(count for _, count in counts.values())
+    assert sum(row.multiply_adds for row in count_network(config, (64, 48))) == expected
+
+
+def test_parameters_of_a_wide_resnet_by_hand():
+    """WRN-16-1 with BSConv-U: the stem, two blocks of 16, 32 and 64 channels, the classifier."""
+
+    def conv(inputs, outputs):
+        return inputs * outputs + 9 * outputs
+
+    def block(inputs, outputs):
+        shortcut = inputs * outputs if inputs != outputs else 0
+        return 2 * inputs + conv(inputs, outputs) + 2 * outputs + conv(outputs, outputs) + shortcut
+
+    first = 2 * 3 + conv(3, 16)  # BatchNorm of the images, and the stem
+    stages = 2 * block(16, 16) + sum(block(c // 2, c) + block(c, c) for c in (32, 64))
+    total = first + stages + 2 * 64 + 64 * 10 + 10
+    assert total == 27_312
+    assert sum(row.parameters for row in count_network(wide_resnet(16, 1), 32)) == total
+
+
 KINDS = {
+    "subspace": functools.partial(SubspaceChannelSelectionConv, norm=True),
     "subkernel": CONVS["subkernel"],
     "chansel": CONVS["chansel"],
     "normalised": functools.partial(ChannelSelectionConv, norm=True),
@@ -80,17 +160,28 @@ KINDS = {
 
 @pytest.mark.parametrize(
     ("kind", "rank"),
-    [("subkernel", 1), ("chansel", 1), ("chansel", 2), ("chansel", 4), ("normalised", 3)],
+    [
+        ("subkernel", 1),
+        ("chansel", 1),
+        ("chansel", 2),
+        ("chansel", 4),
+        ("normalised", 3),
+        ("subspace", 3),
+    ],
 )
-@pytest.mark.parametrize(("preset", "width"), [("resnet14", 6), ("resnet18", None)])
+@pytest.mark.parametrize(
+    ("preset", "width"),
+    [("resnet14", 6), ("resnet18", None), ("cifar_wrn16_2", None), ("resnet50", 16)],
+)
 def test_layers_are_the_modules_of_the_network(preset, width, kind, rank):
     config = dataclasses.replace(
         PRESETS[preset],
         conv=functools.partial(KINDS[kind], kernel_init=nnx.initializers.zeros),
+        blocks=(1, 1),
         width=width or PRESETS[preset].width,
         rank=rank,
         use_bias=rank == 2,
-        plain_shortcuts=rank == 4,
+        replaced="spatial" if rank == 4 else "all",
     )
     network = nnx.eval_shape(lambda: ResNet(config, rngs=nnx.Rngs(0)))
     modules = {".".join(map(str, path)): m for path, m in nnx.iter_modules(network)}
@@ -108,6 +199,8 @@ def test_layers_are_the_modules_of_the_network(preset, width, kind, rank):
         ("resnet14", (32, 32), {}),
         ("resnet14", (33, 47), {"rank": 4, "width": 8}),
         ("resnet18", (224, 224), {}),
+        ("resnet50", (50, 64), {"blocks": (1, 2)}),
+        ("cifar_resnet20", (33, 30), {"rank": 3}),
         ("resnet18", (65, 50), {"use_bias": True}),
     ],
 )
@@ -120,7 +213,7 @@ def test_outputs_and_multiply_adds_are_those_of_torch(preset, kind, image_size, 
         abstract_twin(kind, config), image_size
     ).items():
         # The two parts of a channel selection count as one layer; the last layer is `fc` itself.
-        layer = name.removesuffix(".conv2d").removesuffix(".fc")
+        layer = name.removesuffix(".conv2d").removesuffix(".fc").removesuffix(".subspace")
         before = expected.get(layer, (None, 0))[1]
         expected[layer] = (output, before + multiply_adds)
     rows = count_network(config, image_size)
@@ -155,6 +248,12 @@ def test_multiply_adds_of_resnet14_by_hand():
 
 
 def test_one_layer_of_each_kind_by_hand():
+    # From a subspace of 4 of 20 channels, and of all 3.
+    cost = chansel_cost(20, 7, 3, input_size=5, output_size=5, share=0.2, norm=True)
+    parts = 20 * 4 + 4 * 7, 7 * 9
+    assert cost == (sum(parts) + 7 + 2 * 4 + 2 * 7, 25 * sum(parts))
+    cost = chansel_cost(3, 7, 3, input_size=5, output_size=5, share=0.5, use_bias=False)
+    assert cost == (9 + 21 + 63, 25 * (9 + 21 + 63))
     # 4 × 3 outputs from 8 × 6 inputs; kernels of 2 · 5 elements, 3 channels in, 7 out.
     assert subkernel_cost(3, 7, (2, 5), output_size=(4, 3)) == (3 * 7 * 10 + 7, 12 * 3 * 7 * 10)
     cost = chansel_cost(3, 7, (2, 5), input_size=(8, 6), output_size=(4, 3), rank=2, norm=True)

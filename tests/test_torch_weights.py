@@ -1,17 +1,37 @@
 """State dicts of PyTorch in and out: names, layouts, and what does not fit."""
 
+import dataclasses
 import functools
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from bsconv.pytorch import BSConvS, BSConvS_Replacer, BSConvU, BSConvU_Replacer
+from bsconv.pytorch.resnet import build_resnet
 from flax import nnx
 
-from chansel_jax import ChannelSelectionConv, SubKernelConv, resnet14, resnet18
-from chansel_jax.networks.resnet import CONVS
-from chansel_jax.torch_weights import from_torch, to_torch
+from chansel_jax import (
+    ChannelSelectionConv,
+    ResNet,
+    ResNetConfig,
+    SubKernelConv,
+    SubspaceChannelSelectionConv,
+    resnet14,
+    resnet18,
+)
+from chansel_jax.networks.resnet import CONVS, PRESETS
+from chansel_jax.torch_weights import (
+    from_torch,
+    load_safetensors,
+    save_safetensors,
+    to_numpy,
+    to_torch,
+)
+from experiments.benchmarking.contestants.weights import uninitialised
 from experiments.pytorch.networks import WeightedSumConv2d, torch_twin
 
 
@@ -29,7 +49,7 @@ def variables(network):
 
 def numbered(network):
     """Arrays of `network`'s shapes, no two elements of which are alike."""
-    arrays = to_torch(network)
+    arrays = to_numpy(network)
     ends = np.cumsum([array.size for array in arrays.values()])
     return {
         name: np.arange(end - array.size, end, dtype=np.float32).reshape(array.shape)
@@ -44,11 +64,11 @@ def test_state_dicts_are_those_of_torch(preset, options, kind):
     twin = torch_twin(kind, network.config)
     before = twin.state_dict()
     expected = {name: tuple(a.shape) for name, a in before.items() if "batches" not in name}
-    assert {name: array.shape for name, array in to_torch(network).items()} == expected
+    assert {name: array.shape for name, array in to_numpy(network).items()} == expected
 
     from_torch(network, before)
     chex.assert_trees_all_equal(
-        to_torch(network), {name: before[name].numpy() for name in expected}
+        to_numpy(network), {name: before[name].numpy() for name in expected}
     )
     values = numbered(network)
     twin.load_state_dict({name: torch.from_numpy(array) for name, array in values.items()})
@@ -82,7 +102,7 @@ def test_layouts():
 
 
 def test_names_of_torchvision():
-    names = to_torch(small(resnet18, SubKernelConv)).keys()
+    names = to_numpy(small(resnet18, SubKernelConv)).keys()
     assert {
         "conv1.weight",
         "bn1.running_mean",
@@ -102,11 +122,11 @@ def test_names_of_a_normalised_layer():
     twin = WeightedSumConv2d(3, 4, 7, norm=True).state_dict()
     for name in ("conv1", "layer1.0.conv2", "layer2.0.downsample.0"):
         prefix = name + "."
-        names = {n.removeprefix(prefix) for n in to_torch(network) if n.startswith(prefix)}
+        names = {n.removeprefix(prefix) for n in to_numpy(network) if n.startswith(prefix)}
         assert names == {n for n in twin if "batches" not in n}
     values = numbered(network)
     from_torch(network, values)
-    chex.assert_trees_all_equal(to_torch(network), values)
+    chex.assert_trees_all_equal(to_numpy(network), values)
 
 
 def test_tensors_that_require_a_gradient():
@@ -121,7 +141,7 @@ def test_values_are_cast_to_the_dtype_of_the_network():
     values = numbered(network)
     from_torch(network, {name: array.astype(np.float64) for name, array in values.items()})
     assert {leaf.dtype for leaf in jax.tree.leaves(variables(network))} == {np.dtype(np.float32)}
-    chex.assert_trees_all_equal(to_torch(network), values)
+    chex.assert_trees_all_equal(to_numpy(network), values)
 
 
 def test_memory_is_not_shared():
@@ -133,7 +153,7 @@ def test_memory_is_not_shared():
         for tensor in twin.state_dict().values():
             tensor.add_(1)
     chex.assert_trees_all_equal(variables(network), before)
-    for array in to_torch(network).values():
+    for array in to_numpy(network).values():
         array += 1
     chex.assert_trees_all_equal(variables(network), before)
 
@@ -163,7 +183,7 @@ def test_what_all_names_have_in_front(prefix):
     values = numbered(network)
     given = {prefix + name: value for name, value in values.items()}
     from_torch(network, given | {f"{prefix}bn1.num_batches_tracked": np.array(3)})
-    chex.assert_trees_all_equal(to_torch(network), values)
+    chex.assert_trees_all_equal(to_numpy(network), values)
 
     layer = SubKernelConv(2, 3, (1, 1), use_bias=False, rngs=nnx.Rngs(0))
     from_torch(layer, {f"{prefix}weight": np.ones((3, 2, 1, 1))})
@@ -191,7 +211,7 @@ def test_tensors_of_every_dtype_and_layout():
     ):
         from_torch(layer, {"weight": weight, "bias": torch.ones(3)})
         expected = weight.detach().to_dense().double().resolve_neg().numpy()
-        np.testing.assert_array_equal(to_torch(layer)["weight"], expected)
+        np.testing.assert_array_equal(to_numpy(layer)["weight"], expected)
 
 
 @pytest.mark.parametrize(
@@ -213,8 +233,212 @@ def test_values_that_are_none_or_not_real_are_named(value, told):
 
 
 def test_a_layer_without_a_counterpart():
-    network = nnx.eval_shape(lambda: resnet14(nnx.Conv, width=4, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match=r"layer\d\.\d\.conv\d is a Conv,"):
-        to_torch(network)
-    with pytest.raises(ValueError, match=r"layer\d\.\d\.conv\d is a Conv,"):
+    network = nnx.Sequential(nnx.ConvTranspose(2, 2, (1, 1), rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"layers\.0 is a ConvTranspose,"):
+        to_numpy(network)
+    with pytest.raises(ValueError, match=r"layers\.0 is a ConvTranspose,"):
         from_torch(network, {})
+
+
+def test_of_many_problems_the_first_are_told_and_all_counted():
+    network = small(resnet18)
+    arrays = {f"{name}.old": array for name, array in to_numpy(network).items()}
+    count = len(arrays)
+    arrays["fc.bias"] = np.ones(7)
+    with pytest.raises(ValueError) as error:
+        from_torch(network, arrays)
+    first, *lines, last = str(error.value).splitlines()
+    assert f"({count - 1} missing, {count} unexpected, 1 of another shape)" in first
+    assert len(lines) == 8 and all(line.endswith(" is missing") for line in lines)
+    assert last == f"and {2 * count - 8} more"
+
+
+# The package bsconv
+
+
+def randomised(module):
+    """`module` in evaluation, its BatchNorms with other values than the initial zeros and ones."""
+    torch.manual_seed(0)
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
+            torch.nn.init.normal_(layer.bias, std=0.3)
+            layer.running_mean.normal_(std=0.3)
+            layer.running_var.uniform_(0.5, 2)
+    return module.eval()
+
+
+REPLACERS = {
+    "subkernel": lambda module: module,
+    "chansel": BSConvU_Replacer().apply,
+    "subspace": BSConvS_Replacer(with_bn=True).apply,
+}
+
+
+def of_bsconv(kind, *, preactivation=False, large=False, units=(1, 1)):
+    """A network of the package, and ours of the same shape."""
+    torch.manual_seed(0)
+    theirs = REPLACERS[kind](
+        build_resnet(5, units, width_multiplier=0.5, preact=preactivation, cifar=not large)
+    )
+    conv = {**CONVS, "subspace": functools.partial(SubspaceChannelSelectionConv, norm=True)}[kind]
+    config = ResNetConfig(
+        functools.partial(conv, kernel_init=nnx.initializers.zeros),
+        num_classes=5,
+        blocks=units,
+        width=32 if large else 8,
+        stem_width=64 if large else 16,
+        stem="pooled" if large else "small",
+        block="preactivation" if preactivation else "basic",
+        input_norm=True,
+        replaced="3x3",
+    )
+    return randomised(theirs), ResNet(config, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("subkernel", {"preactivation": True}),
+        ("chansel", {}),
+        ("chansel", {"large": True}),
+        ("subspace", {"preactivation": True}),
+    ],
+)
+def test_networks_of_bsconv_and_back(kind, options):
+    theirs, ours = of_bsconv(kind, **options)
+    from_torch(ours, theirs.state_dict(), names="bsconv")
+    ours.eval()
+    x = np.random.default_rng(0).standard_normal((2, 16, 16, 3), np.float32)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
+    logits = nnx.jit(lambda network, x: network(x))(ours, x)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+    back, _ = of_bsconv(kind, **options)
+    for tensor in back.state_dict().values():
+        tensor.zero_()
+    back.load_state_dict(to_torch(ours, names="bsconv"))
+    for name, tensor in theirs.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(back.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("theirs", "layer"),
+    [
+        (BSConvU, functools.partial(ChannelSelectionConv, norm=True)),
+        (BSConvS, functools.partial(SubspaceChannelSelectionConv, norm=True)),
+    ],
+)
+def test_layers_of_bsconv(theirs, layer):
+    torch.manual_seed(0)
+    twin = randomised(theirs(20, 6, 3, padding=1, with_bn=True))
+    ours = layer(20, 6, (3, 3), padding=1, rngs=nnx.Rngs(0))
+    from_torch(ours, twin.state_dict(), parts="bsconv")
+    ours.eval()
+    x = torch.randn(2, 20, 5, 4)
+    expected = twin(x).detach().numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(ours(x.numpy().transpose(0, 2, 3, 1)), expected, atol=1e-5)
+
+
+# Other modules, and files
+
+
+class Encoder(nnx.Module):
+    """Of Flax's own layers."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.convs = nnx.List(
+            [
+                nnx.Conv(4, 6, (3, 2), padding="VALID", feature_group_count=2, rngs=rngs),
+                nnx.Conv(6, 6, (1, 1), use_bias=False, rngs=rngs),
+            ]
+        )
+        self.norm = nnx.GroupNorm(6, num_groups=3, epsilon=1e-5, rngs=rngs)
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        for conv in self.convs:
+            x = conv(x)
+        return self.head(self.norm(x).mean((1, 2)))
+
+
+class TorchEncoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Conv2d(4, 6, (3, 2), groups=2)
+        self.second = torch.nn.Conv2d(6, 6, 1, bias=False)
+        self.norm = torch.nn.GroupNorm(3, 6)
+        self.head = torch.nn.Linear(6, 3)
+        torch.nn.init.normal_(self.norm.weight)
+
+    def forward(self, x):
+        return self.head(self.norm(self.second(self.first(x))).mean((2, 3)))
+
+
+def test_any_module_with_a_mapping():
+    torch.manual_seed(0)
+    theirs, ours = TorchEncoder(), Encoder()
+    names = {"convs.0": "first", "convs.1": "second"}
+    from_torch(ours, theirs.state_dict(), names=names)
+    x = torch.randn(2, 4, 6, 5)
+    expected = theirs(x).detach().numpy()
+    np.testing.assert_allclose(ours(x.numpy().transpose(0, 2, 3, 1)), expected, atol=1e-5)
+    arrays = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    chex.assert_trees_all_equal(to_numpy(ours, names=names), arrays)
+    with pytest.raises(ValueError, match="names: 'convs.2' is no layer of the module"):
+        to_numpy(ours, names={"convs.2": "third"})
+
+
+@pytest.mark.parametrize("name", ["resnet50", "cifar_wrn16_1"])
+def test_names_of_a_network_s_layers_are_different(name):
+    network = uninitialised(dataclasses.replace(PRESETS[name], blocks=(1, 1), width=8))
+    count = len(jax.tree.leaves(nnx.state(network, (nnx.Param, nnx.BatchStat))))
+    assert len(to_numpy(network)) == len(to_numpy(network, names="bsconv")) == count
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_files_and_tensors_hold_every_bit(tmp_path, dtype):
+    options = {"param_dtype": jnp.dtype(dtype), "rngs": nnx.Rngs(0)}
+    layer = ChannelSelectionConv(5, 4, (3, 3), rank=2, **options)
+    expected = to_numpy(layer)
+    tensors = to_torch(layer)
+    assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
+    save_safetensors(layer, tmp_path / "layer.safetensors")
+    stored = safetensors.torch.load_file(tmp_path / "layer.safetensors")
+    other = ChannelSelectionConv(5, 4, (3, 3), rank=2, **options | {"rngs": nnx.Rngs(1)})
+    assert stored.keys() == tensors.keys() == expected.keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
+    load_safetensors(other, tmp_path / "layer.safetensors")
+    chex.assert_trees_all_equal(to_numpy(other), expected)
+    # The file of PyTorch's own writer, and tensors that are not contiguous or have a gradient.
+    views = {
+        name: tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor
+        for name, tensor in tensors.items()
+    }
+    assert not views["fc.weight"].is_contiguous()
+    from_torch(layer, {name: torch.nn.Parameter(tensor) for name, tensor in views.items()})
+    chex.assert_trees_all_equal(to_numpy(layer), expected)
+    safetensors.torch.save_file(tensors, tmp_path / "theirs.safetensors")
+    load_safetensors(layer, tmp_path / "theirs.safetensors")
+    chex.assert_trees_all_equal(to_numpy(layer), expected)
+
+
+def test_a_file_that_is_none(tmp_path):
+    layer = SubKernelConv(2, 3, (1, 1), rngs=nnx.Rngs(0))
+    (tmp_path / "weights.safetensors").write_text("wrong")
+    with pytest.raises(ValueError, match="path='.*weights.safetensors' is not a safetensors file"):
+        load_safetensors(layer, tmp_path / "weights.safetensors")
+    with pytest.raises(FileNotFoundError):
+        load_safetensors(layer, tmp_path / "missing.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("names", "keras"), ("parts", "linear"), ("names", {"convs": "x"})]
+)
+def test_wrong_names_and_parts(argument, value):
+    layer = SubKernelConv(2, 3, (1, 1), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=f"{argument}"):
+        to_numpy(layer, **{argument: value})

@@ -1,7 +1,8 @@
 """Residual networks that take their convolution as an argument.
 
-He et al., "Deep Residual Learning for Image Recognition" (2015). Images are NHWC, logits `(N,
-num_classes)`.
+He et al., "Deep Residual Learning for Image Recognition" (2015); those whose BatchNorm and ReLU
+come before each convolution are of Zagoruyko and Komodakis, "Wide Residual Networks" (2016). Images
+are NHWC, logits `(N, num_classes)`.
 """
 
 import collections
@@ -9,17 +10,26 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
-from chansel_jax.conv import BatchNorm, ChannelSelectionConv, SubKernelConv
+from chansel_jax.conv import (
+    BatchNorm,
+    ChannelSelectionConv,
+    SubKernelConv,
+    SubspaceChannelSelectionConv,
+)
 from chansel_jax.ops.window import positive
 
-CONVS = {"chansel": ChannelSelectionConv, "subkernel": SubKernelConv}
+CONVS = {
+    "chansel": ChannelSelectionConv,
+    "subspace": SubspaceChannelSelectionConv,
+    "subkernel": SubKernelConv,
+}
 DENSE = (SubKernelConv, nnx.Conv)
 
 he_normal = nnx.initializers.he_normal()  # for convolutions that ReLU follows
@@ -52,6 +62,9 @@ class Layer:
     reduction: int
 
 
+Replaced = Literal["all", "spatial", "3x3"]  # which convolutions `ResNetConfig.conv` replaces
+
+
 @dataclasses.dataclass(frozen=True)
 class ResNetConfig:
     """What a `ResNet` is built from.
@@ -63,14 +76,24 @@ class ResNetConfig:
         num_classes: the number of logits.
         blocks: residual blocks in each stage; every stage but the first halves the image.
         width: channels of the first stage; every further stage doubles them.
-        stem: `"plain"`, an ordinary 3 × 3 convolution with bias, whatever `conv` is; or `"pooled"`,
-            a 7 × 7 `conv` of stride 2, BatchNorm and a max pooling of stride 2.
+        stem: `"plain"`, a 3 × 3 convolution with bias and ReLU; `"small"`, a 3 × 3 convolution,
+            BatchNorm and ReLU; or `"pooled"`, a 7 × 7 convolution of stride 2, BatchNorm, ReLU and
+            a max pooling of stride 2.
+        block: `"basic"`, two 3 × 3 convolutions, each with a BatchNorm behind it; `"bottleneck"`, a
+            1 × 1, a 3 × 3 and a 1 × 1 convolution, the last of which has four times the channels;
+            or `"preactivation"`, two 3 × 3 convolutions with BatchNorm and ReLU before each. Of
+            these a small stem is the convolution alone, and a last BatchNorm and ReLU follow.
+        stem_width: channels of the stem; by default `width`.
+        input_norm: whether a BatchNorm normalises the images.
+        replaced: which convolutions are `conv`; the others are ordinary ones. `"all"` are all but
+            the one of a plain stem. `"spatial"` are those of them that are not 1 × 1: with one
+            weight for each output channel before a BatchNorm, the depthwise part of a 1 × 1 channel
+            selection expresses nothing more. `"3x3"` are those with a kernel of 3 × 3, also in a
+            plain stem, which is what Haase and Amthor's package `bsconv` replaces.
         rank: the rank of every `conv`, or a rank for each, in the network's order; but 1 × 1
-            shortcuts keep rank 1, and a pooled stem has at most the rank `in_channels`.
-        use_bias: whether every `conv` has a bias before its BatchNorm.
-        plain_shortcuts: whether the 1 × 1 shortcuts are ordinary convolutions, whatever `conv` is.
-            With one weight for each output channel before a BatchNorm, the depthwise part of a
-            1 × 1 channel selection expresses nothing more.
+            convolutions keep rank 1, and one rank for all is at most `in_channels` in the stem.
+        use_bias: whether every convolution but a plain stem's, which has one, has a bias before its
+            BatchNorm.
         dropout_rate: the share of pooled features dropped before the last layer while training.
         dtype: of the computation; the parameters and the logits stay float32.
         in_channels: channels of the images.
@@ -80,10 +103,13 @@ class ResNetConfig:
     num_classes: int
     blocks: tuple[int, ...]
     width: int
-    stem: Literal["plain", "pooled"]
+    stem: Literal["plain", "small", "pooled"]
+    block: Literal["basic", "bottleneck", "preactivation"] = "basic"
+    stem_width: int | None = None
+    input_norm: bool = False
+    replaced: Replaced = "all"
     rank: int | tuple[int, ...] = 1
     use_bias: bool = False
-    plain_shortcuts: bool = False
     dropout_rate: float = 0.0
     dtype: Dtype = jnp.float32
     in_channels: int = 3
@@ -91,12 +117,16 @@ class ResNetConfig:
     def __post_init__(self):
         for name in ("num_classes", "width", "in_channels"):
             positive(name, getattr(self, name))
+        if self.stem_width is not None:
+            positive("stem_width", self.stem_width)
         if not self.blocks:
             raise ValueError(f"blocks={self.blocks!r} must name at least one stage")
         for count in self.blocks:
             positive("blocks", count)
-        if self.stem not in _STEMS:
-            raise ValueError(f"stem={self.stem!r} must be one of {', '.join(map(repr, _STEMS))}")
+        choices_of = {"stem": _STEMS, "block": _BLOCKS, "replaced": get_args(Replaced)}
+        for name, choices in choices_of.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
         self._check_ranks()
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate={self.dropout_rate} must be in [0, 1)")
@@ -109,58 +139,105 @@ class ResNetConfig:
             raise ValueError(f"rank={self.rank} must be at most 9, the elements of a 3 × 3 kernel")
         if max(ranks, default=1) > 1 and unwrapped(self.conv) in DENSE:
             raise ValueError(f"rank={self.rank}: the dense convolution has no rank")
-        count = 2 * sum(self.blocks) + (self.stem == "pooled")
+        count = self._spatial_convs
         if isinstance(self.rank, tuple) and len(self.rank) != count:
             raise ValueError(f"rank={self.rank} must be one rank, or one for each of {count} convs")
 
     @property
+    def _spatial_convs(self) -> int:
+        """How many `conv` are not 1 × 1."""
+        in_blocks = {"basic": 2, "bottleneck": 1, "preactivation": 2}[self.block]
+        return self._replaces_stem + in_blocks * sum(self.blocks)
+
+    @property
+    def _replaces_stem(self) -> bool:
+        return self.stem != ("pooled" if self.replaced == "3x3" else "plain")
+
+    @property
     def ranks(self) -> tuple[int, ...]:
-        """The rank of every `conv` but the 1 × 1 shortcuts, in the network's order."""
+        """The rank of every `conv` that is not 1 × 1, in the network's order."""
         if isinstance(self.rank, tuple):
             return self.rank
-        stem = (min(self.rank, self.in_channels),) if self.stem == "pooled" else ()
-        return stem + (self.rank,) * (2 * sum(self.blocks))
+        stem = (min(self.rank, self.in_channels),) if self._replaces_stem else ()
+        return stem + (self.rank,) * (self._spatial_convs - len(stem))
 
     @property
     def image_size(self) -> int:
         """The pixels, each way, of the images that such networks are made for; they take others."""
-        return {"plain": 32, "pooled": 224}[self.stem]
+        return 224 if self.stem == "pooled" else 32
 
     def layers(self) -> Iterator[Layer]:
         """Every layer that has parameters, in the order in which they are initialised."""
-        given = {"use_bias": self.use_bias, "dtype": self.dtype}
-        conv = functools.partial(_conv, self.conv, **given)
-        shortcut = (
-            functools.partial(_conv, SubKernelConv, **given) if self.plain_shortcuts else conv
-        )
-        norm = functools.partial(BatchNorm, self.width, dtype=self.dtype)
-        ranks, inputs, outputs = iter(self.ranks), self.in_channels, self.width
-        if self.stem == "plain":
-            stem = _conv(SubKernelConv, inputs, outputs, 3, use_bias=True, dtype=self.dtype)
-            yield Layer("stem.conv", stem, 1)
-            reduction = 1
-        else:
-            yield Layer("stem.conv", conv(inputs, outputs, 7, strides=2, rank=next(ranks)), 1)
-            yield Layer("stem.norm", norm, 2)
-            reduction = 4
-        stages = [stage for stage, count in enumerate(self.blocks) for _ in range(count)]
-        for i, stage in enumerate(stages):
-            inputs, outputs = outputs, self.width * 2**stage
-            strides = 1 if inputs == outputs else 2
-            path, before, reduction = f"blocks.{i}", reduction, reduction * strides
-            conv1 = conv(inputs, outputs, 3, strides=strides, rank=next(ranks))
-            conv2 = conv(outputs, outputs, 3, rank=next(ranks))
-            norm = functools.partial(BatchNorm, outputs, dtype=self.dtype)
-            yield Layer(f"{path}.conv1", conv1, before)
-            yield Layer(f"{path}.norm1", norm, reduction)
-            yield Layer(f"{path}.conv2", conv2, reduction)
-            yield Layer(f"{path}.norm2", norm, reduction)
-            if strides > 1:
-                make = shortcut(inputs, outputs, 1, strides=strides)
-                yield Layer(f"{path}.shortcut", make, before)
-                yield Layer(f"{path}.shortcut_norm", norm, reduction)
-        linear = functools.partial(nnx.Linear, outputs, self.num_classes, dtype=self.dtype)
+        ranks, inputs = iter(self.ranks), self.stem_width or self.width
+        if self.input_norm:
+            yield Layer("input_norm", self._norm(self.in_channels), 1)
+        yield from self._stem_layers(inputs, ranks)
+        reduction = 4 if self.stem == "pooled" else 1
+        stages = [(stage, i) for stage, count in enumerate(self.blocks) for i in range(count)]
+        for number, (stage, i) in enumerate(stages):
+            outputs = self.width * 2**stage * (4 if self.block == "bottleneck" else 1)
+            sizes = inputs, outputs, 2 if stage and not i else 1
+            for name, make, reduced in self._block_layers(*sizes, ranks):
+                yield Layer(f"blocks.{number}.{name}", make, reduction * reduced)
+            inputs, reduction = outputs, reduction * sizes[-1]
+        if self.block == "preactivation":
+            yield Layer("last_norm", self._norm(inputs), reduction)
+        linear = functools.partial(nnx.Linear, inputs, self.num_classes, dtype=self.dtype)
         yield Layer("classifier", linear, reduction)
+
+    def _stem_layers(self, outputs: int, ranks: Iterator[int]) -> Iterator[Layer]:
+        pooled = self.stem == "pooled"
+        conv = _conv(
+            self.conv if self._replaces_stem else SubKernelConv,
+            self.in_channels,
+            outputs,
+            7 if pooled else 3,
+            strides=2 if pooled else 1,
+            rank=next(ranks) if self._replaces_stem else 1,
+            use_bias=self.use_bias or self.stem == "plain",
+            dtype=self.dtype,
+        )
+        yield Layer("stem.conv", conv, 1)
+        if pooled or (self.stem == "small" and self.block != "preactivation"):
+            yield Layer("stem.norm", self._norm(outputs), 2 if pooled else 1)
+
+    def _block_layers(
+        self, inputs: int, outputs: int, strides: int, ranks: Iterator[int]
+    ) -> Iterator[tuple[str, Make, int]]:
+        """Each layer of a block: its name, how it is made, and its reduction within the block."""
+        given = {"use_bias": self.use_bias, "dtype": self.dtype}
+        spatial = functools.partial(_conv, self.conv, **given)
+        point = functools.partial(
+            _conv, self.conv if self.replaced == "all" else SubKernelConv, **given
+        )
+        if self.block == "bottleneck":
+            inner = outputs // 4
+            convs = (
+                (point(inputs, inner, 1), 1),
+                (spatial(inner, inner, 3, strides=strides, rank=next(ranks)), 1),
+                (point(inner, outputs, 1), strides),
+            )
+        else:
+            convs = (
+                (spatial(inputs, outputs, 3, strides=strides, rank=next(ranks)), 1),
+                (spatial(outputs, outputs, 3, rank=next(ranks)), strides),
+            )
+        before = self.block == "preactivation"
+        for number, (conv, reduced) in enumerate(convs, 1):
+            channels_in, channels_out, _ = conv.args
+            if before:
+                yield f"norm{number}", self._norm(channels_in), reduced
+            yield f"conv{number}", conv, reduced
+            if not before:
+                norm = self._norm(channels_out)
+                yield f"norm{number}", norm, reduced * conv.keywords["strides"]
+        if strides > 1 or inputs != outputs:
+            yield "shortcut", point(inputs, outputs, 1, strides=strides), 1
+            if not before:
+                yield "shortcut_norm", self._norm(outputs), strides
+
+    def _norm(self, channels: int) -> Make:
+        return functools.partial(BatchNorm, channels, dtype=self.dtype)
 
 
 def _conv(
@@ -182,13 +259,15 @@ def _conv(
 
 def _he(conv: Make) -> dict[str, nnx.Initializer]:
     """He's initialisation for `conv`, if it does not bring its own."""
-    part = "depthwise_init" if unwrapped(conv) is ChannelSelectionConv else "kernel_init"
+    kind = unwrapped(conv)
+    has_parts = isinstance(kind, type) and issubclass(kind, ChannelSelectionConv)
+    part = "depthwise_init" if has_parts else "kernel_init"
     brought = getattr(conv, "keywords", {})
     return {} if {part, "kernel_init"} & brought.keys() else {part: he_normal}
 
 
 class ResNet(nnx.Module):
-    """Stem, stages of basic blocks, global average pooling, dropout, classifier.
+    """Stem, stages of residual blocks, global average pooling, dropout, classifier.
 
     Args:
         config: the network's shape.
@@ -201,11 +280,19 @@ class ResNet(nnx.Module):
         for layer in config.layers():
             part, _, name = layer.path.rpartition(".")
             parts[part][name] = layer.make
+        own = parts[""]  # the layers that are of no part
+
+        def made(name: str) -> nnx.Module | None:
+            return nnx.data(own[name](rngs=rngs) if name in own else None)
+
+        block = _BLOCKS[config.block]
+        self.input_norm = made("input_norm")
         self.stem = _STEMS[config.stem](**parts["stem"], rngs=rngs)
         numbers = range(sum(config.blocks))
-        self.blocks = nnx.List([BasicBlock(**parts[f"blocks.{i}"], rngs=rngs) for i in numbers])
+        self.blocks = nnx.List([block(**parts[f"blocks.{i}"], rngs=rngs) for i in numbers])
+        self.last_norm = made("last_norm")
         self.dropout = nnx.Dropout(config.dropout_rate, rngs=rngs)
-        self.classifier = parts[""]["classifier"](rngs=rngs)
+        self.classifier = made("classifier")
 
     def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Logits `(N, num_classes)`, float32, of the images `x` `(N, H, W, in_channels)`.
@@ -214,9 +301,13 @@ class ResNet(nnx.Module):
             x: the images, normalised.
             rngs: the stream `dropout` takes the place of the network's own while training.
         """
+        if self.input_norm is not None:
+            x = _named("input_norm", self.input_norm, x)
         x = _named("stem", self.stem, x)
         for number, block in enumerate(self.blocks):
             x = _named(f"blocks.{number}", block, x)
+        if self.last_norm is not None:
+            x = nnx.relu(_named("last_norm", self.last_norm, x))
         x = jnp.mean(x, axis=(1, 2))
         x = self.dropout(x, rngs=rngs)
         return _named("classifier", self.classifier, x).astype(jnp.float32)
@@ -228,118 +319,224 @@ def _named(name: str, layer: nnx.Module, x: jax.Array) -> jax.Array:
         return layer(x)
 
 
-class BasicBlock(nnx.Module):
-    """Two 3 × 3 convolutions, each with BatchNorm, and a shortcut around them.
+class Block(nnx.Module):
+    """Convolutions, each with a BatchNorm behind it, and a shortcut around them.
 
-    Where the width changes, the shortcut is a 1 × 1 convolution with BatchNorm.
+    Where the shape changes, the shortcut is a 1 × 1 convolution with BatchNorm.
+
+    Args:
+        layers: by name: `conv1`, `norm1`, `conv2` and so on, and `shortcut`, `shortcut_norm`.
+        rngs: the stream `params` initialises them in that order.
     """
 
-    def __init__(
-        self,
-        conv1: Make,
-        norm1: Make,
-        conv2: Make,
-        norm2: Make,
-        shortcut: Make | None = None,
-        shortcut_norm: Make | None = None,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        self.conv1 = conv1(rngs=rngs)
-        self.norm1 = norm1(rngs=rngs)
-        self.conv2 = conv2(rngs=rngs)
-        self.norm2 = norm2(rngs=rngs)
-        self.shortcut = nnx.data(shortcut and shortcut(rngs=rngs))
-        self.shortcut_norm = nnx.data(shortcut_norm and shortcut_norm(rngs=rngs))
+    def __init__(self, *, rngs: nnx.Rngs, **layers: Make):
+        self.depth = sum(name.startswith("conv") for name in layers)
+        for name, make in layers.items():
+            setattr(self, name, make(rngs=rngs))
+        for name in {"shortcut", "shortcut_norm"} - layers.keys():
+            setattr(self, name, nnx.data(None))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(N, H, W, in_channels)` to `(N, H / strides, W / strides, out_channels)`."""
-        y = nnx.relu(_named("norm1", self.norm1, _named("conv1", self.conv1, x)))
-        y = _named("norm2", self.norm2, _named("conv2", self.conv2, y))
+        y = x
+        for number in range(1, self.depth + 1):
+            y = y if number == 1 else nnx.relu(y)
+            for name in (f"conv{number}", f"norm{number}"):
+                y = _named(name, getattr(self, name), y)
         if self.shortcut is not None:
             x = _named("shortcut", self.shortcut, x)
             x = _named("shortcut_norm", self.shortcut_norm, x)
         return nnx.relu(x + y)
 
 
+class PreactivationBlock(Block):
+    """Convolutions, each with BatchNorm and ReLU before it, and a shortcut around them.
+
+    Where the shape changes, the shortcut is a 1 × 1 convolution behind the first of these ReLUs.
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`(N, H, W, in_channels)` to `(N, H / strides, W / strides, out_channels)`."""
+        y = x
+        for number in range(1, self.depth + 1):
+            y = nnx.relu(_named(f"norm{number}", getattr(self, f"norm{number}"), y))
+            if number == 1 and self.shortcut is not None:
+                x = _named("shortcut", self.shortcut, y)
+            y = _named(f"conv{number}", getattr(self, f"conv{number}"), y)
+        return x + y
+
+
+_BLOCKS = {"basic": Block, "bottleneck": Block, "preactivation": PreactivationBlock}
+
+
 class PlainStem(nnx.Module):
-    """An ordinary 3 × 3 convolution with bias and ReLU: the original's, for images of 32 × 32."""
+    """A 3 × 3 convolution with bias and ReLU: the original's, for images of 32 × 32."""
 
     def __init__(self, conv: Make, *, rngs: nnx.Rngs):
         # The second key for the kernel, the first for the bias, which layers draw the other way
         # round: a seed always gave this network these parameters.
-        keys = (rngs.params(), rngs.params())
-        self.conv = conv(rngs=types.SimpleNamespace(params=reversed(keys).__next__))
+        keys = [rngs.params(), rngs.params()]
+        first = types.SimpleNamespace(params=lambda: keys.pop() if keys else rngs.params())
+        self.conv = conv(rngs=first)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(N, H, W, in_channels)` to `(N, H, W, width)`."""
         return nnx.relu(_named("conv", self.conv, x))
 
 
-class PooledStem(nnx.Module):
-    """A 7 × 7 convolution of stride 2, BatchNorm, ReLU and max pooling: ImageNet's."""
+class SmallStem(nnx.Module):
+    """A 3 × 3 convolution, BatchNorm and ReLU, or without `norm` the convolution alone."""
 
-    def __init__(self, conv: Make, norm: Make, *, rngs: nnx.Rngs):
+    def __init__(self, conv: Make, norm: Make | None = None, *, rngs: nnx.Rngs):
         self.conv = conv(rngs=rngs)
-        self.norm = norm(rngs=rngs)
+        self.norm = nnx.data(norm and norm(rngs=rngs))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`(N, H, W, in_channels)` to `(N, H, W, width)`."""
+        x = _named("conv", self.conv, x)
+        return x if self.norm is None else nnx.relu(_named("norm", self.norm, x))
+
+
+class PooledStem(SmallStem):
+    """A 7 × 7 convolution of stride 2, BatchNorm, ReLU and max pooling: ImageNet's."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(N, H, W, in_channels)` to `(N, H / 4, W / 4, width)`."""
-        x = nnx.relu(_named("norm", self.norm, _named("conv", self.conv, x)))
+        x = super().__call__(x)
         return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
-_STEMS = {"plain": PlainStem, "pooled": PooledStem}
+_STEMS = {"plain": PlainStem, "small": SmallStem, "pooled": PooledStem}
 
+
+def cifar_resnet(depth: int) -> ResNetConfig:
+    """The residual network of so many layers for small images, as `bsconv` has it.
+
+    It is He et al.'s for CIFAR-10, but that shortcuts are 1 × 1 convolutions where the shape
+    changes.
+
+    Args:
+        depth: 6n + 2, as 20, 32, 44, 56 or 110: three stages of n blocks.
+
+    Raises:
+        ValueError: if it is another.
+    """
+    count = _blocks_of_depth(depth, 2)
+    return ResNetConfig(ChannelSelectionConv, 10, (count,) * 3, 16, "small", **_AS_BSCONV)
+
+
+def wide_resnet(depth: int, widening: int) -> ResNetConfig:
+    """WRN-depth-widening for small images, as `bsconv` has it.
+
+    Args:
+        depth: 6n + 4, as 16, 28 or 40: three stages of n blocks.
+        widening: the first stage has 16 · `widening` channels, the stem always 16.
+
+    Raises:
+        ValueError: if `depth` is another, or `widening` is no integer of at least 1.
+    """
+    count, width = _blocks_of_depth(depth, 4), 16 * positive("widening", widening)
+    return ResNetConfig(
+        ChannelSelectionConv,
+        10,
+        (count,) * 3,
+        width,
+        "small",
+        "preactivation",
+        stem_width=16,
+        **_AS_BSCONV,
+    )
+
+
+_AS_BSCONV = {"input_norm": True, "replaced": "3x3"}
+
+
+def _blocks_of_depth(depth: int, others: int) -> int:
+    """How many blocks of two layers each of three stages has, beside so many other layers."""
+    blocks, rest = divmod(positive("depth", depth) - others, 6)
+    if rest or blocks < 1:
+        raise ValueError(f"depth={depth} must be 6n + {others} with n of at least 1")
+    return blocks
+
+
+_RESNET18 = ResNetConfig(ChannelSelectionConv, 1000, (2, 2, 2, 2), 64, "pooled")
 
 PRESETS = {
     "resnet14": ResNetConfig(
         ChannelSelectionConv, 3, blocks=(2, 2, 2), width=16, stem="plain", dropout_rate=0.2
     ),
-    "resnet18": ResNetConfig(
-        ChannelSelectionConv, 1000, blocks=(2, 2, 2, 2), width=64, stem="pooled"
-    ),
+    "resnet18": _RESNET18,
+    "resnet34": dataclasses.replace(_RESNET18, blocks=(3, 4, 6, 3)),
+    "resnet50": dataclasses.replace(_RESNET18, blocks=(3, 4, 6, 3), block="bottleneck"),
+    "cifar_resnet20": cifar_resnet(20),
+    "cifar_resnet32": cifar_resnet(32),
+    "cifar_resnet44": cifar_resnet(44),
+    "cifar_resnet56": cifar_resnet(56),
+    "cifar_resnet110": cifar_resnet(110),
+    "cifar_wrn16_1": wide_resnet(16, 1),
+    "cifar_wrn16_2": wide_resnet(16, 2),
+    "cifar_wrn40_1": wide_resnet(40, 1),
+    "cifar_wrn28_2": wide_resnet(28, 2),
+    "cifar_wrn28_10": wide_resnet(28, 10),
 }
 """The networks that have a name. `dataclasses.replace` makes others of their kind."""
 
 Model = Literal[tuple(PRESETS)]  # what a command's --model takes
 
 
-def _builder(name: str, about: str) -> Callable[..., ResNet]:
-    """A function of the preset's `name` that builds it, with changes."""
-    preset = PRESETS[name]
+def make_network(
+    name: str,
+    conv: Callable[..., nnx.Module] | None = None,
+    num_classes: int | None = None,
+    *,
+    rngs: nnx.Rngs,
+    **changes: Any,
+) -> ResNet:
+    """The network of that name in `PRESETS`, with changes.
 
-    def build(
-        conv: Callable[..., nnx.Module] = preset.conv,
-        num_classes: int = preset.num_classes,
-        *,
-        rngs: nnx.Rngs,
-        **changes: Any,
-    ) -> ResNet:
-        config = dataclasses.replace(preset, conv=conv, num_classes=num_classes, **changes)
-        return ResNet(config, rngs=rngs)
-
-    build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"""{about}
-
-    The arguments are the fields of `ResNetConfig`; of those not given, the preset's.
+    Args:
+        name: as `"cifar_resnet20"`.
+        conv: the convolution; by default the preset's, `ChannelSelectionConv`.
+        num_classes: the number of logits; by default the preset's.
+        rngs: the streams `params` and `dropout`.
+        changes: other fields of `ResNetConfig`; of those not given, the preset's.
 
     Raises:
         ValueError: naming the argument that is wrong, and its value.
     """
-    return build
+    if name not in PRESETS:
+        raise ValueError(f"name={name!r} must be one of {', '.join(map(repr, PRESETS))}")
+    changes |= {} if conv is None else {"conv": conv}
+    changes |= {} if num_classes is None else {"num_classes": num_classes}
+    return ResNet(dataclasses.replace(PRESETS[name], **changes), rngs=rngs)
 
 
-resnet14 = _builder(
-    "resnet14",
+def resnet14(
+    conv: Callable[..., nnx.Module] | None = None,
+    num_classes: int | None = None,
+    *,
+    rngs: nnx.Rngs,
+    **changes: Any,
+) -> ResNet:
     """The network of the original experiment, for small images: a plain stem and 3 × 2 blocks.
 
-    27,363 parameters with `ChannelSelectionConv`, 174,787 with `SubKernelConv`.""",
-)
-resnet18 = _builder(
-    "resnet18",
+    27,363 parameters with `ChannelSelectionConv`, 174,787 with `SubKernelConv`. The arguments, and
+    the error, are those of `make_network`.
+    """
+    return make_network("resnet14", conv, num_classes, rngs=rngs, **changes)
+
+
+def resnet18(
+    conv: Callable[..., nnx.Module] | None = None,
+    num_classes: int | None = None,
+    *,
+    rngs: nnx.Rngs,
+    **changes: Any,
+) -> ResNet:
     """torchvision's ResNet-18, for images of 224 × 224: a max-pooled stem and 4 × 2 blocks.
 
     Every convolution is `conv`, the stem and the 1 × 1 shortcuts too: 1,954,024 parameters with
-    `ChannelSelectionConv`, 11,689,512 with `SubKernelConv`.""",
-)
+    `ChannelSelectionConv`, 11,689,512 with `SubKernelConv`. The arguments, and the error, are those
+    of `make_network`.
+    """
+    return make_network("resnet18", conv, num_classes, rngs=rngs, **changes)

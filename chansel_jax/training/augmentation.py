@@ -1,11 +1,16 @@
-"""Random crop, flip, cutout and normalisation, as pure functions on the device."""
+"""Random crops, flip, cutout and normalisation, as pure functions on the device."""
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+# Of `random_resized_crop`: shares of an image, and ratios of width to height.
+AREAS = (0.08, 1.0)
+RATIOS = (3 / 4, 4 / 3)
 
 
 def normalise(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
@@ -47,6 +52,88 @@ def random_crop_flip(key: jax.Array, images: jax.Array, *, padding: int, flip: b
     return images
 
 
+def random_resized_crop(key: jax.Array, images: jax.Array) -> jax.Array:
+    """A random part of every image, scaled to the image's own size.
+
+    As in Szegedy et al., "Going Deeper with Convolutions" (2015), the part is 8 to 100 % of the
+    image, and 3/4 to 4/3 as wide as it is high.
+
+    Args:
+        key: decides the parts; equal keys give equal results.
+        images: `(N, H, W, C)`, any dtype.
+
+    Returns:
+        Images of the shape of `images`, float32.
+    """
+    trials_key, place_key = jax.random.split(key)
+    trials = jax.random.uniform(trials_key, (len(images), 10, 2), jnp.float32)
+    places = jax.random.uniform(place_key, (len(images), 2), jnp.float32)
+    return resized_parts(images, *random_parts(trials, places, images.shape[1:3]))
+
+
+def random_parts(
+    trials: jax.Array, places: jax.Array, size: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
+    """The first row and column, and the rows and columns, of a random part of each image.
+
+    Area and ratio of width to height (its logarithm) are uniform. Of several trials the first whose
+    part fits into the image is taken; where none does, the largest in the middle of the image whose
+    ratio is within the limits.
+
+    Args:
+        trials: `(N, T, 2)`, uniform in [0, 1): they decide area and ratio in each of T trials.
+        places: `(N, 2)`, uniform in [0, 1): they decide the first row and column.
+        size: H and W of the images.
+
+    Returns:
+        Two arrays `(N, 2)` int32: where the parts begin, and how large they are.
+    """
+    whole = jnp.array(size, jnp.int32)
+    area = size[0] * size[1] * (AREAS[0] + trials[..., 0] * (AREAS[1] - AREAS[0]))
+    low, high = (math.log(ratio) for ratio in RATIOS)
+    ratio = jnp.exp(low + trials[..., 1] * (high - low))
+    sides = jnp.round(jnp.sqrt(jnp.stack([area / ratio, area * ratio], axis=-1))).astype(jnp.int32)
+    fits = jnp.all((sides >= 1) & (sides <= whole[None, None]), axis=-1)
+    first = jnp.argmax(fits, axis=1)[:, None, None]
+    chosen = jnp.take_along_axis(sides, first, axis=1)[:, 0]
+    starts = jnp.floor(places * (whole[None] - chosen + 1)).astype(jnp.int32)
+    starts = jnp.minimum(starts, whole[None] - chosen)  # float32 may round up to the next one
+    some = jnp.any(fits, axis=1)[:, None]
+    height, width = size
+    largest = min(height, round(width / RATIOS[0])), min(width, round(height * RATIOS[1]))
+    largest = jnp.array(largest, jnp.int32)
+    middle = (whole - largest) // 2
+    return jnp.where(some, starts, middle[None]), jnp.where(some, chosen, largest[None])
+
+
+def resized_parts(images: jax.Array, starts: jax.Array, sizes: jax.Array) -> jax.Array:
+    """A part of every image, scaled linearly, with antialiasing, to the image's own size.
+
+    Args:
+        images: `(N, H, W, C)`, any dtype.
+        starts: first row and column of each part, `(N, 2)`.
+        sizes: rows and columns of each part, `(N, 2)`.
+
+    Returns:
+        Images of the shape of `images`, float32.
+    """
+
+    def weights(axis):
+        pixels = images.shape[1 + axis]
+        start, size = starts[:, axis, None, None], sizes[:, axis, None, None]
+        scale = size / pixels
+        places = jnp.arange(pixels, dtype=jnp.float32)
+        centres = (places[None, :, None] + 0.5) * scale - 0.5  # of each output, within the part
+        inside = places[None, None] - start
+        triangle = 1 - jnp.abs(inside - centres) / jnp.maximum(scale, 1)
+        triangle = jnp.where((inside >= 0) & (inside < size), jnp.maximum(triangle, 0), 0)
+        return triangle / jnp.sum(triangle, axis=-1, keepdims=True)
+
+    rows, columns = weights(0), weights(1)
+    images = jnp.einsum("nyh,nhwc->nywc", rows, images.astype(jnp.float32))
+    return jnp.einsum("nxw,nywc->nyxc", columns, images)
+
+
 def cutout(key: jax.Array, images: jax.Array, *, size: int) -> jax.Array:
     """Sets a square of every image, at a random place, to zero: of normalised images, the mean.
 
@@ -85,8 +172,36 @@ class Augmentation:
     cutout: int = 0
     """A square of this many pixels each way, at a random place, is set to the mean; 0 cuts
     nothing."""
+    resized_crop: bool = False
+    """A random part of each image, of 8 to 100 % of it, is scaled to the whole image's size, as is
+    usual for photographs, and nothing is padded."""
 
     def __post_init__(self):
         for name in ("crop_padding", "cutout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+
+def augmented(
+    augmentation: Augmentation,
+    key: jax.Array,
+    images: jax.Array,
+    mean: jax.Array,
+    std: jax.Array,
+) -> jax.Array:
+    """Images `(N, H, W, C)` uint8, varied as `augmentation` says, normalised, in float32.
+
+    Args:
+        augmentation: how they are varied.
+        key: decides it; equal keys give equal results.
+        images: the images.
+        mean: as of `normalise`.
+        std: likewise.
+    """
+    padding = augmentation.crop_padding
+    if augmentation.resized_crop:
+        images, padding = random_resized_crop(jax.random.fold_in(key, 3), images), 0
+    images = random_crop_flip(key, images, padding=padding, flip=augmentation.flip)
+    images = normalise(images, mean, std)
+    # `split` in `random_crop_flip` has made the keys 0 and 1 of this one.
+    return cutout(jax.random.fold_in(key, 2), images, size=augmentation.cutout)

@@ -142,7 +142,7 @@ def as_matrices(params: Any) -> Any:
 
     def axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
         name = path[-1].key
-        if name == "pointwise" or (name == "kernel" and leaf.ndim == 4):
+        if name in ("pointwise", "subspace") or (name == "kernel" and leaf.ndim == 4):
             *rows, columns = range(leaf.ndim)
             return optax.contrib.MuonDimensionNumbers(tuple(rows), columns)
         return None

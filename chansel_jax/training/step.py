@@ -15,8 +15,17 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from chansel_jax.functional import Tree, apply_function, network_tree
-from chansel_jax.training.augmentation import Augmentation, cutout, normalise, random_crop_flip
+from chansel_jax.functional import (
+    Tree,
+    apply_function,
+    network_tree,
+    orthonormal_loss_function,
+)
+from chansel_jax.training.augmentation import (
+    Augmentation,
+    augmented,
+    normalise,
+)
 from chansel_jax.training.devices import everywhere, replicate
 
 NO_STEP = np.iinfo(np.int32).max
@@ -112,7 +121,8 @@ def make_train_step(
 
     It consumes (donates) `state`. Its `Batch` is sharded as `batch_sharding` says; `mean` and `std`
     are the channels' statistics `(C,)` float32 over the training images. The totals hold the
-    cross-entropy without label smoothing.
+    cross-entropy without label smoothing. The orthonormal losses of layers that select from a
+    subspace are added to what is minimised.
 
     Args:
         network: gives the structure; its arrays are not used.
@@ -122,26 +132,21 @@ def make_train_step(
         label_smoothing: share of the target spread evenly over all classes.
     """
     apply = apply_function(network, train=True)
+    orthonormal_loss = orthonormal_loss_function(network)
 
     def train_step(state, totals, batch, mean, std):
         _, steps_key = jax.random.split(jax.random.wrap_key_data(state.key))
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(steps_key, state.step))
         with jax.named_scope("augmentation"):  # scopes are what a profile shows
-            images = random_crop_flip(
-                augment_key,
-                batch.images,
-                padding=augmentation.crop_padding,
-                flip=augmentation.flip,
-            )
-            images = normalise(images, mean, std)
-            # `split` in the function above has made the keys 0 and 1 of this one.
-            images = cutout(jax.random.fold_in(augment_key, 2), images, size=augmentation.cutout)
+            images = augmented(augmentation, augment_key, batch.images, mean, std)
 
         def loss_function(params):
             logits, batch_stats = apply(params, state.batch_stats, images, dropout_key)
             one_hot = jax.nn.one_hot(batch.labels, logits.shape[-1], dtype=logits.dtype)
             targets = optax.smooth_labels(one_hot, label_smoothing)
             loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+            if orthonormal_loss is not None:
+                loss += orthonormal_loss(params)
             return loss, (logits, batch_stats)
 
         (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_function, has_aux=True)(

@@ -167,7 +167,16 @@ def make_tasks(
 
 def torch_network(model: str) -> dict[str, Any]:
     """What PyTorch's twin of `model` is made with, as plain data."""
-    names = ("blocks", "width", "stem", "dropout_rate")
+    names = (
+        "blocks",
+        "width",
+        "stem",
+        "block",
+        "stem_width",
+        "input_norm",
+        "replaced",
+        "dropout_rate",
+    )
     return {name: getattr(PRESETS[model], name) for name in names}
 
 

@@ -43,7 +43,8 @@ class Settings:
     """What is timed is a training step, a forward pass in evaluation, single layers, or whole
     epochs of training with the data pipeline."""
     model: Model = "resnet14"
-    """The network is the original's for small images, or torchvision's ResNet-18."""
+    """The network is the original's for small images (resnet14), torchvision's (resnet18, resnet34,
+    resnet50), or a residual or wide residual network of the package bsconv for small images."""
     batch_size: int | None = None
     """A step takes this many images; by default 128, or for a network for images of 224 × 224 64 on
     a GPU and 16 on a CPU."""

@@ -21,7 +21,7 @@ from experiments.reporting import machine
 from experiments.training import printing, records
 from experiments.training.experiment import Experiment, build
 from experiments.training.loop import Progress, train
-from experiments.training.settings import Settings, decisive, run_name
+from experiments.training.settings import Settings, decisive, network_config, run_name
 from experiments.training.workdir import check, claim, refuse_among_images
 
 # What settings are worth in the files of runs that are older than they.
@@ -48,6 +48,7 @@ def train_and_evaluate(
     workdir = settings.workdir or Path("runs", run_name(settings))
     refuse_among_images("workdir", workdir, settings.data)
     checkpoint.check_workdir(workdir)
+    network_config(settings, num_classes=2)  # refuses what is wrong before the images are loaded
     coordination.check_equal("settings", equal_in_all_processes(settings))
     known = {"settings": decisive(settings)}
     coordination.first_alone(lambda: check(workdir, known, settings.resume, BEFORE_THEY_WERE))

@@ -14,13 +14,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chansel_jax.counting import count_network
-from chansel_jax.networks.resnet import CONVS, PRESETS, Model, ResNet
+from chansel_jax.networks.resnet import (
+    CONVS,
+    PRESETS,
+    Model,
+    Replaced,
+    ResNet,
+    ResNetConfig,
+)
 from chansel_jax.training.augmentation import Augmentation
 from chansel_jax.training.optimizer import OptimizerSettings
 from experiments.cli.errors import CommandError
 from experiments.cluster.joining import ClusterSettings
 
-Conv = Literal["chansel", "subkernel"]
+Conv = Literal["chansel", "subspace", "subkernel"]
 
 LONGEST_NAME = 100  # bytes of a run's default name, before the digest of longer ones
 MOST_WORKERS = 1024
@@ -38,11 +45,20 @@ class NetworkSettings:
     """The network."""
 
     model: Model = "resnet14"
-    """resnet14 is the original's network for small images, resnet18 is torchvision's."""
+    """resnet14 is the original's network for small images. resnet18, resnet34 and resnet50 are
+    torchvision's, for images of 224 × 224. The others are residual and wide residual networks for
+    small images as the package bsconv has them, with their depth and the factor of their width."""
     blocks: tuple[int, ...] = ()
     """The stages have these numbers of residual blocks; by default they are the model's own."""
     width: int | None = None
     """The first stage has this many channels, by default as many as the model's own."""
+    stem: Literal["plain", "small", "pooled"] | None = None
+    """The network begins with a 3 × 3 convolution with bias, with one with BatchNorm, or with a
+    7 × 7 one of stride 2, BatchNorm and max pooling; by default as the model does."""
+    replaced: Replaced | None = None
+    """These convolutions are --conv, and the others are ordinary ones: all but a plain stem's, of
+    them those that are not 1 × 1, or those of 3 × 3 alone, as in the package bsconv; by default
+    they are the model's own."""
     rank: int = 1
     """Each 3 × 3 convolution adds up this many channel selections, 1 to 9."""
     ranks: tuple[int, ...] = ()
@@ -159,7 +175,8 @@ class Settings:
     """Trains a network on images, saves it, and reports."""
 
     conv: Conv = "chansel"
-    """The network has channel selection, or the ordinary dense convolution."""
+    """The network has channel selection, the same from a subspace of a quarter of the channels
+    (BSConv-S), or the ordinary dense convolution."""
     network: NetworkSettings = NetworkSettings()
     data: DataSettings = DataSettings()
     reading: ReadingSettings = ReadingSettings()
@@ -250,8 +267,8 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def build_network(settings: Settings, num_classes: int) -> ResNet:
-    """The network that `settings` describe, initialised with `settings.seed`.
+def network_config(settings: Settings, num_classes: int) -> ResNetConfig:
+    """What `settings` decide of the network.
 
     Raises:
         ValueError: naming the setting that is wrong, and its value.
@@ -266,6 +283,8 @@ def build_network(settings: Settings, num_classes: int) -> ResNet:
     given = {
         "blocks": network.blocks or None,
         "width": network.width,
+        "stem": network.stem,
+        "replaced": network.replaced,
         "rank": network.ranks or network.rank,
         "use_bias": network.use_bias,
         "dropout_rate": settings.training.dropout_rate,
@@ -284,4 +303,14 @@ def build_network(settings: Settings, num_classes: int) -> ResNet:
             f"the network's {parameters:,} parameters take more than the {memory / 1e9:.0f} GB of "
             "this machine's memory: --width, --blocks and --model decide their number"
         )
-    return ResNet(config, rngs=nnx.Rngs(settings.seed))
+    return config
+
+
+def build_network(settings: Settings, num_classes: int) -> ResNet:
+    """The network that `settings` describe, initialised with `settings.seed`.
+
+    Raises:
+        ValueError: naming the setting that is wrong, and its value.
+        CommandError: if its parameters do not fit this machine's memory.
+    """
+    return ResNet(network_config(settings, num_classes), rngs=nnx.Rngs(settings.seed))

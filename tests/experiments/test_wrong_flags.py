@@ -33,6 +33,8 @@ WRONG = [
     ("train", FOLDER + "--rank=10", "--rank=10 must be "),
     ("train", FOLDER + "--conv=subkernel --rank=2", "--rank=2"),
     ("train", FOLDER + "--blocks=2,0", "--blocks=0 must be "),
+    ("train", "--stem=deep", "invalid choice 'deep' for argument '--stem'"),
+    ("train", "--replaced=none", "invalid choice 'none' for argument '--replaced'"),
     ("train", FOLDER + "--ranks=1,2,3", "--ranks=1,2,3 must be one rank, or one for each of 12"),
     ("train", FOLDER + "--ranks=10,10", "must be at most 9, the elements of a 3 × 3 kernel"),
     ("train", FOLDER + "--conv=subkernel --norm", "--norm: the dense convolution has no two parts"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import chex
 import jax
@@ -16,11 +17,14 @@ from chansel_jax import (
     ResNet,
     ResNetConfig,
     SubKernelConv,
+    cifar_resnet,
+    make_network,
     resnet14,
     resnet18,
+    wide_resnet,
 )
 from chansel_jax.networks.resnet import CONVS, PRESETS
-from chansel_jax.torch_weights import from_torch, to_torch
+from chansel_jax.torch_weights import from_torch, to_numpy
 from experiments.pytorch.networks import torch_twin
 
 BATCH = 4
@@ -58,7 +62,7 @@ def carried(network, twin):
 
 
 def step(network, part, loss, x):
-    """Loss, gradient of `x`, and `to_torch` after a step: gradients in the parameters' places."""
+    """Loss, gradient of `x`, and `to_numpy` after a step: gradients in the parameters' places."""
     graphdef, params, rest = nnx.split(part, nnx.Param, ...)
 
     @jax.jit
@@ -71,7 +75,7 @@ def step(network, part, loss, x):
 
     (value, stats), (gradients, x_gradient) = loss_and_gradients(params, rest, x)
     nnx.update(part, gradients, stats)
-    return value, x_gradient, to_torch(network)
+    return value, x_gradient, to_numpy(network)
 
 
 def torch_step(twin, part, loss, x):
@@ -143,16 +147,23 @@ def test_block_is_that_of_torch(x64, kind, strides, train):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
-    [("subkernel", {}), ("chansel", {"use_bias": True}), ("chansel", {"rank": 2})],
+    ("preset", "kind", "options"),
+    [
+        *itertools.product(
+            ("resnet14", "resnet18"), ("chansel",), ({"use_bias": True}, {"rank": 2})
+        ),
+        ("resnet14", "subkernel", {}),
+        ("resnet18", "subkernel", {"block": "preactivation"}),
+        ("resnet14", "subspace", {"replaced": "3x3", "rank": 2}),
+        ("resnet50", "chansel", {"rank": 2}),
+        ("cifar_resnet20", "chansel", {"rank": 2}),
+        ("cifar_wrn16_2", "subspace", {"stem_width": 4}),
+    ],
 )
-@pytest.mark.parametrize("preset", PRESETS)
 def test_networks_are_those_of_torch(x64, preset, kind, options):
     """With a block that keeps the width and one that doubles it, and what compiles fastest."""
     torch.manual_seed(0)
-    conv = functools.partial(
-        unset(kind), lowering={"subkernel": "lax", "chansel": "composed"}[kind]
-    )
+    conv = functools.partial(unset(kind), lowering="lax" if kind == "subkernel" else "composed")
     shape = {"num_classes": 10, "blocks": (1, 1), "width": 8, "dropout_rate": 0.0, **options}
     config = dataclasses.replace(PRESETS[preset], conv=conv, dtype=jnp.float64, **shape)
     twin = randomised(torch_twin(kind, config))
@@ -325,6 +336,25 @@ def test_presets():
         width=64,
         stem="pooled",
     )
+    cifar = PRESETS["cifar_resnet20"]
+    assert cifar == ResNetConfig(
+        conv=ChannelSelectionConv,
+        num_classes=10,
+        blocks=(3, 3, 3),
+        width=16,
+        stem="small",
+        input_norm=True,
+        replaced="3x3",
+    )
+    assert PRESETS["cifar_resnet110"] == dataclasses.replace(cifar, blocks=(18, 18, 18))
+    assert PRESETS["cifar_wrn28_10"] == dataclasses.replace(
+        cifar, blocks=(4, 4, 4), width=160, stem_width=16, block="preactivation"
+    )
+    torchvision = PRESETS["resnet18"]
+    assert PRESETS["resnet34"] == dataclasses.replace(torchvision, blocks=(3, 4, 6, 3))
+    assert PRESETS["resnet50"] == dataclasses.replace(
+        torchvision, blocks=(3, 4, 6, 3), block="bottleneck"
+    )
     assert (PRESETS["resnet14"].image_size, PRESETS["resnet18"].image_size) == (32, 224)
 
 
@@ -350,6 +380,9 @@ def test_builders_build_their_preset_with_changes(build):
         ("in_channels", -3, {}),
         ("blocks", (), {}),
         ("stem", "deep", {}),
+        ("stem_width", 0, {}),
+        ("block", "wide", {}),
+        ("replaced", "none", {}),
         ("rank", 0, {}),
         ("rank", 10, {}),
         ("rank", 2, {"conv": SubKernelConv}),
@@ -409,8 +442,68 @@ def test_a_network_of_flax_s_convolution_is_the_dense_one():
     chex.assert_trees_all_close(forward(ours, x), forward(theirs, x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("preset", [resnet14, resnet18])
-def test_shortcuts_may_stay_plain(preset):
-    network = nnx.eval_shape(lambda: small(preset, plain_shortcuts=True))
-    block = network.blocks[1]
-    assert type(block.conv1) is ChannelSelectionConv and type(block.shortcut) is SubKernelConv
+@pytest.mark.parametrize(
+    ("preset", "replaced", "expected"),
+    [
+        ("resnet14", "all", {"blocks.conv", "blocks.shortcut"}),
+        ("resnet14", "spatial", {"blocks.conv"}),
+        ("resnet14", "3x3", {"stem.conv", "blocks.conv"}),
+        ("resnet18", "all", {"stem.conv", "blocks.conv", "blocks.shortcut"}),
+        ("resnet18", "spatial", {"stem.conv", "blocks.conv"}),
+        ("resnet18", "3x3", {"blocks.conv"}),
+        ("cifar_resnet20", "3x3", {"stem.conv", "blocks.conv"}),
+    ],
+)
+def test_which_convolutions_are_replaced(preset, replaced, expected):
+    config = dataclasses.replace(PRESETS[preset], blocks=(1, 1), width=4, replaced=replaced)
+    network = nnx.eval_shape(lambda: ResNet(config, rngs=nnx.Rngs(0)))
+    kinds = {
+        f"{path[0]}.{str(path[-1]).rstrip('12')}": type(layer)
+        for path, layer in nnx.iter_modules(network)
+        if isinstance(layer, (ChannelSelectionConv, SubKernelConv))
+    }
+    assert {name for name, kind in kinds.items() if kind is ChannelSelectionConv} == expected
+    assert set(kinds) == {"stem.conv", "blocks.conv", "blocks.shortcut"}
+
+
+def test_of_a_bottleneck_s_convolutions_the_3_by_3_one_is_replaced():
+    config = dataclasses.replace(
+        PRESETS["resnet50"], blocks=(1, 1), width=4, replaced="3x3", rank=2
+    )
+    network = nnx.eval_shape(lambda: ResNet(config, rngs=nnx.Rngs(0)))
+    first, second = network.blocks
+    convs = [first.conv1, first.conv2, first.conv3, first.shortcut]
+    assert [type(conv) for conv in convs] == [
+        SubKernelConv,
+        ChannelSelectionConv,
+        SubKernelConv,
+        SubKernelConv,
+    ]
+    assert [conv.in_features for conv in convs] == [4, 4, 4, 4]
+    assert second.conv2.strides == (2, 2) and second.conv3.out_features == 32
+    assert config.ranks == (2, 2) and second.conv2.rank == 2
+
+
+def test_networks_by_their_names():
+    network = nnx.eval_shape(
+        lambda: make_network("cifar_resnet20", SubKernelConv, 7, blocks=(1,), rngs=nnx.Rngs(0))
+    )
+    changes = {"conv": SubKernelConv, "num_classes": 7, "blocks": (1,)}
+    assert network.config == dataclasses.replace(PRESETS["cifar_resnet20"], **changes)
+    with pytest.raises(ValueError, match="name='resnet15' must be one of 'resnet14', "):
+        make_network("resnet15", rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "told"),
+    [
+        (cifar_resnet, (21,), "depth=21 must be 6n [+] 2"),
+        (cifar_resnet, (2,), "depth=2 must be 6n [+] 2"),
+        (cifar_resnet, (20.0,), "depth=20.0 must be"),
+        (wide_resnet, (20, 1), "depth=20 must be 6n [+] 4"),
+        (wide_resnet, (16, 0), "widening=0"),
+    ],
+)
+def test_wrong_depth(config, arguments, told):
+    with pytest.raises(ValueError, match=told):
+        config(*arguments)

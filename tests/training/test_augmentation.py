@@ -1,14 +1,25 @@
 """Normalisation against NumPy; crops and mirrors found again among all that there can be."""
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from chansel_jax.training.augmentation import cutout, normalise, random_crop_flip
+from chansel_jax.training.augmentation import (
+    Augmentation,
+    augmented,
+    cutout,
+    normalise,
+    random_crop_flip,
+    random_parts,
+    random_resized_crop,
+    resized_parts,
+)
 
 COUNT, PADDING = 1024, 2
 
@@ -114,6 +125,84 @@ def test_batch_sharded_over_devices_gives_the_same(images):
     assert len(alone.sharding.device_set) == 1
     assert sharded.sharding.is_equivalent_to(sharding, images.ndim)
     np.testing.assert_array_equal(alone, sharded)
+
+
+# Random resized crops
+
+
+def parts_by_torchvision_s_rules(trials, places, size):
+    """What its documentation describes, one image after the other, in Python's numbers."""
+    for own_trials, place in zip(trials.tolist(), places.tolist(), strict=True):
+        for of_area, of_ratio in own_trials:
+            area = size[0] * size[1] * (0.08 + of_area * 0.92)
+            ratio = math.exp(math.log(3 / 4) + of_ratio * (math.log(4 / 3) - math.log(3 / 4)))
+            height, width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+            if 0 < height <= size[0] and 0 < width <= size[1]:
+                top = int(place[0] * (size[0] - height + 1))
+                yield top, int(place[1] * (size[1] - width + 1)), height, width
+                break
+        else:
+            height, width = size
+            if width / height < 3 / 4:
+                height = round(width / (3 / 4))
+            elif width / height > 4 / 3:
+                width = round(height * (4 / 3))
+            yield (size[0] - height) // 2, (size[1] - width) // 2, height, width
+
+
+@pytest.mark.parametrize("size", [(32, 32), (17, 40), (40, 9)])
+def test_parts_are_those_of_torchvision_s_rules(size):
+    rng = np.random.default_rng(0)
+    trials, places = rng.random((400, 2, 2), np.float32), rng.random((400, 2), np.float32)
+    starts, sizes = random_parts(trials, places, size)
+    expected = np.array(list(parts_by_torchvision_s_rules(trials, places, size)))
+    assert len(np.unique(expected[:, 2:], axis=0)) > 20
+    actual = np.concatenate([starts, sizes], axis=1)
+    # Where a side is a half within float32's rounding, it may be rounded to the other neighbour.
+    assert (actual == expected).all(axis=1).mean() > 0.99
+    assert (np.abs(actual - expected) <= 1).all(axis=1).mean() > 0.99
+
+
+def test_a_part_by_hand():
+    # The first trial, the whole area at a ratio of 3/4, does not fit; the second is 8 % of it.
+    trials, places = np.float32([[[0.999, 0], [0, 0]]]), np.float32([[0, 0.999]])
+    starts, sizes = random_parts(trials, places, (30, 40))
+    assert (sizes[0].tolist(), starts[0].tolist()) == ([11, 8], [0, 32])
+    # None fits: of an image four times as wide as it is high, the middle.
+    starts, sizes = random_parts(trials[:, :1], places, (30, 120))
+    assert (sizes[0].tolist(), starts[0].tolist()) == ([30, 40], [0, 40])
+
+
+def test_parts_are_resized_as_pytorch_does():
+    images = np.random.default_rng(0).integers(0, 256, (4, 9, 7, 2), np.uint8)
+    starts = np.int32([[0, 0], [2, 3], [8, 0], [1, 1]])
+    sizes = np.int32([[9, 7], [5, 2], [1, 7], [8, 6]])
+    results = resized_parts(images, starts, sizes)
+    assert results.dtype == jnp.float32
+    for image, result, (top, left), (height, width) in zip(
+        images, results, starts, sizes, strict=True
+    ):
+        part = torch.tensor(image[top : top + height, left : left + width], dtype=torch.float64)
+        expected = torch.nn.functional.interpolate(
+            part.permute(2, 0, 1)[None], (9, 7), mode="bilinear", antialias=True
+        )
+        expected = expected[0].permute(1, 2, 0).numpy()
+        np.testing.assert_allclose(result, expected, rtol=0, atol=2e-3)
+
+
+def test_resized_crops_of_a_key():
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+    crop = jax.jit(random_resized_crop)
+    first, again, other = (np.asarray(crop(jax.random.key(k), images)) for k in (0, 0, 1))
+    assert first.shape == images.shape and first.dtype == np.float32
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any(axis=(1, 2, 3)).all()
+    # The training takes it in the place of the padded crop, and normalises what comes out.
+    augmentation = Augmentation(resized_crop=True, flip=False)
+    statistics = jnp.full(3, 100.0), jnp.full(3, 50.0)
+    varied = augmented(augmentation, jax.random.key(0), images, *statistics)
+    key = jax.random.fold_in(jax.random.key(0), 3)
+    np.testing.assert_allclose(varied, (crop(key, images) - 100) / 50, rtol=0, atol=1e-4)
 
 
 # Cutout

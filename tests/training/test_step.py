@@ -13,7 +13,7 @@ from chansel_jax import ChannelSelectionConv, SubKernelConv, resnet14
 from chansel_jax.data import Split
 from chansel_jax.data.summary import summarise
 from chansel_jax.digest import digest
-from chansel_jax.torch_weights import from_torch, to_torch
+from chansel_jax.torch_weights import from_torch, to_numpy
 from chansel_jax.training import devices
 from chansel_jax.training.augmentation import Augmentation, normalise
 from chansel_jax.training.batches import Batch, GivenOrder, TrainingOrder, epoch_order, take
@@ -122,7 +122,7 @@ def test_step_consumes_its_state(run):
 def test_three_steps_of_sgd_equal_pytorch(split, conv):
     network = small_network(conv, (1, 1))
     twin = torch_twin("chansel" if conv is ChannelSelectionConv else "subkernel", network.config)
-    twin.load_state_dict({k: torch.tensor(v) for k, v in to_torch(network).items()}, strict=False)
+    twin.load_state_dict({k: torch.tensor(v) for k, v in to_numpy(network).items()}, strict=False)
     twin.double()  # in float32 its convolutions are less exact on some processors than the bounds
     settings = OptimizerSettings(optimizer="sgd", weight_decay=0.1, undecayed=())
     run = Run(

@@ -21,7 +21,7 @@ from chansel_jax import functional
 from chansel_jax.conv import lowerings_taken
 from chansel_jax.memory import hand_back_memory
 from chansel_jax.networks.resnet import CONVS, ResNet
-from chansel_jax.torch_weights import from_torch, to_torch
+from chansel_jax.torch_weights import from_torch, to_numpy
 from chansel_jax.training import devices
 from chansel_jax.training.augmentation import Augmentation
 from chansel_jax.training.batches import Batch, TrainingOrder, take
@@ -106,7 +106,7 @@ def by_torch_name(module: nnx.Module, params: Any) -> dict[str, np.ndarray]:
     holder = nnx.clone(module)
     nnx.update(holder, params)
     running = ("running_mean", "running_var")
-    return {name: array for name, array in to_torch(holder).items() if not name.endswith(running)}
+    return {name: array for name, array in to_numpy(holder).items() if not name.endswith(running)}
 
 
 def make_adamw(recipe: Recipe) -> optax.GradientTransformation:

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from chansel_jax.networks.resnet import ResNet, ResNetConfig
-from chansel_jax.torch_weights import to_torch
+from chansel_jax.torch_weights import to_numpy
 from experiments.benchmarking.cases import Case, Conv
 from experiments.benchmarking.work import network_config
 
@@ -24,7 +24,7 @@ def network_weights(case: Case, conv: Conv) -> dict[str, np.ndarray]:
     """
     network = uninitialised(network_config(case, conv))
     rng = np.random.default_rng(case.seed)
-    return {name: _drawn(name, array.shape, rng) for name, array in to_torch(network).items()}
+    return {name: _drawn(name, array.shape, rng) for name, array in to_numpy(network).items()}
 
 
 def _drawn(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from chansel_jax.data import DATASETS
 from chansel_jax.networks.resnet import CONVS, PRESETS
-from chansel_jax.torch_weights import from_torch, to_torch
+from chansel_jax.torch_weights import from_torch, to_numpy
 from chansel_jax.training.augmentation import Augmentation
 from experiments.benchmark import default_output
 from experiments.benchmarking import chart, comparison, plan, report, results, settings
@@ -295,14 +295,14 @@ def test_optimisers_update_alike():
         lambda p: jnp.asarray(rng.standard_normal(p.shape, np.float32)), params
     )
     state, torch_optimizer = optimizer.init(params), torch_side.make_adamw(twin, recipe)
-    by_name = to_torch(nnx.merge(graph, gradients, rest))
+    by_name = to_numpy(nnx.merge(graph, gradients, rest))
     for name, parameter in twin.named_parameters():
         parameter.grad = torch.from_numpy(by_name[name])
     for _ in range(3):
         updates, state = jax.jit(optimizer.update)(gradients, state, params)
         params = jax.tree.map(jnp.add, params, updates)
         torch_optimizer.step()
-    expected = to_torch(nnx.merge(graph, params, rest))
+    expected = to_numpy(nnx.merge(graph, params, rest))
     for name, parameter in twin.named_parameters():
         np.testing.assert_allclose(parameter.detach().numpy(), expected[name], rtol=1e-4, atol=1e-6)
 

@@ -30,6 +30,7 @@ from experiments.training.settings import (
     Settings,
     TrainingSettings,
     build_network,
+    network_config,
     run_name,
 )
 
@@ -196,8 +197,13 @@ def test_flags_of_all_groups_reach_the_settings():
 @pytest.mark.parametrize("conv", CONVS)
 def test_network_by_default_is_the_preset(model, conv):
     preset = dataclasses.replace(PRESETS[model], conv=CONVS[conv], num_classes=5)
-    network = built(5, model=model, conv=conv)
-    assert network.config == preset
+    settings = Settings(conv=conv, network=NetworkSettings(model=model))
+    assert network_config(settings, 5) == preset
+
+
+def test_network_is_that_of_its_config():
+    network = built(5, conv="subkernel")
+    assert network.config == network_config(Settings(conv="subkernel"), 5)
     assert network.classifier.out_features == 5
 
 
@@ -206,6 +212,8 @@ def test_network_by_default_is_the_preset(model, conv):
     [
         ("blocks", (1, 3), (1, 3)),
         ("width", 8, 8),
+        ("stem", "small", "small"),
+        ("replaced", "3x3", "3x3"),
         ("rank", 3, 3),
         ("use_bias", True, True),
         ("dropout_rate", 0.5, 0.5),
