@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+from chansel_jax.ops import late
+
 BACKWARD = "transpose("  # what JAX writes around the named scopes of a backward pass
 
 
@@ -50,7 +52,12 @@ def multiply_adds(jaxpr: Jaxpr, scopes: str = "") -> Iterator[Work]:
 
 
 def _called(equation: JaxprEqn) -> Iterator[Jaxpr]:
-    """The jaxprs among the parameters of `equation`, whatever it does with them."""
+    """The jaxprs among the parameters of `equation`, whatever it does with them.
+
+    A layer of ours that chooses its lowering when it is compiled is its definition.
+    """
+    if defined := late.definition(equation):
+        yield defined
     for value in equation.params.values():
         for each in value if isinstance(value, tuple | list) else (value,):
             if isinstance(each, ClosedJaxpr | Jaxpr):
@@ -58,7 +65,7 @@ def _called(equation: JaxprEqn) -> Iterator[Jaxpr]:
 
 
 def _devices(params: dict[str, Any]) -> int:
-    return math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+    return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
 
 
 TRIPS: dict[str, Callable[[dict[str, Any]], int]] = {

@@ -10,7 +10,7 @@ from jax import lax
 from chansel_jax.ops import dense, late, native
 from chansel_jax.ops import depthwise as depthwise_part
 from chansel_jax.ops.limits import DEFAULT, Options, able, first_able
-from chansel_jax.ops.lowerings import ANYWHERE, Place, fastest_layer
+from chansel_jax.ops.lowerings import ANYWHERE, Place, defining, fastest_layer
 from chansel_jax.ops.window import Padding, Window
 
 LATE = ("auto", "native", "composed_native")  # whose lowering is chosen when a program is compiled
@@ -113,7 +113,7 @@ def _choose(
     function: late.Function, place: Place, x: jax.Array, _: jax.Array, depthwise: jax.Array
 ) -> str:
     if place == ANYWHERE:
-        return "composed"
+        return defining(LOWERINGS) or "composed"
     if function.lowering != "auto":
         return function.lowering
     return fastest(place, x, depthwise, function.window, function.options)
