@@ -17,7 +17,7 @@ import jax
 from flax import nnx
 
 _PLACE = "_module_scopes_place"  # the attribute that tells a module its place
-_CONTAINERS = (nnx.List, nnx.Dict)  # whose attributes are what they contain
+_CONTAINERS = (nnx.List, nnx.Dict, nnx.bridge.ToNNX)  # all of whose attributes are their content
 _one_at_a_time = threading.RLock()  # for the classes are changed for all threads
 
 
@@ -97,8 +97,16 @@ def _in_scope(method: Callable, outputs: Outputs) -> Callable:
         outputs.setdefault(place, None)
         with jax.named_scope(f"module[{place.number}]"):
             result = bound(*args, **kwargs)
-        shapes = [leaf.shape for leaf in jax.tree.leaves(result) if isinstance(leaf, jax.Array)]
-        outputs[place] = shapes[0] if shapes else outputs[place]
+        outputs[place] = next((array.shape for array in _arrays(result)), outputs[place])
         return result
 
     return in_scope
+
+
+def _arrays(result: Any) -> Iterator[jax.Array]:
+    """The arrays in tuples, lists and dicts; what else a method returns must not be touched."""
+    if isinstance(result, jax.Array):
+        yield result
+    elif isinstance(result, tuple | list | dict):
+        for each in result.values() if isinstance(result, dict) else result:
+            yield from _arrays(each)

@@ -58,7 +58,10 @@ def _called(equation: JaxprEqn) -> Iterator[Jaxpr]:
     """
     if defined := late.definition(equation):
         yield defined
-    for value in equation.params.values():
+    params = equation.params
+    if equation.primitive.name == "custom_linear_solve":
+        params = {"solve": params["jaxprs"].solve}  # beside it stand those of derivatives
+    for value in params.values():
         for each in value if isinstance(value, tuple | list) else (value,):
             if isinstance(each, ClosedJaxpr | Jaxpr):
                 yield getattr(each, "jaxpr", each)
