@@ -23,7 +23,7 @@ from jax import lax
 
 from chansel_jax.ops import dense, depthwise, selection
 from chansel_jax.ops.limits import Options, able
-from chansel_jax.ops.lowerings import here
+from chansel_jax.ops.lowerings import defining, here
 from chansel_jax.ops.window import Padding, Window, axis_names, is_int, kernel_sizes, positive
 
 lecun_normal = nnx.initializers.lecun_normal()
@@ -494,6 +494,8 @@ class SubspaceChannelSelectionConv(ChannelSelectionConv):
 
     def _is_cheaper_multiplied(self) -> bool:
         """Whether fewer multiply-adds a pixel follow if both matrices are multiplied first."""
+        if defining(selection.LOWERINGS):
+            return False
         inputs, (size, selected) = self.subspace.shape[0], self.pointwise.shape
         selected //= self.feature_group_count
         return inputs * selected <= size * (inputs + selected)

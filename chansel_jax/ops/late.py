@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.extend.core import Jaxpr, JaxprEqn, Primitive
+from jax.interpreters import ad, batching, mlir, partial_eval
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from chansel_jax.ops.limits import Options
-from chansel_jax.ops.lowerings import ANYWHERE, NATIVE, Place
+from chansel_jax.ops.lowerings import ANYWHERE, NATIVE, Place, by_definition
 from chansel_jax.ops.window import Window
 
 Flags = tuple[bool, ...]
@@ -463,6 +463,17 @@ def _sharding_rule(types: Sequence, batches: Sequence[bool], which: Flags) -> st
     return f"{', '.join(inputs)} -> {', '.join(outputs)}"
 
 
+def definition(equation: JaxprEqn) -> Jaxpr | None:
+    """What an equation of one of the primitives computes by definition; None for all others."""
+    if equation.primitive not in _COMPUTED_BY:
+        return None
+    compute = _COMPUTED_BY[equation.primitive](ANYWHERE, **equation.params)
+    with by_definition():
+        jaxpr = jax.make_jaxpr(compute)(*(operand.aval for operand in equation.invars)).jaxpr
+    # Gradients do not need the output.
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
+
+
 def _register(primitive: Primitive, compute: Callable, types: Callable, jvp: Callable) -> None:
     def evaluate(*operands: jax.Array, **how: Any) -> Any:
         return primitive.bind(*operands, **how)
@@ -481,6 +492,11 @@ def _register(primitive: Primitive, compute: Callable, types: Callable, jvp: Cal
         mlir.register_lowering(primitive, _lowered(primitive, compute, platform), platform)
 
 
+_COMPUTED_BY = {
+    _output: _compute_output,
+    _tangent: _compute_tangent,
+    _gradients: _compute_gradients,
+}
 _register(_output, _compute_output, _output_type, _output_jvp)
 _register(_tangent, _compute_tangent, _output_type, _by_jax(_tangent, _compute_tangent))
 _register(_gradients, _compute_gradients, _gradient_types, _by_jax(_gradients, _compute_gradients))

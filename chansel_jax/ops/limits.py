@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from flax.typing import PrecisionLike
 from jax.typing import DTypeLike
 
-from chansel_jax.ops.lowerings import checked_lowering, nearest_asked_for
+from chansel_jax.ops.lowerings import checked_lowering, defining, nearest_asked_for
 from chansel_jax.ops.window import Window
 
 OF_LAX = ("lax", "composed", "grouped")
@@ -63,15 +63,17 @@ def able(
     Raises:
         ValueError: if not, naming the choices or what is missing.
     """
-    if checked_lowering(lowering, choices) == "auto":
-        wished = nearest_asked_for(choices)
-        return wished if lacks(wished, window, options) is None else "auto"
-    missing = lacks(lowering, window, options)
+    missing = lacks(checked_lowering(lowering, choices), window, options)
     if missing is not None:
         raise ValueError(
             f"lowering={lowering!r} does not have {missing}; 'auto' finds one that has"
         )
-    return lowering
+    if defined := defining(choices):
+        return defined
+    if lowering != "auto":
+        return lowering
+    wished = nearest_asked_for(choices)
+    return wished if lacks(wished, window, options) is None else "auto"
 
 
 def first_able(lowerings: tuple[str, ...], window: Window, options: Options = DEFAULT) -> str:

@@ -44,6 +44,7 @@ def here() -> Place:
     return Place(platform, platform == "cpu")
 
 
+_DEFINITION = "definition"
 _asked_for = jax.make_user_context("auto")  # part of what jax.jit keeps a program by
 
 
@@ -67,8 +68,24 @@ def lowering(name: str) -> Iterator[None]:
     """
     if name not in NAMES:
         raise ValueError(f"name={name!r} must be one of {', '.join(map(repr, NAMES))}")
-    with _asked_for(name):
+    with _asked_for(_DEFINITION if _asked_for.value == _DEFINITION else name):
         yield
+
+
+def by_definition() -> contextlib.AbstractContextManager:
+    """Has all layers, in a `with`, take the lowering that computes what defines them, part by part.
+
+    That is the convolution of `lax`, and for channel selection the pointwise part and the depthwise
+    one, whatever lowering they ask for. It is for counting, where nothing is run.
+    """
+    return _asked_for(_DEFINITION)
+
+
+def defining(choices: tuple[str, ...]) -> str | None:
+    """The lowering among `choices` that `by_definition` asks for; None if nothing does."""
+    if _asked_for.value != _DEFINITION:
+        return None
+    return "lax" if "lax" in choices else "grouped"
 
 
 def nearest_asked_for(choices: tuple[str, ...]) -> str:

@@ -10,10 +10,11 @@ from jax import lax
 from chansel_jax.ops import dense, late, native
 from chansel_jax.ops import depthwise as depthwise_part
 from chansel_jax.ops.limits import DEFAULT, Options, able, first_able
-from chansel_jax.ops.lowerings import ANYWHERE, Place, fastest_layer
+from chansel_jax.ops.lowerings import ANYWHERE, Place, defining, fastest_layer
 from chansel_jax.ops.window import Padding, Window
 
 LATE = ("auto", "native", "composed_native")  # whose lowering is chosen when a program is compiled
+IN_TWO_PARTS = ("grouped", "shifted")
 LOWERINGS = ("auto", "composed", "grouped", "shifted", "native", "composed_native")
 
 
@@ -80,7 +81,8 @@ def select(
     lowering = able(lowering, LOWERINGS, window, options)
     if late.needs_lax(options, x, pointwise, depthwise):
         lowering = late.without_late(lowering, "composed")
-    x, window = window.padded_first(x, depthwise.shape[:-2])
+    if lowering not in IN_TWO_PARTS:  # whose depthwise part pads
+        x, window = window.padded_first(x, depthwise.shape[:-2])
     operands = x, pointwise, depthwise
     function = late.Function(_compute, _choose, window, lowering, options)
     if lowering in LATE:
@@ -111,7 +113,7 @@ def _choose(
     function: late.Function, place: Place, x: jax.Array, _: jax.Array, depthwise: jax.Array
 ) -> str:
     if place == ANYWHERE:
-        return "composed"
+        return defining(LOWERINGS) or "composed"
     if function.lowering != "auto":
         return function.lowering
     return fastest(place, x, depthwise, function.window, function.options)
