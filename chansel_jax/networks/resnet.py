@@ -65,8 +65,9 @@ class ResNetConfig:
         width: channels of the first stage; every further stage doubles them.
         stem: `"plain"`, an ordinary 3 × 3 convolution with bias, whatever `conv` is; or `"pooled"`,
             a 7 × 7 `conv` of stride 2, BatchNorm and a max pooling of stride 2.
-        rank: the rank of every `conv`, or a rank for each, in the network's order; but 1 × 1
-            shortcuts keep rank 1, and a pooled stem has at most the rank `in_channels`.
+        rank: the rank of every `conv`, or a rank for each, in the network's order, where 0 makes
+            it an ordinary convolution; but 1 × 1 shortcuts keep rank 1, and a pooled stem has at
+            most the rank `in_channels`.
         use_bias: whether every `conv` has a bias before its BatchNorm.
         plain_shortcuts: whether the 1 × 1 shortcuts are ordinary convolutions, whatever `conv` is.
             With one weight for each output channel before a BatchNorm, the depthwise part of a
@@ -104,7 +105,8 @@ class ResNetConfig:
     def _check_ranks(self) -> None:
         ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
         for rank in ranks:
-            positive("rank", rank)
+            if rank != 0 or not isinstance(self.rank, tuple):
+                positive("rank", rank)
         if max(ranks, default=1) > 9:
             raise ValueError(f"rank={self.rank} must be at most 9, the elements of a 3 × 3 kernel")
         if max(ranks, default=1) > 1 and unwrapped(self.conv) in DENSE:
@@ -115,7 +117,7 @@ class ResNetConfig:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The rank of every `conv` but the 1 × 1 shortcuts, in the network's order."""
+        """The rank of every `conv` but the 1 × 1 shortcuts, in the network's order; 0 is dense."""
         if isinstance(self.rank, tuple):
             return self.rank
         stem = (min(self.rank, self.in_channels),) if self.stem == "pooled" else ()
@@ -175,9 +177,17 @@ def _conv(
     dtype: Dtype,
 ) -> functools.partial[nnx.Module]:
     """A `conv` of so many channels in and out, and with a kernel of `kernel` × `kernel`."""
+    conv = conv if rank else _dense_like(conv)
     given = {"strides": strides, "padding": kernel // 2, "use_bias": use_bias, "dtype": dtype}
     given |= {"rank": rank} if rank > 1 else {}
     return functools.partial(conv, inputs, outputs, (kernel, kernel), **given, **_he(conv))
+
+
+def _dense_like(conv: Make) -> Make:
+    """The ordinary convolution with those arguments of channel selection that it has too."""
+    shared = "kernel_init", "bias_init", "param_dtype", "precision"
+    brought = getattr(conv, "keywords", {})
+    return functools.partial(SubKernelConv, **{k: brought[k] for k in shared if k in brought})
 
 
 def _he(conv: Make) -> dict[str, nnx.Initializer]:
