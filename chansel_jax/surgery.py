@@ -6,7 +6,7 @@ A network is any NNX module, however its layers are nested. What is replaced are
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -245,33 +245,19 @@ def _replaced(
 def _exchanged(root: Any, new: Mapping[int, ChannelSelectionConv]) -> Any:
     """`root` with the layers of these ids exchanged, wherever a module refers to them."""
 
+    def is_leaf(value: Any) -> bool:
+        return isinstance(value, nnx.Pytree | nnx.Variable)
+
     def exchanged(value: Any) -> Any:
-        if id(value) in new:
-            return new[id(value)]
-        if isinstance(value, nnx.Pytree | nnx.Variable):
-            return value
-        children, rebuilt = _opened(value)
-        parts = [exchanged(child) for child in children]
-        same = all(part is child for part, child in zip(parts, children, strict=True))
-        return value if same else rebuilt(parts)
+        return jax.tree.map(lambda leaf: new.get(id(leaf), leaf), value, is_leaf=is_leaf)
 
     for _, node in list(nnx.iter_graph(root, graph=True)):
         if not isinstance(node, nnx.Pytree) or id(node) in new:
             continue
         for name, value in list(vars(node).items()):
-            if (other := exchanged(value)) is not value:
-                setattr(node, name, nnx.data(other))
+            if any(id(leaf) in new for leaf in jax.tree.leaves(value, is_leaf=is_leaf)):
+                setattr(node, name, nnx.data(exchanged(value)))
     return exchanged(root)
-
-
-def _opened(value: Any) -> tuple[Sequence[Any], Callable[[Sequence[Any]], Any]]:
-    """What a container holds, and how it is made of that again; anything else holds nothing."""
-    if type(value) is dict:  # whose keys JAX would sort, which not all can be
-        return list(value.values()), lambda parts: dict(zip(value, parts, strict=True))
-    children, tree = jax.tree.flatten(value, is_leaf=lambda each: each is not value)
-    if len(children) == 1 and children[0] is value:
-        children = []
-    return children, tree.unflatten
 
 
 def _with_commas(*numbers: int) -> list[str]:

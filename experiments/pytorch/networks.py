@@ -1,6 +1,7 @@
 """The layers and networks of `chansel_jax` in plain `torch.nn`, named as torchvision names them."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ class TorchResNet(nn.Module):
     """`chansel_jax.ResNet`, for images `(N, 3, H, W)`.
 
     `kind` is "chansel" or "subkernel", `stem` "plain" or "pooled"; the rest is as in
-    `chansel_jax.ResNetConfig`.
+    `chansel_jax.ResNetConfig`, where a rank of 0 is an ordinary convolution too.
     """
 
     def __init__(
@@ -81,14 +82,18 @@ class TorchResNet(nn.Module):
         blocks: Sequence[int],
         width: int,
         stem: str,
-        rank: int = 1,
+        rank: int | Sequence[int] = 1,
         use_bias: bool = False,
         plain_shortcuts: bool = False,
         dropout_rate: float = 0.0,
     ):
         super().__init__()
-        conv = functools.partial(_conv, kind, rank, use_bias)
-        shortcut = functools.partial(_conv, "subkernel", 1, use_bias) if plain_shortcuts else conv
+        ranks = itertools.repeat(rank) if isinstance(rank, int) else iter(rank)
+
+        def conv(*sizes, **window):
+            return _conv(kind, next(ranks), use_bias, *sizes, **window)
+
+        shortcut = functools.partial(_conv, kind, 0 if plain_shortcuts else 1, use_bias)
         if stem == "plain":
             self.conv1 = nn.Conv2d(3, width, 3, padding=1)
             self.bn1 = nn.Identity()
@@ -135,7 +140,7 @@ def _conv(
     stride: int = 1,
     padding: int = 0,
 ) -> nn.Module:
-    if kind == "subkernel":
+    if kind == "subkernel" or rank == 0:
         return nn.Conv2d(
             in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=bias
         )
