@@ -41,7 +41,10 @@ class NetworkSettings:
     rank: int = 1
     """Each 3 × 3 convolution adds up this many channel selections, 1 to 9."""
     ranks: tuple[int, ...] = ()
-    """These are, in place of --rank, the ranks of the 3 × 3 convolutions in the network's order."""
+    """These are, in place of --rank, the ranks of the 3 × 3 convolutions in the network's order;
+    0 is a dense one."""
+    plain_shortcuts: bool = False
+    """The 1 × 1 convolutions of the shortcuts are dense ones, whatever the others are."""
     norm: bool = False
     """BatchNorm stands between the two parts of channel selection."""
     use_bias: bool = False
@@ -260,6 +263,7 @@ def build_network(settings: Settings, num_classes: int) -> ResNet:
         "width": network.width,
         "rank": network.ranks or network.rank,
         "use_bias": network.use_bias,
+        "plain_shortcuts": network.plain_shortcuts,
         "dropout_rate": settings.training.dropout_rate,
         "dtype": jnp.dtype(network.dtype),
     }
