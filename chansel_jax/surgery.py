@@ -214,6 +214,8 @@ def _replaced(
     """What takes the place of `layer`: from its weights, or initialised by `rngs`."""
     parts, energy, kind = {}, None, type(layer.kernel)
     if rngs is None:
+        if isinstance(layer.kernel.get_value(), jax.ShapeDtypeStruct):
+            raise ValueError("its kernel has a shape and no values, as nnx.eval_shape makes it")
         kernel = np.asarray(layer.kernel[...])
         energy = min(1.0, float(component_energies(kernel)[:rank].sum()))
         factors = factorize_kernel(kernel, rank)

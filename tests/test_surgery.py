@@ -19,14 +19,11 @@ from experiments.pytorch.networks import torch_twin
 CONVS = {"nnx": nnx.Conv, "subkernel": SubKernelConv}
 
 
-RNGS = nnx.Rngs(0)
-
-
 def conv(inputs=4, outputs=6, size=(3, 3), kind=nnx.Conv, seed=0, **given):
     def drawn(key, shape, dtype):  # by NumPy, which compiles nothing
         return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
-    return kind(inputs, outputs, size, kernel_init=drawn, rngs=RNGS, **given)
+    return kind(inputs, outputs, size, kernel_init=drawn, rngs=nnx.Rngs(0), **given)
 
 
 def energy_of(approximation, kernel):
@@ -245,6 +242,7 @@ def not_finite():
         (tied, "inner.0.1 shares its kernel with inner.0.0"),
         (not_finite, r"inner.0: a kernel of shape \(3, 3, 4, 4\) holds values that are not finite"),
         (lambda: conv(input_dilation=2), "inner.0: padding='SAME' must be in integers"),
+        (lambda: nnx.eval_shape(conv), "inner.0: its kernel has a shape and no values"),
     ],
 )
 def test_refused_by_path_unless_it_is_left_out(make, message):
