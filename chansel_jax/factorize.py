@@ -1,202 +1,255 @@
-"""From a trained dense network to channel selection, by singular values.
+"""From a trained dense network to channel selection, with a rank for each layer.
 
-The kernel of one output channel, as a matrix `(C_in, K_h·K_w)`, is a sum of outer products: of its
-singular vectors, weighted with its singular values. Each is a channel selection. The R leading ones
-are the best sum of R in the Frobenius norm (Eckart and Young, 1936), and all of them,
-R = min(C_in, K_h·K_w), are the kernel itself. Guo et al., "Network Decoupling" (2018), decompose
-trained networks so; Haase and Amthor (CVPR 2020) report how much the first component holds.
-
-The energy of a component is its squared singular value.
+`chansel_jax.decomposition` says how a kernel is cut. What the cut has changed in the statistics of
+BatchNorm, `recalibrate` estimates anew.
 """
 
 import dataclasses
 import functools
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
-from chansel_jax.counting import count_network
-from chansel_jax.functional import network_tree
-from chansel_jax.networks.resnet import ResNet, ResNetConfig, unwrapped
+from chansel_jax.conv import ChannelSelectionConv
+from chansel_jax.decomposition import component_energies, factorize_kernel
+from chansel_jax.networks.resnet import DENSE, ResNet, ResNetConfig, unwrapped
 from chansel_jax.ops.window import positive
+from chansel_jax.surgery import (
+    DenseConv,
+    Where,
+    dense_convs,
+    max_rank,
+    parameter_count,
+    replace_convs,
+)
+
+__all__ = [
+    "component_energies",
+    "factorizable",
+    "factorize",
+    "factorize_kernel",
+    "highest_rank",
+    "recalibrate",
+]
 
 
 def factorize(
-    network: ResNet,
+    module: nnx.Module,
     *,
     rank: int | None = None,
     energy: float | None = None,
     parameter_budget: int | None = None,
-) -> ResNet:
-    """A network of channel selection that approximates the dense `network`.
+    where: Where | None = None,
+) -> nnx.Module:
+    """A copy of `module` in which channel selection approximates its dense convolutions.
 
-    Every 3 × 3 convolution (and a pooled stem's 7 × 7 one) gets a rank of its own; 1 × 1 shortcuts
-    are exact at rank 1; a plain stem stays. All other parameters and the batch statistics are
-    copied; the precision and the mode, of training or of evaluation, stay, and so does the lowering
-    (`"lax"` becomes `"composed"`, which is of `lax` too). Exactly one of these decides the ranks:
+    Every convolution that `chansel_jax.surgery.replace_convs` replaces gets a rank of its own, but
+    for those whose factors would hold as many parameters as their kernel or more: these stay dense,
+    which is exact. The plain stem of a `ResNet` stays too, and its `config` becomes that of the new
+    network, from which it can be built again. All other parameters, the batch statistics and the
+    modes stay as they are. Exactly one of the first three decides the ranks:
 
     Args:
-        network: of `SubKernelConv`; it is not changed.
+        module: any NNX module; it is not changed.
         rank: of every convolution, or the highest it can have, whichever is less.
         energy: each convolution's least rank that keeps this share of its energy, in (0, 1].
-        parameter_budget: the most parameters of the whole network; ranks grow from 1, one at a
+        parameter_budget: the most parameters of the whole module; ranks grow from 1, one at a
             time, where the share of a convolution's energy gained for a parameter is the largest.
+        where: as of `replace_convs`: chooses among the convolutions. By default all are.
 
     Raises:
-        ValueError: if `network` is of another convolution, not exactly one of the three is given,
-            or it cannot be had.
+        ValueError: if not exactly one of the three is given, or it cannot be had, `module` has no
+            convolution that could be factorised, or one is not as `replace_convs` takes it.
     """
     given = {"rank": rank, "energy": energy, "parameter_budget": parameter_budget}
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) != 1:
         raise ValueError(f"exactly one of rank, energy and parameter_budget is needed, not {given}")
-    if unwrapped(network.config.conv) is not SubKernelConv:
-        raise ValueError(f"network of {network.config.conv} must be of SubKernelConv")
-    layers = [layer for _, layer in dense_layers(network)]
+    layers = factorizable(module, where)
     if rank is not None:
-        ranks = [min(positive("rank", rank), max_rank(layer)) for layer in layers]
+        rank = positive("rank", rank)
+        ranks = {path: min(rank, max_rank(layer)) for path, layer in layers.items()}
     elif energy is not None:
         if not 0 < energy <= 1:
             raise ValueError(f"energy={energy} must be in (0, 1]")
-        energies = [component_energies(np.asarray(layer.kernel[...])) for layer in layers]
         wanted = energy * (1 - 1e-12)  # rounding may leave the sum of all below 1
-        ranks = [min(int((np.cumsum(e) < wanted).sum()) + 1, len(e)) for e in energies]
+        ranks = {
+            path: min(int((np.cumsum(shares) < wanted).sum()) + 1, len(shares))
+            for path, shares in _energies(layers).items()
+        }
     else:
-        ranks = _ranks_within(network, layers, parameter_budget)
-    factored = ResNet(_config(network, ranks), rngs=nnx.Rngs(0))
-    tree = network_tree(network)
-    params = _carried(tree["params"], network_tree(factored)["params"])
-    nnx.update(factored, params, tree["batch_stats"])
-    _copy_modes(network, factored)
+        ranks = _ranks_within(parameter_budget, layers, parameter_count(module))
+    smaller = {path: rank for path, rank in ranks.items() if rank <= highest_rank(layers[path])}
+    factored, _ = replace_convs(module, rank=smaller, where=lambda path, _: path in smaller)
+    for _, part in nnx.iter_graph(factored, graph=True):
+        if isinstance(part, ResNet) and _has_channel_selection(part):
+            part.config = _described(part)
     return factored
 
 
-def factorize_kernel(kernel: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """Both parts of the best channel selection of `rank` for a dense kernel, in float64.
-
-    Args:
-        kernel: `(K_h, K_w, C_in, C_out)`.
-        rank: R, from 1 to min(C_in, K_h·K_w).
-
-    Returns:
-        The pointwise kernel `(C_in, C_out·R)` and the depthwise one `(K_h, K_w, R, C_out)`; each
-        has the square root of a component's singular value.
+def factorizable(module: nnx.Module, where: Where | None = None) -> dict[str, DenseConv]:
+    """The convolutions of `module`, by path, that `factorize` chooses a rank for.
 
     Raises:
-        ValueError: if `rank` is out of range.
+        ValueError: if there are none, or one cannot be replaced.
     """
-    rows, columns, in_channels, out_channels = kernel.shape
-    most = min(in_channels, rows * columns)
-    if not 1 <= rank <= most:
-        raise ValueError(f"rank={rank} must be from 1 to min(C_in, K_h·K_w) = {most}")
-    left, values, right = np.linalg.svd(_matrices(kernel), full_matrices=False)
-    roots = np.sqrt(values[:, :rank])
-    # (C_out, C_in, R) and (C_out, R, K_h·K_w).
-    left, right = left[:, :, :rank] * roots[:, None], right[:, :rank] * roots[:, :, None]
-    pointwise = left.transpose(1, 0, 2).reshape(in_channels, out_channels * rank)
-    depthwise = right.reshape(out_channels, rank, rows, columns).transpose(2, 3, 1, 0)
-    return pointwise, depthwise
+    parts = [part for _, part in nnx.iter_graph(module, graph=True) if isinstance(part, ResNet)]
+    stems = {id(part.stem.conv) for part in parts if part.config.stem == "plain"}
+    found = dense_convs(
+        module,
+        lambda path, layer: id(layer) not in stems and (where is None or where(path, layer)),
+    )
+    if not found:
+        raise ValueError(f"module of type {type(module).__name__} has no convolution to factorise")
+    return found
 
 
-def component_energies(kernel: np.ndarray) -> np.ndarray:
-    """The share of a dense kernel's energy in each component, the largest first.
+def highest_rank(layer: DenseConv) -> int:
+    """The highest rank at which its factors hold fewer parameters than its kernel; 0 if none do."""
+    kernel, factors = _sizes(layer)
+    return (kernel - 1) // factors
+
+
+def recalibrate(module: nnx.Module, batches: Iterable[Any]) -> nnx.Module:
+    """A copy of `module` whose BatchNorm layers have the statistics of `batches`.
+
+    Their running means and variances become the averages, over the batches, of each batch's mean
+    and variance, whatever the layers' momentum is; with fewer images in some batch, that one counts
+    as much as the others. While they are estimated BatchNorm normalises by the batch, as it does in
+    training, and everything else is in the mode of evaluation. Parameters and modes are those of
+    `module`, which is not changed. A BatchNorm that is called several times for a batch has the
+    statistics of the last time.
 
     Args:
-        kernel: `(K_h, K_w, C_in, C_out)`.
+        module: any NNX module; without BatchNorm the copy is as it was.
+        batches: what the module is called with: an array for each batch, or a tuple of its
+            arguments.
 
-    Returns:
-        `(min(C_in, K_h·K_w),)` float64: squared singular values, added up over the output channels,
-        over the squared norm. A kernel of zeros has all of its energy in the first.
+    Raises:
+        ValueError: if there is no batch.
     """
-    values = np.linalg.svd(_matrices(kernel), compute_uv=False)
-    energies = (values**2).sum(axis=0)
-    total = energies.sum()
-    return energies / total if total > 0 else np.eye(1, len(energies))[0]
+    graph, statistics, rest = nnx.split(_estimating(module), nnx.BatchStat, ..., graph=True)
+
+    @jax.jit
+    def of_batch(statistics, rest, inputs):
+        # Flax computes with several dtypes, which JAX may have been told to refuse.
+        with jax.numpy_dtype_promotion("standard"):
+            worker = nnx.merge(graph, statistics, rest)
+            worker(*inputs)
+        return [(norm.mean[...], norm.var[...]) for norm in _batch_norms(worker)]
+
+    total, count = 0.0, 0
+    for count, batch in enumerate(batches, start=1):  # noqa: B007
+        inputs = batch if isinstance(batch, tuple) else (batch,)
+        found = jax.device_get(of_batch(statistics, rest, inputs))
+        found = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), found)
+        total = found if count == 1 else jax.tree.map(np.add, total, found)
+    if not count:
+        raise ValueError("batches holds no batch to take the statistics of")
+    copy = nnx.clone(module, graph=True)
+    for norm, sums in zip(_batch_norms(copy), total, strict=True):
+        for variable, value in zip((norm.mean, norm.var), sums, strict=True):
+            variable[...] = jnp.asarray(value / count, variable.dtype)
+    return copy
 
 
-def dense_layers(network: ResNet) -> Iterator[tuple[str, SubKernelConv]]:
-    """The convolutions that get a rank of their own, by path, in the order of `config.ranks`."""
-    if network.config.stem == "pooled":
-        yield "stem.conv", network.stem.conv
-    for i, block in enumerate(network.blocks):
-        yield f"blocks.{i}.conv1", block.conv1
-        yield f"blocks.{i}.conv2", block.conv2
+def _batch_norms(module: nnx.Module) -> list[nnx.BatchNorm]:
+    layers = nnx.iter_graph(module, graph=True)
+    return [layer for _, layer in layers if isinstance(layer, nnx.BatchNorm)]
 
 
-def max_rank(layer: SubKernelConv) -> int:
-    """min(C_in, K_h·K_w), at which channel selection is exact."""
-    return min(layer.in_features, math.prod(layer.kernel_size))
+def _estimating(module: nnx.Module) -> nnx.Module:
+    """A copy whose BatchNorm layers keep nothing but the statistics of the last batch."""
+    copy = nnx.clone(module, graph=True)
+    copy.eval()
+    for norm in _batch_norms(copy):
+        norm.use_running_average, norm.momentum = False, 0.0
+        # What is not finite would stay, multiplied by a momentum of zero.
+        norm.mean[...], norm.var[...] = jnp.zeros_like(norm.mean), jnp.ones_like(norm.var)
+    return copy
 
 
-def _ranks_within(network: ResNet, layers: Sequence[SubKernelConv], budget: int) -> list[int]:
-    """Ranks from 1 on, raised where it gains the most for a parameter, until none fits."""
-    costs = [
-        (layer.in_features + math.prod(layer.kernel_size)) * layer.out_features for layer in layers
-    ]
-    energies = [component_energies(np.asarray(layer.kernel[...])) for layer in layers]
-    ranks = [1] * len(layers)
-    spent = sum(row.parameters for row in count_network(_config(network, ranks), image_size=1))
+def _energies(layers: Mapping[str, DenseConv]) -> dict[str, np.ndarray]:
+    return {p: component_energies(np.asarray(layer.kernel[...])) for p, layer in layers.items()}
+
+
+def _sizes(layer: DenseConv) -> tuple[int, int]:
+    """The parameters of its kernel, and of the factors of one rank."""
+    channels, elements = (
+        layer.in_features // layer.feature_group_count,
+        math.prod(layer.kernel_size),
+    )
+    return channels * elements * layer.out_features, (channels + elements) * layer.out_features
+
+
+def _ranks_within(budget: int, layers: Mapping[str, DenseConv], dense: int) -> dict[str, int]:
+    """Ranks from 1 on, raised where it gains the most for a parameter, until none fits.
+
+    Above its highest rank a layer is dense, at all of its energy. `dense` is what the whole module
+    holds with every layer dense.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, int | np.integer):
+        raise ValueError(f"parameter_budget={budget!r} must be an integer")
+    sizes = {path: _sizes(layer) for path, layer in layers.items()}
+    highest = {path: highest_rank(layer) for path, layer in layers.items()}
+    kept = {path: np.cumsum(shares) for path, shares in _energies(layers).items()}
+    ranks = dict.fromkeys(layers, 1)
+    spent = dense - sum(max(0, kernel - factors) for kernel, factors in sizes.values())
     if spent > budget:
         raise ValueError(f"parameter_budget={budget} must be at least the {spent} of rank 1")
-    gains = [
-        (-energy[1] / cost, i)
-        for i, (energy, cost) in enumerate(zip(energies, costs, strict=True))
-        if len(energy) > 1
-    ]
-    heapq.heapify(gains)
-    while gains:
-        _, i = heapq.heappop(gains)
-        if spent + costs[i] > budget:
+
+    def next_step(path):
+        """What the next rank gains for a parameter, as a heap sorts it, and what it costs."""
+        kernel, factors = sizes[path]
+        rank = ranks[path]
+        last = rank == highest[path]
+        gain = (1.0 if last else kept[path][rank]) - kept[path][rank - 1]
+        cost = kernel - rank * factors if last else factors
+        return -gain / cost, path, cost
+
+    steps = [next_step(path) for path in layers if highest[path]]
+    heapq.heapify(steps)
+    while steps:
+        _, path, cost = heapq.heappop(steps)
+        if spent + cost > budget:
             continue
-        spent, ranks[i] = spent + costs[i], ranks[i] + 1
-        if ranks[i] < len(energies[i]):
-            heapq.heappush(gains, (-energies[i][ranks[i]] / costs[i], i))
+        spent, ranks[path] = spent + cost, ranks[path] + 1
+        if ranks[path] <= highest[path]:
+            heapq.heappush(steps, next_step(path))
     return ranks
 
 
-def _config(network: ResNet, ranks: Sequence[int]) -> ResNetConfig:
-    given = getattr(network.config.conv, "keywords", {})
+def _has_channel_selection(network: ResNet) -> bool:
+    return any(isinstance(part, ChannelSelectionConv) for _, part in nnx.iter_modules(network))
+
+
+def _described(network: ResNet) -> ResNetConfig:
+    """The config that builds the layers which `network` has."""
+    config = network.config
+    if unwrapped(config.conv) in DENSE:  # whose shortcuts have stayed
+        conv = _channel_selection_like(config.conv)
+        config = dataclasses.replace(config, conv=conv, replaced="spatial")
+    parts = {".".join(map(str, path)): part for path, part in nnx.iter_modules(network)}
+    spatial = [
+        parts[layer.path]
+        for layer in config.layers()
+        if isinstance(parts[layer.path], DenseConv | ChannelSelectionConv)
+        and math.prod(parts[layer.path].kernel_size) > 1
+        and (layer.path != "stem.conv" or config.replaces_stem)
+    ]
+    return dataclasses.replace(config, rank=tuple(getattr(layer, "rank", 0) for layer in spatial))
+
+
+def _channel_selection_like(conv: Any) -> Any:
+    """`ChannelSelectionConv` with those arguments of a dense `conv` that surgery keeps."""
+    given = getattr(conv, "keywords", {})
     kept = {name: given[name] for name in ("precision", "param_dtype", "lowering") if name in given}
     if kept.get("lowering") == "lax":
         kept["lowering"] = "composed"
-    conv = functools.partial(ChannelSelectionConv, **kept) if kept else ChannelSelectionConv
-    return dataclasses.replace(network.config, conv=conv, rank=tuple(ranks))
-
-
-def _copy_modes(network: ResNet, factored: ResNet) -> None:
-    """Has the layers of `factored` train or evaluate as those of `network` do."""
-    layers = dict(nnx.iter_modules(network))
-    for path, layer in nnx.iter_modules(factored):
-        for mode in ("deterministic", "use_running_average"):
-            if hasattr(layer, mode):
-                setattr(layer, mode, getattr(layers[path], mode))
-
-
-def _carried(dense: dict[str, Any], factored: dict[str, Any]) -> dict[str, Any]:
-    """The parameters `dense` in the structure of `factored`."""
-    if "pointwise" in factored:
-        kernel = dense["kernel"]
-        rank = factored["depthwise"].shape[2]
-        pointwise, depthwise = factorize_kernel(np.asarray(kernel), rank)
-        others = {name: value for name, value in dense.items() if name != "kernel"}
-        return others | {
-            "pointwise": jnp.asarray(pointwise, kernel.dtype),
-            "depthwise": jnp.asarray(depthwise, kernel.dtype),
-        }
-    return {
-        name: _carried(value, factored[name]) if isinstance(value, dict) else value
-        for name, value in dense.items()
-    }
-
-
-def _matrices(kernel: np.ndarray) -> np.ndarray:
-    """`(C_out, C_in, K_h·K_w)` float64, a matrix for each output channel."""
-    rows, columns, in_channels, out_channels = kernel.shape
-    matrices = np.asarray(kernel, np.float64).transpose(3, 2, 0, 1)
-    return matrices.reshape(out_channels, in_channels, rows * columns)
+    return functools.partial(ChannelSelectionConv, **kept) if kept else ChannelSelectionConv

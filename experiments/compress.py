@@ -3,24 +3,30 @@
     python -m experiments.compress --workdir=RUN --ranks=1,2,3,4
 
 RUN is one of experiments.train with --conv=subkernel. Every kernel is cut to its leading singular
-vectors; what that costs is measured before and after fine-tuning. The same command, typed again,
-goes on where it stopped.
+vectors, but for those whose vectors would take more parameters. What that costs is measured as they
+are cut, with the statistics of BatchNorm estimated anew, and after fine-tuning: by the labels, and
+with the dense network as the teacher. The same command, typed again, goes on where it stopped.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from chansel_jax.counting import count_network
+from chansel_jax.data import Split
+from chansel_jax.decomposition import component_energies
 from chansel_jax.digest import digest
-from chansel_jax.factorize import component_energies, dense_layers, factorize, max_rank
+from chansel_jax.factorize import factorizable, factorize, highest_rank, recalibrate
 from chansel_jax.functional import network_tree
-from chansel_jax.networks.resnet import ResNet
+from chansel_jax.networks.resnet import DENSE, ResNet, unwrapped
+from chansel_jax.training.augmentation import normalise
+from chansel_jax.training.distillation import Distillation, Teacher
 from chansel_jax.training.optimizer import OptimizerSettings
 from experiments.cli.command import run
 from experiments.cli.console import make_console
@@ -36,6 +42,15 @@ from experiments.training.settings import ReadingSettings, TrainingSettings
 from experiments.training.settings import Settings as TrainSettings
 
 COMPONENTS = 4  # the table shows their energies
+RECALIBRATION_BATCH = 500  # images, at most
+
+# The columns of accuracies, and what each is called in a run's folder and in `results.json`.
+WHEN = {
+    "as cut": "accuracy_before",
+    "recalibrated": "accuracy_recalibrated",
+    "fine-tuned": "accuracy_after",
+    "with the teacher": "accuracy_distilled",
+}
 
 RECIPES = {
     "fine-tuning": TrainingSettings(
@@ -60,8 +75,8 @@ class Settings:
     epoch: Checkpoint = "best"
     """The network has the parameters of this checkpoint: best (the lowest validation loss), last,
     or the number of an epoch that was kept."""
-    ranks: tuple[int, ...] = (1, 2, 3, 4, 6, 9)
-    """A network is made of each rank."""
+    ranks: tuple[int, ...] = (1, 2, 3, 4, 6)
+    """A network is made of each rank; convolutions that would become larger stay dense."""
     energies: tuple[float, ...] = ()
     """A network is made for each share, above 0 and at most 1: every convolution has the least rank
     that keeps this share of its energy (its squared singular values)."""
@@ -70,6 +85,7 @@ class Settings:
     the share of a convolution's energy gained for a parameter is the largest."""
     reading: ReadingSettings = ReadingSettings()
     training: TrainingSettings = RECIPES["fine-tuning"]
+    distillation: Distillation = Distillation()
     output: Path | None = None
     """The fine-tuned runs and the report are written to this folder, by default
     WORKDIR/compressed."""
@@ -92,7 +108,7 @@ def main(settings: Settings) -> None:
 
 
 def compress(settings: Settings, console: Console) -> dict[str, Any]:
-    """Factorises, fine-tunes what is not yet, and writes the report.
+    """Factorises, fine-tunes what is not yet, once and once more with the teacher, and reports.
 
     Returns:
         What `results.json` holds.
@@ -115,19 +131,21 @@ def compress(settings: Settings, console: Console) -> dict[str, Any]:
     validation = dataset.splits["validation"]
     whole = scores_of(dense.network, dense, validation).accuracy
     console.print(f"dense network, epoch {dense.epoch}: {whole:.2%} of the validation images")
+    train = dataset.splits["train"]
     found = []
     for label, network in factorised(dense.network, settings).items():
-        before = scores_of(network, dense, validation).accuracy
-        console.print(f"\n{label}: {before:.2%} before fine-tuning")
-        given = fine_tuning(dense, settings, network)
-        summary = finished(output, folder_name(label), given, console, network=network).summary
+        again = recalibrate(network, batches(train, dense))
+        accuracies = [scores_of(each, dense, validation).accuracy for each in (network, again)]
+        cut, recalibrated = (f"{accuracy:.2%}" for accuracy in accuracies)
+        console.print(f"\n{label}: {cut} as cut, {recalibrated} recalibrated")
+        summaries = fine_tuned(dense, settings, label, network, console)
+        accuracies += [summary["final_val_accuracy"] for summary in summaries]
         found.append(
             {
                 "label": label,
                 "ranks": network.config.ranks,
-                "parameters": summary["parameters"],
-                "accuracy_before": before,
-                "accuracy_after": summary["final_val_accuracy"],
+                "parameters": summaries[0]["parameters"],
+                **dict(zip(WHEN.values(), accuracies, strict=False)),
             }
         )
     results = results_of(found, dense, whole, settings)
@@ -143,26 +161,60 @@ def compress(settings: Settings, console: Console) -> dict[str, Any]:
     return results
 
 
+def fine_tuned(
+    dense: Run, settings: Settings, label: str, network: ResNet, console: Console
+) -> list[Mapping[str, Any]]:
+    """The summaries of the runs that begin with `network`: without the teacher, and with it."""
+    output = settings.output or settings.workdir / "compressed"
+    given = fine_tuning(dense, settings, network)
+    teachers = {folder_name(label): None}
+    if settings.distillation.distillation_weight:
+        taught = f"{folder_name(label)}-distilled"
+        teachers[taught] = Teacher(dense.network, settings.distillation)
+    return [
+        finished(output, name, given, console, network=network, teacher=teacher).summary
+        for name, teacher in teachers.items()
+    ]
+
+
+def batches(images: Split, run: Run) -> Iterator[jnp.ndarray]:
+    """All of `images` but for a few that are left over, normalised as those of `run`."""
+    count = len(images.labels)
+    size = count // -(-count // RECALIBRATION_BATCH)
+    mean, std = jnp.asarray(run.mean), jnp.asarray(run.std)
+    for start in range(0, count - size + 1, size):
+        yield normalise(jnp.asarray(images.images[start : start + size]), mean, std)
+
+
 def factorised(network: ResNet, settings: Settings) -> dict[str, ResNet]:
     """The networks that `settings` ask for, by label.
 
     Raises:
-        CommandError: if a rank is higher than that of any convolution.
+        CommandError: if a rank, an energy or a budget is so high that every convolution would stay
+            dense.
         ValueError: if an energy or a budget cannot be had.
     """
     asked = {f"rank {rank}": {"rank": rank} for rank in settings.ranks}
     asked |= {f"energy {energy}": {"energy": energy} for energy in settings.energies}
     asked |= {f"budget {most}": {"parameter_budget": most} for most in settings.parameter_budgets}
-    highest = max(max_rank(layer) for _, layer in dense_layers(network))
+    highest = max(map(highest_rank, factorizable(network).values()))
     for rank in settings.ranks:
         if rank > highest:
-            raise CommandError(f"ranks={rank} must be at most {highest}, at which nothing is cut")
-    return {label: factorize(network, **choice) for label, choice in asked.items()}
+            raise CommandError(
+                f"ranks={rank} must be at most {highest}: above it every convolution would become "
+                "larger, and stays dense"
+            )
+    found = {label: factorize(network, **choice) for label, choice in asked.items()}
+    for label, factored in found.items():
+        if unwrapped(factored.config.conv) in DENSE:
+            raise CommandError(f"{label}: every convolution would become larger, and stays dense")
+    return found
 
 
 def fine_tuning(dense: Run, settings: Settings, network: ResNet) -> TrainSettings:
     """The settings of the training that begins with `network`."""
-    changes = {"rank": 1, "ranks": network.config.ranks}
+    config = network.config
+    changes = {"rank": 1, "ranks": config.ranks, "replaced": config.replaced}
     return dataclasses.replace(
         dense.settings,
         conv="chansel",
@@ -192,18 +244,20 @@ def results_of(
         "compressed": found,
         "energies": {
             path: component_energies(np.asarray(layer.kernel[...])).tolist()
-            for path, layer in dense_layers(dense.network)
+            for path, layer in factorizable(dense.network).items()
         },
     }
 
 
 def accuracy_table(results: Mapping[str, Any]) -> report.Table:
-    """A row for each network, before and after fine-tuning."""
-    headings = ["", "parameters", "ranks", "before fine-tuning", "after fine-tuning"]
+    """A row for each network, with its accuracies."""
+    measured = {when: key for when, key in WHEN.items() if key in results["compressed"][0]}
+    headings = ["", "parameters", "ranks", *measured]
     dense = results["dense"]
-    rows = [["dense", f"{dense['parameters']:,}", "", f"{dense['accuracy']:.2%}", ""]]
+    blank = [""] * (len(measured) - 1)
+    rows = [["dense", f"{dense['parameters']:,}", "", f"{dense['accuracy']:.2%}", *blank]]
     for each in results["compressed"]:
-        accuracies = (f"{each[f'accuracy_{when}']:.2%}" for when in ("before", "after"))
+        accuracies = (f"{each[key]:.2%}" for key in measured.values())
         ranks = " ".join(map(str, each["ranks"]))
         rows.append([each["label"], f"{each['parameters']:,}", ranks, *accuracies])
     return headings, rows
@@ -221,10 +275,14 @@ def energy_table(results: Mapping[str, Any]) -> report.Table:
 def text(results: Mapping[str, Any], epochs: int) -> str:
     """The report."""
     dense = results["dense"]
+    distilled = "accuracy_distilled" in results["compressed"][0]
+    taught = ", by the labels alone and with the dense network as the teacher" if distilled else ""
     return f"""\
 Each row but the first is a network of channel selection, made from the kernels of one trained \
-dense network (epoch {dense["epoch"]}) by singular value decomposition. The table shows the \
-accuracy on the validation images before fine-tuning, and after {epochs} epochs of it.
+dense network (epoch {dense["epoch"]}) by singular value decomposition; at rank 0 a convolution \
+has stayed dense. The table shows the accuracy on the validation images as the kernels are cut, \
+with the statistics of BatchNorm estimated anew on the training images, and after {epochs} epochs \
+of fine-tuning{taught}.
 
 {report.table(*accuracy_table(results))}
 
@@ -248,14 +306,14 @@ The dense network was trained by:
 
 
 def draw(results: Mapping[str, Any]) -> Figure:
-    """Accuracy against parameters, before and after fine-tuning."""
+    """Accuracy against parameters, one line for each way to come to it."""
     picture = Figure(figsize=(7, 4.4), layout="constrained")
     axes = picture.add_subplot()
     points = sorted(results["compressed"], key=lambda each: each["parameters"])
     sizes = [each["parameters"] for each in points]
-    for when, colour in (("before", "tab:orange"), ("after", "tab:blue")):
-        values = [each[f"accuracy_{when}"] for each in points]
-        axes.plot(sizes, values, "o-", color=colour, label=f"{when} fine-tuning")
+    for when, key in WHEN.items():
+        if key in points[0]:
+            axes.plot(sizes, [each[key] for each in points], "o-", label=when)
     above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 7}
     for each in points:
         axes.annotate(each["label"], (each["parameters"], each["accuracy_after"]), **above)

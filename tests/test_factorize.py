@@ -1,4 +1,4 @@
-"""Factorising against the dense network it came from, float64 and the closed form of the error."""
+"""Factorising against the dense network it came from, and statistics against PyTorch."""
 
 import dataclasses
 import functools
@@ -8,14 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
-from chansel_jax import factorize as module
 from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
 from chansel_jax.counting import count_network
-from chansel_jax.factorize import component_energies, factorize, factorize_kernel
+from chansel_jax.decomposition import component_energies
+from chansel_jax.factorize import factorizable, factorize, highest_rank, recalibrate
 from chansel_jax.functional import network_tree
 from chansel_jax.networks.resnet import ResNet, ResNetConfig
+from chansel_jax.surgery import parameter_count
+from chansel_jax.torch_weights import to_torch
+from experiments.pytorch.networks import torch_twin
 
 
 @functools.cache
@@ -44,79 +48,32 @@ def logits(network):
     return np.asarray(forward(network, jnp.asarray(x)))
 
 
-def parameters(network):
-    return sum(leaf.size for leaf in jax.tree.leaves(network_tree(network)["params"]))
-
-
-def composed(pointwise, depthwise):
-    rows, columns, rank, out_channels = depthwise.shape
-    grouped = pointwise.reshape(-1, out_channels, rank)
-    return np.einsum("ior,hwro->hwio", grouped, depthwise)
-
-
-KERNEL = np.random.default_rng(2).standard_normal((3, 2, 5, 4))
-
-
-# Kernels
-
-
-def test_a_product_by_hand():
-    kernel = np.einsum("i,hw->hwi", [3.0, 4.0], [[0.0, 1.0]])[..., None]
-    assert component_energies(kernel) == pytest.approx([1, 0])
-    pointwise, depthwise = factorize_kernel(kernel, 1)
-    sign = np.sign(pointwise[0, 0])
-    np.testing.assert_allclose(sign * pointwise, np.sqrt(5) * np.array([[0.6], [0.8]]))
-    np.testing.assert_allclose(sign * depthwise[..., 0, 0], [[0, np.sqrt(5)]], atol=1e-12)
-
-
-@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5])
-def test_error_is_the_energy_left_out(rank):
-    approximation = composed(*factorize_kernel(KERNEL, rank))
-    left_out = component_energies(KERNEL)[rank:].sum() * (KERNEL**2).sum()
-    assert ((KERNEL - approximation) ** 2).sum() == pytest.approx(left_out, rel=1e-9, abs=1e-20)
-
-
-def test_no_other_product_is_closer():
-    """Alternating least squares from elsewhere ends no nearer."""
-    pointwise, depthwise = factorize_kernel(KERNEL, 1)
-    best = ((KERNEL - composed(pointwise, depthwise)) ** 2).sum()
-    rng = np.random.default_rng(3)
-    for _ in range(20):
-        other = rng.standard_normal((5, 4))
-        for _ in range(300):
-            window = np.einsum("hwio,io->hwo", KERNEL, other) / (other**2).sum(axis=0)
-            other = np.einsum("hwio,hwo->io", KERNEL, window) / (window**2).sum(axis=(0, 1))
-        distance = ((KERNEL - np.einsum("io,hwo->hwio", other, window)) ** 2).sum()
-        assert distance > best * (1 - 1e-9)
-
-
-@pytest.mark.parametrize("rank", [0, 6])
-def test_rank_out_of_range(rank):
-    with pytest.raises(ValueError, match=rf"rank={rank} must be from 1 to .* = 5"):
-        factorize_kernel(KERNEL, rank)
-
-
-def test_energies_of_zeros_are_in_the_first():
-    assert component_energies(np.zeros((3, 3, 2, 1))).tolist() == [1, 0]
-
-
-# Networks
+# Networks that have a config
 
 
 @pytest.mark.parametrize("stem", ["plain", "pooled"])
-def test_full_rank_computes_the_same(stem):
-    network = factorize(dense(stem), rank=9)
+def test_its_config_builds_the_factored_network_again(stem):
+    network = factorize(dense(stem), rank=3)
+    # The factors of a 7 × 7 kernel for 3 channels are smaller than it up to rank 2.
+    assert network.config.ranks == ((0,) if stem == "pooled" else ()) + (3, 3, 3, 3)
+    assert isinstance(network.stem.conv, SubKernelConv)
     assert isinstance(network.blocks[0].conv1, ChannelSelectionConv)
+    assert isinstance(network.blocks[1].shortcut, SubKernelConv)
     assert network.dropout.deterministic and network.blocks[1].norm2.use_running_average
-    assert network.config.ranks == ((3,) if stem == "pooled" else ()) + (6, 6, 6, 9)
-    np.testing.assert_allclose(logits(network), logits(dense(stem)), rtol=2e-4, atol=2e-4)
+    again = nnx.eval_shape(lambda: ResNet(network.config, rngs=nnx.Rngs(0)))
+    shapes = (jax.tree.map(jnp.shape, network_tree(each)) for each in (network, again))
+    assert next(shapes) == next(shapes)
+    rows = count_network(network.config, (12, 10))
+    assert sum(row.parameters for row in rows) == parameter_count(network)
+    arrays = {name: torch.as_tensor(array) for name, array in to_torch(network).items()}
+    torch_twin("chansel", network.config).load_state_dict(arrays)  # strictly, each of its shape
+    assert dense(stem).config.ranks == (1,) * len(network.config.ranks)
 
 
-def test_lower_ranks_differ_and_the_dense_network_stays():
-    before = logits(dense())
-    errors = [np.abs(logits(factorize(dense(), rank=rank)) - before).max() for rank in (1, 4)]
-    assert errors[0] > errors[1] > 1e-3
-    assert np.array_equal(logits(dense()), before)
+def test_a_factored_network_is_factorised_further():
+    once = factorize(dense(), rank=3, where=lambda path, _: path.endswith("conv1"))
+    assert once.config.ranks == (3, 0, 3, 0) and once.config.replaced == "spatial"
+    assert factorize(once, rank=2).config.ranks == (3, 2, 3, 2)
 
 
 def test_precision_lowering_dtype_and_mode_stay():
@@ -125,39 +82,95 @@ def test_precision_lowering_dtype_and_mode_stay():
     network = ResNet(config, rngs=nnx.Rngs(0))
     network.blocks[0].norm1.eval()
     factored = factorize(network, rank=1)
+    again = nnx.eval_shape(lambda: ResNet(factored.config, rngs=nnx.Rngs(0)))
     first, second = factored.blocks
     assert factored.dropout.deterministic is False
     assert (first.norm1.use_running_average, first.norm2.use_running_average) == (True, False)
-    for conv in (first.conv1, second.conv2, second.shortcut):
+    for conv in (first.conv1, second.conv2, again.blocks[0].conv1):
         assert (conv.precision, conv.lowering) == ("highest", "composed")
         assert conv.param_dtype == conv.pointwise.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("energy", [0.3, 0.7, 0.95, 1.0])
+# Any network
+
+
+def conv(*sizes, **given):
+    def drawn(key, shape, dtype):
+        return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape), dtype)
+
+    return nnx.Conv(*sizes, kernel_init=drawn, rngs=nnx.Rngs(0), **given)
+
+
+@functools.cache
+def others():
+    """Convolutions of 1, 2 and 3 dimensions and of two groups, and what stays."""
+    return nnx.Dict(
+        line=conv(8, 6, 5),
+        plane=conv(12, 10, (3, 3), feature_group_count=2),
+        volume=nnx.List([conv(7, 5, (2, 3, 2)), conv(5, 5, (1, 1, 1))]),
+        small=conv(2, 3, 2),  # one rank's factors are as large as its kernel
+        linear=nnx.Linear(3, 3, rngs=nnx.Rngs(0)),
+    )
+
+
+def ranks_of(module):
+    layers = {path: getattr(each, "rank", 0) for path, each in nnx.iter_modules(module)}
+    return {".".join(map(str, path)): rank for path, rank in layers.items() if rank}
+
+
+def test_what_would_be_larger_stays_dense():
+    # K·I / (K + I) is 40 / 13 for the line, 54 / 15 for a group of the plane, 84 / 19.
+    highest = {"line": 3, "plane": 3, "volume.0": 4, "small": 0}
+    assert {p: highest_rank(layer) for p, layer in factorizable(others()).items()} == highest
+    kept = {path: rank for path, rank in highest.items() if rank}
+    assert ranks_of(factorize(others(), rank=3)) == kept | {"volume.0": 3}
+    assert ranks_of(factorize(others(), rank=4)) == {"volume.0": 4}
+    same = factorize(others(), rank=5)
+    assert ranks_of(same) == {} and parameter_count(same) == parameter_count(others())
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.6, 0.8, 1.0])
 def test_every_layer_keeps_the_energy_and_not_a_rank_more(energy):
-    network = factorize(dense(), energy=energy)
-    for rank, (_, layer) in zip(network.config.ranks, module.dense_layers(dense()), strict=True):
+    ranks = ranks_of(factorize(others(), energy=energy))
+    for path, layer in factorizable(others()).items():
         kept = np.cumsum(component_energies(np.asarray(layer.kernel[...])))
-        assert kept[rank - 1] >= energy - 1e-9
-        assert rank == 1 or kept[rank - 2] < energy
+        needed = 1 + int(np.argmax(kept >= energy - 1e-9))
+        assert ranks.get(path, 0) == (needed if needed <= highest_rank(layer) else 0)
 
 
 def test_budget_is_kept_and_used():
-    least = parameters(factorize(dense(), rank=1))
-    most = parameters(factorize(dense(), rank=9))
-    sizes = [parameters(factorize(dense(), parameter_budget=b)) for b in (least, 1500, 2500, most)]
-    assert sizes[0] == least and sizes[-1] == most
-    for budget, size in zip((1500, 2500), sizes[1:3], strict=True):
-        # The dearest rank has (12 + 9) · 12 parameters.
-        assert budget - 21 * 12 < size <= budget
-    with pytest.raises(ValueError, match=f"parameter_budget={least - 1} must be at least"):
-        factorize(dense(), parameter_budget=least - 1)
+    most = parameter_count(others())
+    # 6 · (40 - 13), 10 · (54 - 15) and 5 · (84 - 19) parameters are saved at rank 1.
+    least = most - 162 - 390 - 325
+    sizes = [
+        parameter_count(factorize(others(), parameter_budget=budget))
+        for budget in (least, least + 77, least + 78, 1000, 1100, most, 10**9)
+    ]
+    # The cheapest rank is one of the line: 6 · 13 parameters.
+    assert sizes[:3] == [least, least, least + 78] and sizes[5:] == [most, most]
+    for budget, size in zip((1000, 1100), sizes[3:5], strict=True):
+        assert budget - 10 * 15 < size <= budget
+    with pytest.raises(ValueError, match=f"parameter_budget={least - 1} must be at least the"):
+        factorize(others(), parameter_budget=least - 1)
 
 
-def test_parameters_are_those_of_the_closed_form():
-    network = factorize(dense(), energy=0.8)
-    rows = count_network(network.config, (12, 10))
-    assert sum(row.parameters for row in rows) == parameters(network)
+def test_the_rank_that_gains_the_most_is_taken_first():
+    """By hand: diagonal kernels of squared values 5, 3 and 2, and 8, 1 and 1 of 10."""
+    layers = nnx.List([conv(3, 1, 9, use_bias=False) for _ in range(2)])
+    for layer, energies in zip(layers, ((5, 3, 2), (8, 1, 1)), strict=True):
+        layer.kernel[...] = jnp.asarray(np.eye(9, 3)[..., None] * np.sqrt(energies)[:, None])
+    # One rank has 12 parameters, the kernel 27: the third step, to dense, costs 3 for 2 of 10.
+    expected = {24: (1, 1), 35: (1, 1), 36: (2, 1), 39: (0, 1), 51: (0, 2), 54: (0, 0)}
+    for budget, wanted in expected.items():
+        ranks = ranks_of(factorize(layers, parameter_budget=budget))
+        assert (ranks.get("0", 0), ranks.get("1", 0)) == wanted, budget
+
+
+def test_higher_ranks_are_nearer_and_the_dense_network_stays():
+    before = logits(dense())
+    errors = [np.abs(logits(factorize(dense(), rank=rank)) - before).max() for rank in (1, 3, 9)]
+    assert errors[0] > errors[1] > 1e-3 and errors[2] == 0
+    assert np.array_equal(logits(dense()), before)
 
 
 @pytest.mark.parametrize(
@@ -168,15 +181,83 @@ def test_parameters_are_those_of_the_closed_form():
         ({"rank": 0}, "rank=0 must be an integer of at least 1"),
         ({"energy": 0.0}, r"energy=0.0 must be in \(0, 1\]"),
         ({"energy": math.nan}, "energy=nan must be"),
+        ({"parameter_budget": 0.5}, "parameter_budget=0.5 must be an integer"),
+        ({"rank": 1, "where": lambda path, layer: False}, "module of type Dict has no convolution"),
     ],
 )
 def test_wrong_arguments(given, message):
     with pytest.raises(ValueError, match=message):
-        factorize(dense(), **given)
+        factorize(others(), **given)
 
 
 def test_channel_selection_is_refused():
     config = dataclasses.replace(dense().config, conv=ChannelSelectionConv)
     network = nnx.eval_shape(lambda: ResNet(config, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match="must be of SubKernelConv"):
+    with pytest.raises(ValueError, match="module of type ResNet has no convolution to factorise"):
         factorize(network, rank=1)
+
+
+# Statistics
+
+
+class Normalised(nnx.Module):
+    """BatchNorm, a scaling and BatchNorm, of which the second sees what the first makes."""
+
+    def __init__(self, momentum=0.9):
+        self.first = nnx.BatchNorm(3, momentum=momentum, rngs=nnx.Rngs(0))
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+        self.second = nnx.BatchNorm(3, momentum=momentum, rngs=nnx.Rngs(0))
+        self.first.scale[...] = jnp.array([1.0, 2.0, 0.5])
+        self.second.mean[...] = jnp.full(3, jnp.nan)  # stale, as after a training that diverged
+
+    def __call__(self, x, shift=0.0):
+        return self.second(self.dropout(nnx.relu(self.first(x) + shift)))
+
+
+BATCHES = np.random.default_rng(5).normal(2, 3, (3, 8, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_statistics_are_those_of_pytorch(momentum):
+    network = Normalised(momentum)
+    network.second.eval()
+    found = recalibrate(network, iter(BATCHES))
+    first, second = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+    first.weight.data = torch.tensor([1.0, 2.0, 0.5])
+    twin = torch.nn.Sequential(first, torch.nn.ReLU(), second)
+    torch.optim.swa_utils.update_bn([torch.from_numpy(batch) for batch in BATCHES], twin)
+    for ours, theirs in ((found.first, first), (found.second, second)):
+        np.testing.assert_allclose(ours.mean[...], theirs.running_mean, rtol=1e-5, atol=1e-5)
+        # PyTorch's variance divides by n - 1.
+        np.testing.assert_allclose(ours.var[...], theirs.running_var * 7 / 8, rtol=1e-5)
+        assert ours.momentum == momentum
+    assert found.second.use_running_average and not found.first.use_running_average
+    assert not found.dropout.deterministic
+    assert np.isnan(network.second.mean[...]).all() and (network.first.mean[...] == 0).all()
+
+
+def test_statistics_by_hand_with_two_arguments():
+    """The means of (1, 3) and (5, 5) are 2 and 5, the variances 1 and 0."""
+    batches = [(jnp.array([[v] * 3 for v in pair], jnp.float32), 1.0) for pair in ((1, 3), (5, 5))]
+    found = recalibrate(Normalised(), batches)
+    np.testing.assert_allclose(found.first.mean[...], [3.5] * 3)
+    np.testing.assert_allclose(found.first.var[...], [0.5] * 3)
+
+
+def test_after_one_batch_evaluation_is_what_training_computes_on_it():
+    network = factorize(dense(), rank=1)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 12, 10, 3)), jnp.float32)
+    found = recalibrate(network, [x])
+    training = nnx.clone(network)
+    training.train()
+    training.dropout.deterministic = True
+    np.testing.assert_allclose(logits(found), forward(training, x), rtol=1e-3, atol=1e-4)
+    assert found.config == network.config
+
+
+def test_without_batches_and_without_batch_norm():
+    with pytest.raises(ValueError, match="batches holds no batch"):
+        recalibrate(Normalised(), [])
+    linear = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    same = recalibrate(linear, [jnp.ones((1, 3))])
+    np.testing.assert_array_equal(same.kernel[...], linear.kernel[...])

@@ -90,8 +90,9 @@ class ResNetConfig:
             weight for each output channel before a BatchNorm, the depthwise part of a 1 × 1 channel
             selection expresses nothing more. `"3x3"` are those with a kernel of 3 × 3, also in a
             plain stem, which is what Haase and Amthor's package `bsconv` replaces.
-        rank: the rank of every `conv`, or a rank for each, in the network's order; but 1 × 1
-            convolutions keep rank 1, and one rank for all is at most `in_channels` in the stem.
+        rank: the rank of every `conv`, or a rank for each, in the network's order, where 0 makes it
+            an ordinary convolution; but 1 × 1 convolutions keep rank 1, and one rank for all is at
+            most `in_channels` in the stem.
         use_bias: whether every convolution but a plain stem's, which has one, has a bias before its
             BatchNorm.
         dropout_rate: the share of pooled features dropped before the last layer while training.
@@ -134,7 +135,8 @@ class ResNetConfig:
     def _check_ranks(self) -> None:
         ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
         for rank in ranks:
-            positive("rank", rank)
+            if rank != 0 or not isinstance(self.rank, tuple):
+                positive("rank", rank)
         if max(ranks, default=1) > 9:
             raise ValueError(f"rank={self.rank} must be at most 9, the elements of a 3 × 3 kernel")
         if max(ranks, default=1) > 1 and unwrapped(self.conv) in DENSE:
@@ -147,18 +149,19 @@ class ResNetConfig:
     def _spatial_convs(self) -> int:
         """How many `conv` are not 1 × 1."""
         in_blocks = {"basic": 2, "bottleneck": 1, "preactivation": 2}[self.block]
-        return self._replaces_stem + in_blocks * sum(self.blocks)
+        return self.replaces_stem + in_blocks * sum(self.blocks)
 
     @property
-    def _replaces_stem(self) -> bool:
+    def replaces_stem(self) -> bool:
+        """Whether the stem's convolution is `conv`."""
         return self.stem != ("pooled" if self.replaced == "3x3" else "plain")
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The rank of every `conv` that is not 1 × 1, in the network's order."""
+        """The rank of every `conv` that is not 1 × 1, in the network's order; 0 is dense."""
         if isinstance(self.rank, tuple):
             return self.rank
-        stem = (min(self.rank, self.in_channels),) if self._replaces_stem else ()
+        stem = (min(self.rank, self.in_channels),) if self.replaces_stem else ()
         return stem + (self.rank,) * (self._spatial_convs - len(stem))
 
     @property
@@ -188,12 +191,12 @@ class ResNetConfig:
     def _stem_layers(self, outputs: int, ranks: Iterator[int]) -> Iterator[Layer]:
         pooled = self.stem == "pooled"
         conv = _conv(
-            self.conv if self._replaces_stem else SubKernelConv,
+            self.conv if self.replaces_stem else SubKernelConv,
             self.in_channels,
             outputs,
             7 if pooled else 3,
             strides=2 if pooled else 1,
-            rank=next(ranks) if self._replaces_stem else 1,
+            rank=next(ranks) if self.replaces_stem else 1,
             use_bias=self.use_bias or self.stem == "plain",
             dtype=self.dtype,
         )
@@ -252,9 +255,17 @@ def _conv(
     dtype: Dtype,
 ) -> functools.partial[nnx.Module]:
     """A `conv` of so many channels in and out, and with a kernel of `kernel` × `kernel`."""
+    conv = conv if rank else _dense_like(conv)
     given = {"strides": strides, "padding": kernel // 2, "use_bias": use_bias, "dtype": dtype}
     given |= {"rank": rank} if rank > 1 else {}
     return functools.partial(conv, inputs, outputs, (kernel, kernel), **given, **_he(conv))
+
+
+def _dense_like(conv: Make) -> Make:
+    """The ordinary convolution with those arguments of channel selection that it has too."""
+    shared = "kernel_init", "bias_init", "param_dtype", "precision"
+    brought = getattr(conv, "keywords", {})
+    return functools.partial(SubKernelConv, **{k: brought[k] for k in shared if k in brought})
 
 
 def _he(conv: Make) -> dict[str, nnx.Initializer]:

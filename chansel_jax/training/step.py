@@ -27,6 +27,7 @@ from chansel_jax.training.augmentation import (
     normalise,
 )
 from chansel_jax.training.devices import everywhere, replicate
+from chansel_jax.training.distillation import Teacher, distillation_loss
 
 NO_STEP = np.iinfo(np.int32).max
 
@@ -93,7 +94,7 @@ def abstract_state(
     network: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """The shapes of `init_state`, to compile for; the arrays of `network` are not used."""
-    tree = jax.eval_shape(lambda tree: tree, network_tree(network))
+    tree = abstract_tree(network, mesh)
     state = TrainState(
         **tree,
         opt_state=jax.eval_shape(optimizer.init, tree["params"]),
@@ -101,6 +102,12 @@ def abstract_state(
         key=jax.ShapeDtypeStruct((2,), jnp.uint32),
     )
     return jax.tree.map(lambda leaf: leaf.update(sharding=everywhere(mesh)), state)
+
+
+def abstract_tree(network: nnx.Module, mesh: Mesh) -> Tree:
+    """The shapes of `network_tree`, on every device; the arrays of `network` are not used."""
+    tree = jax.eval_shape(lambda tree: tree, network_tree(network))
+    return jax.tree.map(lambda leaf: leaf.update(sharding=everywhere(mesh)), tree)
 
 
 def init_totals(mesh: Mesh) -> Totals:
@@ -116,13 +123,15 @@ def make_train_step(
     mesh: Mesh,
     augmentation: Augmentation,
     label_smoothing: float = 0.0,
+    teacher: Teacher | None = None,
 ) -> Callable[..., tuple[TrainState, Totals]]:
     """The jitted step `(state, totals, batch, mean, std) -> (state, totals)`.
 
     It consumes (donates) `state`. Its `Batch` is sharded as `batch_sharding` says; `mean` and `std`
-    are the channels' statistics `(C,)` float32 over the training images. The totals hold the
-    cross-entropy without label smoothing. The orthonormal losses of layers that select from a
-    subspace are added to what is minimised.
+    are the channels' statistics `(C,)` float32 over the training images. With a teacher it takes,
+    as its last argument, what `network_tree` makes of the teacher's network. The totals hold the
+    cross-entropy without label smoothing, and nothing of a teacher. The orthonormal losses of
+    layers that select from a subspace are added to what is minimised.
 
     Args:
         network: gives the structure; its arrays are not used.
@@ -130,21 +139,33 @@ def make_train_step(
         mesh: the devices, from `data_mesh`.
         augmentation: how the images are varied.
         label_smoothing: share of the target spread evenly over all classes.
+        teacher: sees the same images, cropped and mirrored as they are; its network gives the
+            structure, its arrays are not used. None by default.
     """
     apply = apply_function(network, train=True)
     orthonormal_loss = orthonormal_loss_function(network)
+    teach = teacher and apply_function(teacher.network, train=False)
 
-    def train_step(state, totals, batch, mean, std):
+    def train_step(state, totals, batch, mean, std, *of_teacher):
         _, steps_key = jax.random.split(jax.random.wrap_key_data(state.key))
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(steps_key, state.step))
         with jax.named_scope("augmentation"):  # scopes are what a profile shows
             images = augmented(augmentation, augment_key, batch.images, mean, std)
+        if teacher is not None:
+            (tree,) = of_teacher
+            with jax.named_scope("teacher"):
+                teacher_logits, _ = teach(tree["params"], tree["batch_stats"], images, None)
 
         def loss_function(params):
             logits, batch_stats = apply(params, state.batch_stats, images, dropout_key)
             one_hot = jax.nn.one_hot(batch.labels, logits.shape[-1], dtype=logits.dtype)
             targets = optax.smooth_labels(one_hot, label_smoothing)
             loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+            if teacher is not None:
+                how = teacher.distillation
+                divergence = distillation_loss(logits, teacher_logits, how.temperature)
+                share = how.distillation_weight
+                loss = (1 - share) * loss + share * jnp.mean(divergence)
             if orthonormal_loss is not None:
                 loss += orthonormal_loss(params)
             return loss, (logits, batch_stats)

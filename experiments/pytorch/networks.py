@@ -1,7 +1,8 @@
 """The layers and networks of `chansel_jax` in plain `torch.nn`, named as torchvision names them."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -139,7 +140,8 @@ class TorchPreactivationBlock(TorchBlock):
 class TorchResNet(nn.Module):
     """`chansel_jax.ResNet`, for images `(N, 3, H, W)`.
 
-    `kind` is one of `KINDS`; the rest is as in `chansel_jax.ResNetConfig`.
+    `kind` is one of `KINDS`; the rest is as in `chansel_jax.ResNetConfig`, where a rank of 0 is an
+    ordinary convolution too.
     """
 
     def __init__(
@@ -154,7 +156,7 @@ class TorchResNet(nn.Module):
         stem_width: int | None = None,
         input_norm: bool = False,
         replaced: str = "all",
-        rank: int = 1,
+        rank: int | Sequence[int] = 1,
         use_bias: bool = False,
         dropout_rate: float = 0.0,
     ):
@@ -162,10 +164,12 @@ class TorchResNet(nn.Module):
         channels, preactivation = stem_width or width, block == "preactivation"
         in_stem = "subkernel" if stem == ("pooled" if replaced == "3x3" else "plain") else kind
         point = "subkernel" if replaced != "all" else kind
+        ranks = itertools.repeat(rank) if isinstance(rank, int) else iter(rank)
         self.data_bn = nn.BatchNorm2d(3) if input_norm else nn.Identity()
         bias = use_bias or stem == "plain"
         large = {"kernel_size": 7, "stride": 2} if stem == "pooled" else {"kernel_size": 3}
-        self.conv1 = _conv(in_stem, 3, channels, rank=rank, bias=bias, **large)
+        stem_rank = 1 if in_stem == "subkernel" else next(ranks)
+        self.conv1 = _conv(in_stem, 3, channels, rank=stem_rank, bias=bias, **large)
         alone = stem == "small" and preactivation
         self.bn1 = nn.Identity() if alone or stem == "plain" else nn.BatchNorm2d(channels)
         self.relu = nn.Identity() if alone else nn.ReLU()
@@ -176,7 +180,7 @@ class TorchResNet(nn.Module):
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
                 sizes = channels, outputs, stride
-                made.append(_block(block, (kind, point), sizes, rank=rank, bias=use_bias))
+                made.append(_block(block, (kind, point), sizes, ranks, use_bias))
                 channels = outputs
             self.add_module(f"layer{stage + 1}", made)
         self.stages = len(blocks)
@@ -216,11 +220,16 @@ def torch_twin(kind: str, config: Any) -> TorchResNet:
 
 
 def _block(
-    block: str, kinds: tuple[str, str], sizes: tuple[int, int, int], **given: Any
+    block: str,
+    kinds: tuple[str, str],
+    sizes: tuple[int, int, int],
+    ranks: Iterator[int],
+    bias: bool,
 ) -> TorchBlock:
     """A block of channels in, channels out and stride, with convolutions of the kinds.
 
-    The first of `kinds` is that of the 3 × 3 convolutions, the second that of the 1 × 1 ones.
+    The first of `kinds` is that of the 3 × 3 convolutions, which have the next of `ranks`, the
+    second that of the 1 × 1 ones.
     """
     (kind, point), (inputs, outputs, stride) = kinds, sizes
     if block == "bottleneck":
@@ -229,12 +238,14 @@ def _block(
     else:
         shapes = ((inputs, outputs, 3, stride), (outputs, outputs, 3, 1))
     convs = [
-        (shape[0], shape[1], _conv(point if shape[2] == 1 else kind, *shape, **given))
+        (shape[0], shape[1], _conv(point, *shape, rank=1, bias=bias))
+        if shape[2] == 1
+        else (shape[0], shape[1], _conv(kind, *shape, rank=next(ranks), bias=bias))
         for shape in shapes
     ]
     preactivation, shortcut = block == "preactivation", None
     if stride != 1 or inputs != outputs:
-        shortcut = nn.Sequential(_conv(point, inputs, outputs, 1, stride, **given))
+        shortcut = nn.Sequential(_conv(point, inputs, outputs, 1, stride, rank=1, bias=bias))
         if not preactivation:
             shortcut.append(nn.BatchNorm2d(outputs))
     return (TorchPreactivationBlock if preactivation else TorchBlock)(convs, shortcut)
@@ -252,7 +263,7 @@ def _conv(
 ) -> nn.Module:
     sizes = in_channels, out_channels, kernel_size
     window = {"stride": stride, "padding": kernel_size // 2, "bias": bias}
-    if kind == "subkernel":
+    if kind == "subkernel" or rank == 0:
         return nn.Conv2d(*sizes, **window)
     layer = {"chansel": WeightedSumConv2d, "subspace": SubspaceConv2d}[kind]
     return layer(*sizes, **window, rank=min(rank, in_channels, kernel_size**2))

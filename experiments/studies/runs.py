@@ -15,11 +15,12 @@ from chansel_jax.files import replaced
 from chansel_jax.functional import network_tree
 from chansel_jax.networks.resnet import ResNet
 from chansel_jax.training.checkpoint import check_workdir
+from chansel_jax.training.distillation import Teacher
 from experiments.cli.command import make_output
 from experiments.cli.differences import differences
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import refused_value
-from experiments.training.experiment import load_data
+from experiments.training.experiment import describe_teacher, load_data
 from experiments.training.load import load_run, readable
 from experiments.training.records import Row
 from experiments.training.run import BEFORE_THEY_WERE, train_and_evaluate
@@ -45,6 +46,8 @@ class Record:
         evaluations: by name, as in `evaluation-NAME.json`.
         begins_with: a digest of the parameters before the first step, where the seed does not
             decide them.
+        teacher: a digest of the parameters of a network that it learned from, and how much that one
+            counted.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Record:
     summary: Mapping[str, Any]
     evaluations: Mapping[str, Mapping[str, Any]]
     begins_with: str | None = None
+    teacher: Mapping[str, Any] | None = None
 
     def __post_init__(self):
         if len(self.metrics) != self.summary["epochs"]:
@@ -144,6 +148,7 @@ def finished(
     console: Console,
     wanted: Sequence[Wanted] = (),
     network: ResNet | None = None,
+    teacher: Teacher | None = None,
 ) -> Record:
     """The record of a run, from its line in `output/runs.jsonl`.
 
@@ -157,6 +162,7 @@ def finished(
         console: takes the progress.
         wanted: scores that the record must hold; they are measured if it does not.
         network: with the parameters to begin with, as in `train_and_evaluate`.
+        teacher: what the network learns from, likewise.
 
     Raises:
         OneLineError: as `train_and_evaluate` and `measure`, also for a refused setting; or if the
@@ -168,7 +174,7 @@ def finished(
     recorded = read_records(path).get(name)
     if recorded or (workdir / "summary.json").is_file():
         record = recorded or record_of(workdir)
-        if found := others(record, settings, network):
+        if found := others(record, settings, network, teacher):
             raise CommandError(
                 f"the run {name} in {output} has other settings ({'; '.join(found)}): "
                 "take another --output"
@@ -177,7 +183,7 @@ def finished(
     else:
         given = dataclasses.replace(settings, workdir=workdir, resume="auto")
         try:
-            train_and_evaluate(given, console, network)
+            train_and_evaluate(given, console, network, teacher)
         except ValueError as error:
             if refused_value(error, given) is None:
                 raise
@@ -196,17 +202,21 @@ def finished(
     return record
 
 
-def others(record: Record, settings: Settings, network: ResNet | None) -> list[str]:
-    """In what a run differs from one of `settings`, their images and the network's parameters."""
+def others(
+    record: Record, settings: Settings, network: ResNet | None, teacher: Teacher | None
+) -> list[str]:
+    """In what a run differs from one of `settings`, their images and these networks' parameters."""
     there = {
         "settings": record.settings,
         "images": record.data.get("digests"),
         "begins_with": record.begins_with,
+        "teacher": record.teacher,
     }
     asked = {
         "settings": decisive(settings),
         "images": image_digests(settings.data),
         "begins_with": network and digest(network_tree(network)),
+        "teacher": describe_teacher(teacher),
     }
     return differences(filled(there, BEFORE_THEY_WERE), asked)
 

@@ -11,8 +11,15 @@ from jax.sharding import Mesh
 
 from chansel_jax.training import devices
 from chansel_jax.training.batches import Batch
+from chansel_jax.training.distillation import Teacher
 from chansel_jax.training.optimizer import accumulated, make_optimizer, make_schedule
-from chansel_jax.training.step import abstract_state, init_totals, make_evaluate, make_train_step
+from chansel_jax.training.step import (
+    abstract_state,
+    abstract_tree,
+    init_totals,
+    make_evaluate,
+    make_train_step,
+)
 from experiments.training.settings import Settings, TrainingSettings, build_network
 
 
@@ -34,6 +41,7 @@ def compiled(
     image_shape: tuple[int, int, int],
     updates_per_epoch: int,
     mesh: Mesh,
+    teacher: Teacher | None = None,
 ) -> tuple[Callable, Callable]:
     """What `make_train_step` and `make_evaluate` make, compiled.
 
@@ -43,6 +51,7 @@ def compiled(
         image_shape: of the images `(H, W, C)`.
         updates_per_epoch: whole batches.
         mesh: the devices.
+        teacher: of the training step, if it has one.
     """
     recipe = settings.training
     network = nnx.eval_shape(lambda: build_network(settings, num_classes))
@@ -63,10 +72,12 @@ def compiled(
         mesh=mesh,
         augmentation=recipe.augmentation,
         label_smoothing=recipe.label_smoothing,
+        teacher=teacher,
     )
+    of_teacher = () if teacher is None else (abstract_tree(teacher.network, mesh),)
     evaluate = make_evaluate(network, mesh=mesh)
     return (
-        train_step.lower(state, totals, batch, statistic, statistic).compile(),
+        train_step.lower(state, totals, batch, statistic, statistic, *of_teacher).compile(),
         evaluate.lower(state, totals, batch, np.int32(size), statistic, statistic).compile(),
     )
 

@@ -14,6 +14,7 @@ from chansel_jax.data.dataset import first_of_each_class
 from chansel_jax.digest import digest
 from chansel_jax.networks.resnet import ResNet
 from chansel_jax.training import devices, step
+from chansel_jax.training.distillation import Teacher
 from experiments.cluster import coordination
 from experiments.training.compilation import schedule_and_optimizer
 from experiments.training.settings import (
@@ -38,6 +39,7 @@ class Experiment:
         optimizer: at that learning rate; it is called at every step.
         mesh: the devices.
         updates_per_epoch: whole batches.
+        teacher: what the network learns from besides the labels.
     """
 
     settings: Settings
@@ -48,6 +50,7 @@ class Experiment:
     optimizer: optax.GradientTransformation
     mesh: jax.sharding.Mesh
     updates_per_epoch: int
+    teacher: Teacher | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -68,10 +71,10 @@ class Experiment:
         """All that decides the result: the settings, and the data's sizes and statistics."""
         splits = self.dataset.splits
         mean, std = self.statistics
-        begins_with = {"begins_with": self.begins_with} if self.begins_with else {}
+        others = {"begins_with": self.begins_with, "teacher": describe_teacher(self.teacher)}
         return {
             "settings": decisive(self.settings),
-            **begins_with,
+            **{name: value for name, value in others.items() if value},
             "data": {
                 "class_names": self.dataset.class_names,
                 "image_shape": splits["train"].images.shape[1:],
@@ -83,13 +86,24 @@ class Experiment:
         }
 
 
-def build(settings: Settings, network: ResNet | None = None) -> Experiment:
+def describe_teacher(teacher: Teacher | None) -> dict[str, Any] | None:
+    """What of a teacher decides a run's result, as nested JSON."""
+    if teacher is None:
+        return None
+    parameters = digest(functional.network_tree(teacher.network))
+    return {"parameters_sha256": parameters, **dataclasses.asdict(teacher.distillation)}
+
+
+def build(
+    settings: Settings, network: ResNet | None = None, teacher: Teacher | None = None
+) -> Experiment:
     """Loads the data and builds what trains on it.
 
     Args:
         settings: of the run.
         network: with the parameters to begin with; by default they are initialised with
             `settings.seed`.
+        teacher: what the network learns from besides the labels; it must have their classes.
 
     Raises:
         ValueError: if a setting is wrong, or the parameters are of another structure.
@@ -135,6 +149,7 @@ def build(settings: Settings, network: ResNet | None = None) -> Experiment:
         optimizer=optimizer,
         mesh=mesh,
         updates_per_epoch=updates_per_epoch,
+        teacher=teacher,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from chansel_jax.functional import network_tree
 from chansel_jax.training import devices, streaming
 from chansel_jax.training.batches import Batch, GivenOrder, TrainingOrder, take
 from chansel_jax.training.step import Totals, TrainState, init_totals
@@ -33,6 +34,7 @@ def open_feed(experiment: Experiment, state: TrainState) -> Iterator[Feed]:
     """The images of a run that goes on from `state`, within a `with`."""
     mesh, settings = experiment.mesh, experiment.settings
     size, reading = settings.training.images_per_step, settings.reading
+    teacher = experiment.teacher
     splits = {name: experiment.dataset.splits[name] for name in ("train", "validation")}
     counts = {name: len(split.labels) for name, split in splits.items()}
     statistics = devices.replicate(experiment.statistics, mesh)
@@ -42,7 +44,10 @@ def open_feed(experiment: Experiment, state: TrainState) -> Iterator[Feed]:
         splits["train"].images.shape[1:],
         experiment.updates_per_epoch,
         mesh,
+        teacher,
     )
+    of_teacher = () if teacher is None else (network_tree(teacher.network),)
+    of_run = *statistics, *devices.replicate(of_teacher, mesh)
     order = TrainingOrder(np.asarray(state.key), counts["train"], size, experiment.steps_per_epoch)
     steps = range(int(state.step), experiment.steps_per_epoch * settings.training.epochs)
     given = GivenOrder(counts["validation"], size)
@@ -66,4 +71,4 @@ def open_feed(experiment: Experiment, state: TrainState) -> Iterator[Feed]:
         return totals
 
     with batches("train", order, steps, reading.workers) as training:
-        yield Feed(training, lambda *arguments: step(*arguments, *statistics), evaluate)
+        yield Feed(training, lambda *arguments: step(*arguments, *of_run), evaluate)

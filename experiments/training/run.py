@@ -15,6 +15,7 @@ from chansel_jax.files import write_json
 from chansel_jax.networks.resnet import CONVS, ResNet
 from chansel_jax.ops import native
 from chansel_jax.training import checkpoint
+from chansel_jax.training.distillation import Teacher
 from experiments.cli.errors import CommandError
 from experiments.cluster import coordination
 from experiments.reporting import machine
@@ -29,7 +30,10 @@ BEFORE_THEY_WERE = {"settings": decisive(Settings())}
 
 
 def train_and_evaluate(
-    settings: Settings, console: Console, network: ResNet | None = None
+    settings: Settings,
+    console: Console,
+    network: ResNet | None = None,
+    teacher: Teacher | None = None,
 ) -> dict[str, Any]:
     """Trains, or goes on with, the run that `settings` describe; returns its summary.
 
@@ -37,6 +41,7 @@ def train_and_evaluate(
         settings: of the run.
         console: takes the progress.
         network: with the parameters to begin with, as in `build`.
+        teacher: what the network learns from, as in `build`.
 
     Raises:
         ValueError: if a setting is wrong, naming it and its value.
@@ -53,7 +58,7 @@ def train_and_evaluate(
     known = {"settings": decisive(settings)}
     coordination.first_alone(lambda: check(workdir, known, settings.resume, BEFORE_THEY_WERE))
     console.print(f"the images are loaded ({settings.data.dataset}) …")
-    experiment = build(settings, network)
+    experiment = build(settings, network, teacher)
     description = experiment.describe()
     coordination.check_equal("images", description)
     try:

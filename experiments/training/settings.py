@@ -62,7 +62,8 @@ class NetworkSettings:
     rank: int = 1
     """Each 3 × 3 convolution adds up this many channel selections, 1 to 9."""
     ranks: tuple[int, ...] = ()
-    """These are, in place of --rank, the ranks of the 3 × 3 convolutions in the network's order."""
+    """These are, in place of --rank, the ranks of the 3 × 3 convolutions in the network's order;
+    0 is a dense one."""
     norm: bool = False
     """BatchNorm stands between the two parts of channel selection."""
     use_bias: bool = False

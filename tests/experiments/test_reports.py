@@ -18,6 +18,7 @@ from rich.console import Console
 
 from chansel_jax import SubKernelConv, resnet14
 from chansel_jax.functional import network_tree
+from chansel_jax.training.distillation import Distillation
 from experiments import compare, compress, evaluate, predict, study
 from experiments.cli.differences import differences
 from experiments.cli.errors import CommandError
@@ -25,7 +26,7 @@ from experiments.cli.flags import parse, typed
 from experiments.reporting import plots, report
 from experiments.studies import STUDIES, data, overfit, runs, sweep, width
 from experiments.training.experiment import build
-from experiments.training.load import load_run
+from experiments.training.load import load_images, load_run
 from experiments.training.settings import DataSettings, NetworkSettings, Settings, decisive
 
 
@@ -276,15 +277,17 @@ def test_compression_from_beginning_to_end(dense, settings, one_epoch, tmp_path,
     given = compress.Settings(
         dense,
         data_dir=settings.data.data_dir,
-        ranks=(4,),
+        ranks=(2,),
         training=one_epoch,
         output=tmp_path / "out",
     )
-    (exact,) = compress.compress(given, console)["compressed"]
+    (found,) = compress.compress(given, console)["compressed"]
     text, results = assert_whole(tmp_path / "out", "accuracy")
-    assert exact["accuracy_before"] == results["dense"]["accuracy"]
-    assert exact["parameters"] > results["dense"]["parameters"]
-    assert f"| rank 4 | {exact['parameters']:,} | 4 4 |" in text
+    # Each of two 3 × 3 convolutions, 4 to 4, has 144 parameters, and 2 · (4 + 9) · 4 after it.
+    assert results["dense"]["parameters"] - found["parameters"] == 2 * (144 - 104)
+    assert 0 < found["accuracy_before"] <= 1 and 0 < found["accuracy_recalibrated"] <= 1
+    assert f"| rank 2 | {found['parameters']:,} | 2 2 |" in text
+    assert "| as cut | recalibrated | fine-tuned | with the teacher |" in text
     assert text.count("python -m experiments") == 2 and text.count("--data-dir=PATH") == 2
     assert len(results["energies"]) == 2
     assert results["command"].startswith("python -m experiments.compress --workdir=PATH ")
@@ -292,21 +295,55 @@ def test_compression_from_beginning_to_end(dense, settings, one_epoch, tmp_path,
         assert sum(shares) == pytest.approx(1)
     assert "experiments.train --conv=subkernel" in results["dense"]["command"]
     assert results["dense"]["command"] in text
+    alone, distilled = runs.read_records(tmp_path / "out" / runs.RUNS).values()
+    assert (alone.name, distilled.name) == ("rank-2", "rank-2-distilled")
+    assert alone.settings == distilled.settings and alone.begins_with == distilled.begins_with
+    assert alone.teacher is None and distilled.teacher == {
+        "parameters_sha256": results["dense"]["parameters_sha256"],
+        "distillation_weight": 0.9,
+        "temperature": 4.0,
+    }
+    assert alone.summary["params_sha256"] != distilled.summary["params_sha256"]
+
+    # The fine-tuned network is built again from its config.
+    run = load_run(tmp_path / "out" / "runs" / "rank-2-distilled")
+    assert run.network.config.replaced == "spatial"
+    assert run.network.config.ranks == (2, 2)
 
     # Finished runs need their lines only.
     shutil.rmtree(tmp_path / "out" / "runs")
     again = Console(file=io.StringIO(), width=160)
-    assert compress.compress(given, again)["compressed"] == [exact]
+    assert compress.compress(given, again)["compressed"] == [found]
     assert "compiled" not in again.file.getvalue()
+    other = dataclasses.replace(given, distillation=Distillation(0.5))
+    with pytest.raises(CommandError, match=r"rank-2-distilled .*distillation_weight: 0.9 → 0.5"):
+        compress.compress(other, again)
+    alone = dataclasses.replace(given, distillation=Distillation(0.0))
+    (found,) = compress.compress(alone, again)["compressed"]
+    assert "accuracy_distilled" not in found
+    assert "with the teacher" not in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_every_layer_has_at_most_its_own_highest_rank():
+def test_every_layer_has_a_rank_of_its_own_or_stays_dense():
     network = resnet14(SubKernelConv, blocks=(1, 1), width=4, rngs=nnx.Rngs(0))
-    given = compress.Settings(Path("run"), ranks=(8,), energies=(0.6,))
-    exact, cut = compress.factorised(network, given).values()
-    assert exact.config.ranks == (4, 4, 4, 8) and max(cut.config.ranks) < 4
-    with pytest.raises(CommandError, match="ranks=9 must be at most 8"):
-        compress.factorised(network, dataclasses.replace(given, ranks=(9,)))
+    given = compress.Settings(Path("run"), ranks=(4,), energies=(0.6,))
+    last, cut = compress.factorised(network, given).values()
+    assert last.config.ranks == (0, 0, 0, 4) and 0 < max(cut.config.ranks) < 4
+    with pytest.raises(CommandError, match="ranks=5 must be at most 4: above it every convolution"):
+        compress.factorised(network, dataclasses.replace(given, ranks=(5,)))
+    given = dataclasses.replace(given, energies=(1.0,))
+    with pytest.raises(CommandError, match="energy 1.0: every convolution would become larger"):
+        compress.factorised(network, given)
+
+
+def test_batches_are_all_images_normalised(dense, settings, monkeypatch):
+    monkeypatch.setattr(compress, "RECALIBRATION_BATCH", 50)
+    run = load_run(dense)
+    dataset, _ = load_images(run, settings.data.data_dir)
+    found = np.concatenate(list(compress.batches(dataset.splits["train"], run)))
+    assert found.shape == (180, 8, 8, 3) and found.dtype == np.float32
+    np.testing.assert_allclose(found.mean((0, 1, 2)), 0, atol=1e-3)
+    np.testing.assert_allclose(found.std((0, 1, 2)), 1, atol=1e-3)
 
 
 def test_fine_tuning_has_a_dropout_rate_of_its_own(dense, settings):
@@ -328,7 +365,7 @@ def test_compression_refuses(dense, settings, whole, images, tmp_path, console):
     with pytest.raises(ValueError, match="parameter_budget=9 must be at least the 247"):
         compress.compress(given, console)
     given = dataclasses.replace(given, ranks=(1, 5))
-    with pytest.raises(CommandError, match="ranks=5 must be at most 4"):
+    with pytest.raises(CommandError, match="ranks=5 must be at most 2"):
         compress.compress(given, console)
 
 

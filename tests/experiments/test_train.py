@@ -20,6 +20,7 @@ from rich.console import Console
 from chansel_jax.errors import OneLineError
 from chansel_jax.ops import native
 from chansel_jax.training import checkpoint
+from chansel_jax.training.distillation import Teacher
 from chansel_jax.training.optimizer import OptimizerSettings, make_schedule
 from experiments.cli import command
 from experiments.cli.ending import EXIT_SAVED
@@ -28,6 +29,7 @@ from experiments.reporting.machine import cpu_name
 from experiments.training import loop
 from experiments.training import run as runs
 from experiments.training.experiment import load_data
+from experiments.training.load import load_run
 from experiments.training.run import train_and_evaluate
 from experiments.training.settings import DataSettings, NetworkSettings, ReadingSettings
 from experiments.training.workdir import WorkdirError
@@ -185,6 +187,20 @@ def test_stopped_run_ends_bit_for_bit_like_the_whole(
     assert {name: summary[name] for name in FIGURES} == {name: whole[0][name] for name in FIGURES}
     assert len((tmp_path / "part" / "metrics.jsonl").read_text().splitlines()) == 3
     assert not (tmp_path / "part" / "unfinished").exists()
+
+
+def test_a_stopped_run_with_a_teacher_ends_like_the_whole(settings, dense, tmp_path, monkeypatch):
+    teacher = Teacher(load_run(dense).network)
+    console = Console(file=io.StringIO(), width=120)
+    one, part = (variant(settings, tmp_path / name) for name in ("whole", "part"))
+    expected = train_and_evaluate(one, console, teacher=teacher)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        signal_after(patch, 2, 5, signal.SIGTERM)
+        train_and_evaluate(part, console, teacher=teacher)
+    with pytest.raises(WorkdirError, match="teacher"):
+        run(part)
+    found = train_and_evaluate(part, console, teacher=teacher)
+    assert {name: found[name] for name in FIGURES} == {name: expected[name] for name in FIGURES}
 
 
 @pytest.mark.parametrize("epoch", [1, 3])

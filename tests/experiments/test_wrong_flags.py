@@ -167,6 +167,12 @@ WRONG = [
     ("compress", "--ranks=", "--ranks=, --energies= and --parameter-budgets= name nothing to make"),
     ("compress", "--energies=1.5", "--energies=1.5 must be in (0, 1]"),
     ("compress", "--parameter-budgets=0", "--parameter-budgets=0 must be at least 1"),
+    (
+        "compress",
+        "--distillation-weight=1.5",
+        "--distillation-weight=1.5 must be in [0, 1]",
+    ),
+    ("compress", "--temperature=0", "--temperature=0.0 must be positive and finite"),
     ("compress", "--epoch=9", "no checkpoint of epoch 9, only 2, 3"),
     ("benchmark", "--batch-size=0", "--batch-size=0 must be at least 1"),
     ("benchmark", "--image-size=0", "--image-size=0 must be at least 1"),

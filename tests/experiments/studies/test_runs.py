@@ -29,7 +29,7 @@ def trained(monkeypatch):
     """The folders of all runs that are trained, by copying the finished one."""
     found = []
 
-    def train(settings, console, network=None):
+    def train(settings, console, network=None, teacher=None):
         found.append(settings.workdir)
 
     monkeypatch.setattr(runs, "train_and_evaluate", train)

@@ -1,0 +1,274 @@
+"""Any network's dense convolutions, replaced by channel selection.
+
+A network is any NNX module, however its layers are nested. What is replaced are the layers
+`nnx.Conv` and `SubKernelConv`; everything else stays as it is.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
+from chansel_jax.decomposition import component_energies, factorize_kernel
+from chansel_jax.ops.window import positive
+
+DenseConv = nnx.Conv | SubKernelConv
+Where = Callable[[str, DenseConv], bool]
+
+_SAME = (
+    *("strides", "padding", "input_dilation", "kernel_dilation", "feature_group_count"),
+    *("dtype", "param_dtype", "precision", "promote_dtype", "preferred_element_type"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Replacement:
+    """A layer that was replaced.
+
+    Attributes:
+        path: of the layer, as in `"blocks.0.conv1"`; `""` if it is the whole module.
+        parameters_before: of the dense convolution, its bias among them.
+        parameters_after: of the channel selection, likewise.
+        rank: of the channel selection.
+        energy: the share of the dense kernel's energy (its squared norm) that the channel selection
+            keeps, from 0 to 1; None if it was initialised anew.
+    """
+
+    path: str
+    parameters_before: int
+    parameters_after: int
+    rank: int
+    energy: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `replace_convs` has done; `str` makes a table of it.
+
+    Attributes:
+        rows: one for each layer that was replaced, in the order of their paths in the module.
+        parameters_before: of the whole module; those that layers share count once.
+        parameters_after: likewise.
+    """
+
+    rows: tuple[Replacement, ...]
+    parameters_before: int
+    parameters_after: int
+
+    def __str__(self) -> str:
+        lines = [("layer", "dense", "channel selection", "rank", "energy kept")]
+        for row in self.rows:
+            energy = "" if row.energy is None else f"{row.energy:.1%}"
+            sizes = _with_commas(row.parameters_before, row.parameters_after)
+            lines.append((row.path or "(itself)", *sizes, str(row.rank), energy))
+        before = sum(row.parameters_before for row in self.rows)
+        after = sum(row.parameters_after for row in self.rows)
+        lines.append(("these layers", *_with_commas(before, after), "", ""))
+        whole = _with_commas(self.parameters_before, self.parameters_after)
+        lines.append(("all parameters", *whole, "", ""))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(_table_line(line, widths) for line in lines)
+
+
+def replace_convs(
+    module: nnx.Module,
+    *,
+    rank: int | Mapping[str, int] = 1,
+    where: Where | None = None,
+    from_weights: bool = True,
+    rngs: nnx.Rngs | None = None,
+) -> tuple[nnx.Module, Report]:
+    """A copy of `module` in which channel selection takes the place of dense convolutions.
+
+    Every `nnx.Conv` and `SubKernelConv` is replaced whose kernel has more than one element, and
+    which has more than one input channel for each group: the 1 × 1 and the depthwise ones stay.
+    So do subclasses of the two that define `__call__` themselves. The new layer has the same
+    channels, kernel size, window, groups, dtypes and metadata, and keeps the bias as it is; of
+    `SubKernelConv` it has the lowering (`"lax"` becomes `"composed"`, which is of `lax` too). A
+    layer that several modules share is replaced once and stays shared. A `ResNet` keeps its
+    `config`, which says what it was built from; `chansel_jax.factorize` brings it along.
+
+    Args:
+        module: of layers in attributes, `nnx.List`, `nnx.Dict`, `nnx.Sequential` or containers of
+            Python, or a convolution itself; it is not changed.
+        rank: of every channel selection, or the highest the layer can have, min(C_in/G, K), if that
+            is less. Default 1. A mapping has a rank for each path; layers that it does not name
+            stay.
+        where: is called with the path of a layer (as in `"blocks.0.conv1"`; a shared layer has the
+            first one) and with the layer; those for which it returns False stay. By default none
+            does.
+        from_weights: whether the new layers approximate the kernels as well as their rank allows
+            (see `chansel_jax.decomposition`), or are initialised as `ChannelSelectionConv` is.
+            Default True.
+        rngs: the stream `params` initialises the new layers; only needed without `from_weights`.
+
+    Returns:
+        The copy, and what was replaced in it.
+
+    Raises:
+        ValueError: if a rank is not an integer of at least 1 or is that of a path where nothing can
+            be replaced, `rngs` is missing, or a layer that is to be replaced has a mask or a
+            `conv_general_dilated` of its own, is stacked by `nnx.vmap` or `nnx.scan`, shares its
+            kernel with another layer, has an argument that channel selection does not, or has
+            weights that are not finite. The layer is named by its path.
+    """
+    if not from_weights and rngs is None:
+        raise ValueError("rngs=None must be given with from_weights=False, to initialise layers")
+    chosen = dense_convs(module, where)
+    ranks = _ranks(rank, chosen)
+    copy = nnx.clone(module, graph=True)
+    copied = {path: layer for path, layer in _layers(copy) if path in ranks}
+    new, rows = {}, []
+    for path, layer in copied.items():
+        try:
+            new[id(layer)], row = _replaced(
+                path, layer, ranks[path], None if from_weights else rngs
+            )
+        except ValueError as error:
+            raise ValueError(f"{path or 'module'}: {error}") from error
+        rows.append(row)
+    result = _exchanged(copy, new)
+    return result, Report(tuple(rows), parameter_count(module), parameter_count(result))
+
+
+def dense_convs(module: nnx.Module, where: Where | None = None) -> dict[str, DenseConv]:
+    """The layers of `module`, by path, that `replace_convs` replaces.
+
+    Raises:
+        ValueError: naming the path of a layer that is to be replaced and cannot be.
+    """
+    found, kernels = {}, {}
+    for path, layer in _layers(module):
+        if where is not None and not where(path, layer):
+            continue
+        _check_replaceable(path or "module", layer)
+        if (first := kernels.setdefault(id(layer.kernel), path)) != path:
+            raise ValueError(f"{path} shares its kernel with {first}: no factors are shared so")
+        found[path] = layer
+    return found
+
+
+def parameter_count(module: nnx.Module) -> int:
+    """The number of elements of all `nnx.Param` of `module`; those that are shared count once."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param, graph=True)))
+
+
+def _layers(module: nnx.Module) -> list[tuple[str, DenseConv]]:
+    """The dense convolutions with a spatial kernel, each once, with its path."""
+    return [
+        (".".join(map(str, path)), layer)
+        for path, layer in nnx.iter_graph(module, graph=True)
+        if _is_dense_conv(layer)
+        and math.prod(layer.kernel_size) > 1
+        and layer.in_features // layer.feature_group_count > 1
+    ]
+
+
+def _is_dense_conv(layer: Any) -> bool:
+    """Whether it computes as one of the two does, not in a way of its own."""
+    kinds = nnx.Conv, SubKernelConv
+    return any(isinstance(layer, k) and type(layer).__call__ is k.__call__ for k in kinds)
+
+
+def _check_replaceable(path: str, layer: DenseConv) -> None:
+    if layer.mask is not None:
+        raise ValueError(f"{path} has a mask, and channel selection has no dense kernel to mask")
+    if layer.conv_general_dilated is not lax.conv_general_dilated:
+        raise ValueError(f"{path} has a conv_general_dilated of its own, and is not replaced")
+    shape, axes = layer.kernel.shape, len(layer.kernel_size) + 2
+    if len(shape) != axes:
+        raise ValueError(
+            f"{path} is stacked, as by nnx.vmap or nnx.scan: its kernel of shape {shape} has more "
+            f"than the {axes} axes of one layer's; replace before stacking"
+        )
+
+
+def _ranks(rank: int | Mapping[str, int], chosen: Mapping[str, DenseConv]) -> dict[str, int]:
+    """The rank of each layer that is to be replaced."""
+    if not isinstance(rank, Mapping):
+        given = dict.fromkeys(chosen, positive("rank", rank))
+    else:
+        given = {path: positive(f"rank[{path!r}]", value) for path, value in rank.items()}
+    for path in given:
+        if path not in chosen:
+            there = ", ".join(map(repr, chosen)) or "none"
+            raise ValueError(f"rank[{path!r}] is of no layer that is replaced; these are: {there}")
+    return {path: min(value, max_rank(chosen[path])) for path, value in given.items()}
+
+
+def max_rank(layer: DenseConv) -> int:
+    """min(C_in/G, K), at which channel selection is exact."""
+    return min(layer.in_features // layer.feature_group_count, math.prod(layer.kernel_size))
+
+
+def _replaced(
+    path: str, layer: DenseConv, rank: int, rngs: nnx.Rngs | None
+) -> tuple[ChannelSelectionConv, Replacement]:
+    """What takes the place of `layer`: from its weights, or initialised by `rngs`."""
+    parts, energy, kind = {}, None, type(layer.kernel)
+    if rngs is None:
+        if isinstance(layer.kernel.get_value(), jax.ShapeDtypeStruct):
+            raise ValueError("its kernel has a shape and no values, as nnx.eval_shape makes it")
+        kernel = np.asarray(layer.kernel[...])
+        energy = min(1.0, float(component_energies(kernel)[:rank].sum()))
+        factors = factorize_kernel(kernel, rank)
+        pointwise, depthwise = (jnp.asarray(factor, kernel.dtype) for factor in factors)
+        parts = {"pointwise_init": lambda *_: pointwise, "depthwise_init": lambda *_: depthwise}
+    lowering = getattr(layer, "lowering", "auto")  # nnx.Conv has none,
+    of_an_integer = getattr(layer, "kernel_size_is_integer", False)  # and any batch axes
+    new = ChannelSelectionConv(
+        layer.in_features,
+        layer.out_features,
+        layer.kernel_size[0] if of_an_integer else layer.kernel_size,
+        **{name: getattr(layer, name) for name in _SAME},
+        use_bias=False,
+        rank=rank,
+        lowering="composed" if lowering == "lax" else lowering,
+        kernel_metadata=layer.kernel.get_metadata(),
+        **parts,
+        rngs=rngs or nnx.Rngs(0),
+    )
+    new.use_bias, new.bias = layer.use_bias, nnx.data(layer.bias)
+    for name in ("pointwise", "depthwise"):
+        part = getattr(new, name)
+        if type(part) is not kind:  # a kernel that was frozen, or marked otherwise, stays so
+            setattr(new, name, kind(part[...], **part.get_metadata()))
+    sizes = (sum(leaf.size for leaf in jax.tree.leaves(nnx.state(each))) for each in (layer, new))
+    return new, Replacement(path, *sizes, rank, energy)
+
+
+def _exchanged(root: Any, new: Mapping[int, ChannelSelectionConv]) -> Any:
+    """`root` with the layers of these ids exchanged, wherever a module refers to them."""
+
+    def is_leaf(value: Any) -> bool:
+        return isinstance(value, nnx.Pytree | nnx.Variable)
+
+    def exchanged(value: Any) -> Any:
+        return jax.tree.map(lambda leaf: new.get(id(leaf), leaf), value, is_leaf=is_leaf)
+
+    for _, node in list(nnx.iter_graph(root, graph=True)):
+        if not isinstance(node, nnx.Pytree) or id(node) in new:
+            continue
+        for name, value in list(vars(node).items()):
+            if any(id(leaf) in new for leaf in jax.tree.leaves(value, is_leaf=is_leaf)):
+                setattr(node, name, nnx.data(exchanged(value)))
+    return exchanged(root)
+
+
+def _with_commas(*numbers: int) -> list[str]:
+    return [f"{number:,}" for number in numbers]
+
+
+def _table_line(words: tuple[str, ...], widths: list[int]) -> str:
+    first, *others = (
+        word.rjust(width) if number else word.ljust(width)
+        for number, (word, width) in enumerate(zip(words, widths, strict=True))
+    )
+    return "  ".join((first, *others)).rstrip()
