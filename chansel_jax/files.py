@@ -1,4 +1,4 @@
-"""Files that are written as a whole, or not at all."""
+"""Files that are written as a whole, or not at all; JSON."""
 
 import contextlib
 import json
@@ -12,11 +12,14 @@ from typing import Any
 def replaced(path: Path) -> Iterator[Path]:
     """A file beside `path`, to be written within a `with`; in its end it takes the place of `path`.
 
-    A reader sees the old file or the new one, never half; if there was an error, the old one.
+    A reader sees the old file or the new one, never half; if there was an error, the old one. So
+    it is after a loss of power: the content is on the disk before the name is.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # other processes have theirs
     try:
         yield partial
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -26,3 +29,21 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes `content` as indented JSON; a reader sees the old file or the new one, never half."""
     with replaced(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What `path` holds, which is JSON.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no JSON.
+    """
+    return parse_json(path.read_bytes())
+
+
+def parse_json(text: bytes | str) -> Any:
+    """What JSON says; raises ValueError for all that is none, and for what nests too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its brackets nest too deeply") from error
