@@ -48,7 +48,7 @@ def evaluate(settings: Settings, console: Console) -> Scores:
     Raises:
         CommandError: if the run or the images cannot be had, or there is no such split.
     """
-    trained = load_run(settings.workdir, settings.epoch)
+    trained = load_run(settings.workdir, settings.epoch, console.print)
     output = settings.output or settings.workdir
     make_output(output)
     wanted = Wanted(settings.split, settings.epoch, settings.flip_average)

@@ -1,6 +1,7 @@
 """All that the settings of a training run decide, built: data, network, optimiser."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,6 +24,39 @@ from experiments.training.settings import (
     build_network,
     decisive,
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataDescription:
+    """What decides a run's result of its images: `data` in its `config.json`.
+
+    Attributes:
+        class_names: in the order of the labels.
+        image_shape: `(H, W, C)`.
+        images: how many each split has.
+        digests: of the images and labels of each split.
+        mean: `(C,)`, the channels' means over the training images, whose pixels are from 0 to 255.
+        std: `(C,)`, their standard deviations.
+
+    Raises:
+        ValueError: if a size, a mean or a standard deviation cannot be.
+    """
+
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    images: Mapping[str, int]
+    digests: Mapping[str, str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self):
+        channels = self.image_shape[2]
+        if min(self.image_shape) < 1:
+            raise ValueError(f"image_shape={self.image_shape} must be positive")
+        if len(self.mean) != channels or not all(0 <= value <= 255 for value in self.mean):
+            raise ValueError(f"mean={self.mean} must be {channels} numbers from 0 to 255")
+        if len(self.std) != channels or not all(0 < value <= 255 for value in self.std):
+            raise ValueError(f"std={self.std} must be {channels} numbers above 0, at most 255")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,17 +103,18 @@ class Experiment:
         splits = self.dataset.splits
         mean, std = self.statistics
         begins_with = {"begins_with": self.begins_with} if self.begins_with else {}
+        described = DataDescription(
+            class_names=self.dataset.class_names,
+            image_shape=splits["train"].images.shape[1:],
+            images={name: len(split.labels) for name, split in splits.items()},
+            digests={name: split.summary.digest for name, split in splits.items()},
+            mean=tuple(mean.tolist()),
+            std=tuple(std.tolist()),
+        )
         return {
             "settings": decisive(self.settings),
             **begins_with,
-            "data": {
-                "class_names": self.dataset.class_names,
-                "image_shape": splits["train"].images.shape[1:],
-                "images": {name: len(split.labels) for name, split in splits.items()},
-                "digests": {name: split.summary.digest for name, split in splits.items()},
-                "mean": mean.tolist(),
-                "std": std.tolist(),
-            },
+            "data": dataclasses.asdict(described),
         }
 
 

@@ -16,9 +16,10 @@ from chansel_jax.errors import OneLineError
 from chansel_jax.training.prediction import scores
 from experiments import evaluate, predict
 from experiments.cli.errors import CommandError
-from experiments.training.load import load_images, load_run, settings_from
+from experiments.training.load import load_images, load_run
 from experiments.training.scores import share_or_none
 from experiments.training.settings import Settings
+from experiments.training.typed_json import from_json
 
 
 @pytest.fixture
@@ -47,10 +48,10 @@ def copy(trained, tmp_path):
 
 def test_settings_survive_json(settings):
     there = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
-    assert settings_from(Settings, there) == settings
+    assert from_json(Settings, there) == settings
     there["network"]["colour"] = "red"
-    with pytest.raises(ValueError, match="NetworkSettings has no colour"):
-        settings_from(Settings, there)
+    with pytest.raises(ValueError, match="^network has no colour$"):
+        from_json(Settings, there)
 
 
 def test_run_is_loaded_as_it_was(trained, settings, whole):
@@ -77,8 +78,8 @@ def test_images_are_found_where_they_were_or_where_they_are_said_to_be(trained, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda config: config["settings"].update(colour=1), "ValueError: Settings has no colour"),
-        (lambda config: config.pop("data"), "KeyError: 'data'"),
+        (lambda config: config["settings"].update(colour=1), r"\(settings has no colour\)"),
+        (lambda config: config.pop("data"), "Config lacks data"),
         (lambda config: config["settings"]["training"].update(epochs=0), "epochs=0 must be"),
         (lambda config: config["settings"]["network"].update(width=8), "cannot restore"),
     ],
