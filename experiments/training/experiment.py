@@ -32,11 +32,11 @@ class DataDescription:
 
     Attributes:
         class_names: in the order of the labels.
-        image_shape: `(H, W, C)`.
+        image_shape: `(H, W, 3)`.
         images: how many each split has.
         digests: of the images and labels of each split.
-        mean: `(C,)`, the channels' means over the training images, whose pixels are from 0 to 255.
-        std: `(C,)`, their standard deviations.
+        mean: `(3,)`, the channels' means over the training images, whose pixels are from 0 to 255.
+        std: `(3,)`, their standard deviations.
 
     Raises:
         ValueError: if a size, a mean or a standard deviation cannot be.
@@ -46,17 +46,16 @@ class DataDescription:
     image_shape: tuple[int, int, int]
     images: Mapping[str, int]
     digests: Mapping[str, str]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
     def __post_init__(self):
-        channels = self.image_shape[2]
-        if min(self.image_shape) < 1:
-            raise ValueError(f"image_shape={self.image_shape} must be positive")
-        if len(self.mean) != channels or not all(0 <= value <= 255 for value in self.mean):
-            raise ValueError(f"mean={self.mean} must be {channels} numbers from 0 to 255")
-        if len(self.std) != channels or not all(0 < value <= 255 for value in self.std):
-            raise ValueError(f"std={self.std} must be {channels} numbers above 0, at most 255")
+        if min(self.image_shape) < 1 or self.image_shape[2] != 3:
+            raise ValueError(f"image_shape={self.image_shape} must be (height, width, 3)")
+        if not all(0 <= value <= 255 for value in self.mean):
+            raise ValueError(f"mean={self.mean} must be from 0 to 255")
+        if not all(0 < value <= 255 for value in self.std):
+            raise ValueError(f"std={self.std} must be above 0 and at most 255")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,7 +98,7 @@ def _object(kind: type, value: Any, name: str) -> Any:
         unknown = set(value) - set(hints)
     for names, told in ((unknown, "has no"), (set(required) - set(value), "lacks")):
         if names:
-            raise ValueError(f"{name or kind.__name__} {told} {', '.join(sorted(names))}")
+            raise ValueError(f"{name or 'it'} {told} {', '.join(sorted(names))}")
     prefix = f"{name}." if name else ""
     known = {
         key: from_json(hints[key], each, f"{prefix}{key}")

@@ -143,7 +143,7 @@ SCORES = {
         (lambda line: line[: len(line) // 2], "char"),
         (lambda line: "[]", r"it=\[\] must be an object"),
         (lambda line: "[" * 100_000, "nest too deeply"),
-        (lambda line: line.replace('"summary"', '"colour"'), "Record has no colour"),
+        (lambda line: line.replace('"summary"', '"colour"'), "it has no colour"),
         (lambda line: line.replace('"epochs": 3', '"epochs": 4'), "3 epochs of 4"),
         (changed(summary={"epochs": 3}), "summary lacks best_accuracy_epoch, best_epoch, "),
         (changed(summary={}), "3 epochs of None"),
