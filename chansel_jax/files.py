@@ -1,4 +1,4 @@
-"""Files that are written as a whole, or not at all."""
+"""Files that are written as a whole, or not at all; JSON."""
 
 import contextlib
 import json
@@ -19,8 +19,9 @@ def is_address(path: str) -> bool:
 def replaced(path: Path) -> Iterator[Path]:
     """A file beside `path`, to be written within a `with`; in its end it takes the place of `path`.
 
-    A reader sees the old file or the new one, never half; if there was an error, the old one. Where
-    `path` is a link it stays one, and a device or a pipe takes what is written.
+    A reader sees the old file or the new one, never half; if there was an error, the old one. So
+    it is after a loss of power: the content is on the disk before the name is. Where `path` is a
+    link it stays one, and a device or a pipe takes what is written.
 
     Raises:
         OSError: that names `path`.
@@ -33,8 +34,10 @@ def replaced(path: Path) -> Iterator[Path]:
         yield partial
         if is_place:
             path.write_bytes(partial.read_bytes())
-        else:
-            partial.replace(path)
+            return
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
     except OSError as error:
         if error.errno and error.filename in (None, str(partial)):  # as of a full disk
             raise OSError(error.errno, error.strerror, str(asked)) from error
@@ -47,3 +50,21 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes `content` as indented JSON; a reader sees the old file or the new one, never half."""
     with replaced(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What `path` holds, which is JSON.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no JSON.
+    """
+    return parse_json(path.read_bytes())
+
+
+def parse_json(text: bytes | str) -> Any:
+    """What JSON says; raises ValueError for all that is none, and for what nests too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its brackets nest too deeply") from error

@@ -183,7 +183,8 @@ def text(outcomes: Sequence[Outcome], settings: Settings, shown: report.Table, c
     note = PUBLISHED_NOTE if len(headings) > len(outcomes) + 1 else ""
     seeds = ", ".join(map(str, settings.seeds))
     images = outcomes[0].runs[0].summary["images"]
-    devices = " and ".join(sorted({run.summary["device"] for o in outcomes for run in o.runs}))
+    summaries = (run.summary for outcome in outcomes for run in outcome.runs)
+    devices = " and ".join(sorted({each.get("device", "another machine") for each in summaries}))
     return f"""\
 Each network was trained on {images["train"]:,} images for {settings.training.epochs} epochs, from \
 the seeds {seeds}, and measured on {images["validation"]:,} validation images after every epoch. \

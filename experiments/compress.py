@@ -118,7 +118,7 @@ def compress(settings: Settings, console: Console) -> dict[str, Any]:
             others, or a training fails.
         ValueError: if a rank, energy or budget cannot be had.
     """
-    dense = load_run(settings.workdir, settings.epoch)
+    dense = load_run(settings.workdir, settings.epoch, console.print)
     if dense.settings.conv != "subkernel":
         raise CommandError(
             f"workdir={settings.workdir} is a run of --conv={dense.settings.conv}, not subkernel"

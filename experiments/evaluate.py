@@ -49,7 +49,7 @@ def evaluate(settings: Settings, console: Console) -> Scores:
     Raises:
         CommandError: if the run or the images cannot be had, or there is no such split.
     """
-    trained = load_run(settings.workdir, settings.epoch)
+    trained = load_run(settings.workdir, settings.epoch, console.print)
     output = settings.output or settings.workdir
     refuse_among_images("output", output, data_settings(trained, settings.data_dir))
     make_output(output)

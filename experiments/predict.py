@@ -75,7 +75,7 @@ def predict(settings: Settings, console: Console) -> None:
     if settings.output.is_dir() or not settings.output.name:
         raise CommandError(f"output={settings.output} is a folder")
     files = find_files(settings.images, settings.output)
-    trained = load_run(settings.workdir, settings.epoch)
+    trained = load_run(settings.workdir, settings.epoch, console.print)
     console.print(f"{len(files):,} files; the parameters are those of epoch {trained.epoch}")
     try:
         settings.output.parent.mkdir(parents=True, exist_ok=True)

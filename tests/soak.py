@@ -121,8 +121,8 @@ def checkpoint_names(workdir: Path) -> list[str]:
 
 def newest_step(workdir: Path) -> int:
     """The step of the newest whole checkpoint."""
-    epochs = [int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit()]
-    steps = [int(p.name) for p in workdir.glob("unfinished/*") if p.name.isdigit()]
+    epochs = [int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdecimal()]
+    steps = [int(p.name) for p in workdir.glob("unfinished/*") if p.name.isdecimal()]
     return max([STEPS_PER_EPOCH * max(epochs, default=0), *steps])
 
 

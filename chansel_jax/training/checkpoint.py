@@ -1,16 +1,19 @@
 """Checkpoints of a run: all that knows orbax.
 
-A checkpoint holds the training state and a record of the run so far (plain JSON). Of those after an
-epoch the last two and the one of lowest validation loss are kept. One within an epoch holds that
-epoch's totals too; the last is kept, in a folder of its own, under the number of its step. All are
-written in the background; a checkpoint appears under its number only when it is complete.
+A checkpoint holds the training state and a record of the run so far (plain JSON), each with a
+digest by which damage is told. Of those after an epoch the last two and the one of lowest
+validation loss are kept. One within an epoch holds that epoch's totals too; the last is kept, in a
+folder of its own, under the number of its step. All are written in the background; a checkpoint
+appears under its number only when it is complete.
 """
 
 import contextlib
 import gc
 import json
 import logging
+import math
 import operator
+import re
 import shutil
 import sys
 import warnings
@@ -26,6 +29,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from chansel_jax.digest import digest
 from chansel_jax.errors import OneLineError
+from chansel_jax.files import parse_json, read_json
 from chansel_jax.functional import network_tree
 from chansel_jax.training.processes import is_loss, together, wait_for_all
 from chansel_jax.training.step import Totals, TrainState
@@ -34,6 +38,7 @@ from chansel_jax.training.step import Totals, TrainState
 CHECKPOINTS, UNFINISHED = "checkpoints", "unfinished"
 DAMAGED = "damaged-"
 PATTERN = "*?[]\\"  # these stand for other characters in a pattern of paths
+SEAL = "sha256"  # of a record: the digest of the rest of it
 
 # Those of a run: after epochs by `"epoch"`, within epochs by `"step"`, which is what numbers them.
 Checkpoints = Mapping[Literal["epoch", "step"], ocp.CheckpointManager]
@@ -78,7 +83,7 @@ def open_checkpoints(workdir: str | Path, report: Callable[[str], None]) -> Iter
     check_workdir(workdir)
     workdir = Path(workdir).absolute()
     directory = workdir / CHECKPOINTS
-    _set_aside_without_metrics(directory, workdir / UNFINISHED, report)
+    _set_aside_unknown_losses(directory, workdir / UNFINISHED, report)
     val_loss = operator.itemgetter("val_loss")
     best = policies.BestN(n=1, get_metric_fn=val_loss, reverse=True)
     keep = policies.AnyPreservationPolicy([policies.LatestN(2), best])
@@ -120,19 +125,16 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _set_aside_without_metrics(
+def _set_aside_unknown_losses(
     directory: Path, within_epochs: Path, report: Callable[[str], None]
 ) -> None:
-    """The manager reads all metrics when it opens, and fails as a whole if it cannot."""
-    epochs, failures = _saved_numbers(directory), []
-    for epoch in reversed(epochs):
-        try:
-            _saved_val_loss(directory, epoch)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            failures.append((directory, "epoch", epoch, error))
+    """The manager reads all metrics when it opens, fails as a whole if it cannot, and trusts them.
+
+    What it keeps follows from them.
+    """
+    losses, failures = _saved_val_losses(directory)
     wait_for_all("the metrics of checkpoints are read")
-    whole = len(failures) < len(epochs) or bool(_saved_numbers(within_epochs))
-    _set_aside(failures, whole, report)
+    _set_aside(failures, bool(losses or saved_numbers(within_epochs)), report)
 
 
 def _set_aside(
@@ -149,11 +151,9 @@ def _set_aside(
         CheckpointError: if there are no others.
     """
     if failures and not whole:
-        directory, kind, number, error = failures[0]
         raise CheckpointError(
-            f"no checkpoint under {directory} can be restored "
-            f"({kind} {number}: {_first_line(error)}); all are left as they are; a run in another "
-            "folder begins anew"
+            f"{_none_restored(failures[0])}; all are left as they are; a run in another folder "
+            "begins anew"
         )
     for directory, kind, number, error in failures if jax.process_index() == 0 else ():
         target, attempt = directory / f"{DAMAGED}{number}", 2
@@ -166,11 +166,17 @@ def _set_aside(
     wait_for_all("damaged checkpoints are set aside")
 
 
+def _none_restored(failure: tuple[Path, str, int, Exception]) -> str:
+    directory, kind, number, error = failure
+    return (
+        f"no checkpoint under {directory} can be restored ({kind} {number}: {_first_line(error)})"
+    )
+
+
 @contextlib.contextmanager
 def _managed(directory: Path, **options: Any) -> Iterator[ocp.CheckpointManager]:
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    for arguments in (ocp.args.JsonSave, ocp.args.JsonRestore):
-        handlers.add("record", arguments, _RecordHandler())
+    handlers.add("record", ocp.args.JsonSave, _RecordHandler())
     options = ocp.CheckpointManagerOptions(
         **options,
         cleanup_tmp_directories=True,  # of a process that was killed while it saved
@@ -195,11 +201,14 @@ def save(
     Both may change as soon as this returns.
 
     Raises:
+        ValueError: if `val_loss` is not finite.
         CheckpointError: if this one, or the one before, cannot be written; older ones stay.
     """
-    manager, metrics = checkpoints["epoch"], {"val_loss": val_loss}
+    if not math.isfinite(val_loss):
+        raise ValueError(f"val_loss={val_loss} must be finite")
+    manager, metrics = checkpoints["epoch"], {"val_loss": float(val_loss)}
     with _refused_writes(manager):
-        manager.save(epoch, args=_save_args(vars(state), record), metrics=metrics)
+        manager.save(epoch, args=_save_args(vars(state), record, **metrics), metrics=metrics)
 
 
 def save_unfinished(
@@ -216,8 +225,12 @@ def save_unfinished(
 
 
 def restore_newest(
-    checkpoints: Checkpoints, like: TrainState, totals: Totals, report: Callable[[str], None]
-) -> tuple[TrainState, Totals, dict] | None:
+    checkpoints: Checkpoints,
+    like: TrainState,
+    totals: Totals,
+    report: Callable[[str], None],
+    parse: Callable[[Any], Any] = lambda record: record,
+) -> tuple[TrainState, Totals, Any] | None:
     """The checkpoint of the most steps that is whole; None where there is none at all.
 
     Damaged ones that were tried are told to `report` and moved to `damaged-NUMBER` beside it.
@@ -227,6 +240,8 @@ def restore_newest(
         like: a state of the same structure, shapes, dtypes and placement.
         totals: likewise.
         report: takes one line for each damaged checkpoint.
+        parse: makes of a record what is returned of it; if it raises an exception, the checkpoint
+            is damaged.
 
     Returns:
         The state, the totals of the epoch under way (after an epoch the given ones), and the record
@@ -242,39 +257,44 @@ def restore_newest(
             if number <= steps:
                 break
             try:
-                newest = _restore(manager, number, trees[kind])
+                newest = _restore(manager, number, trees[kind], parse)
             except Exception as error:  # orbax has no exception of its own for a damaged file
                 if is_loss(error) or isinstance(error, MemoryError):
                     raise
                 failures.append((Path(manager.directory), kind, number, error))
             else:
-                steps = int(newest["state"]["step"])
+                steps = int(newest[0]["step"])
                 break
     _set_aside(failures, newest is not None, report)
     for manager in checkpoints.values() if failures else ():
         manager.reload()
     if newest is None:
         return None
-    tree, record = newest["state"], newest["record"]["run"]
+    tree, record = newest
     totals = Totals(**tree.pop("totals")) if "totals" in tree else totals
     return TrainState(**tree), totals, record
 
 
-def _restore(manager: ocp.CheckpointManager, number: int, like: dict[str, Any]) -> Mapping:
-    """One checkpoint, of a tree like `like`; raises what orbax does for one that is damaged."""
+def _restore(
+    manager: ocp.CheckpointManager,
+    number: int,
+    like: dict[str, Any],
+    parse: Callable[[Any], Any],
+) -> tuple[dict[str, Any], Any]:
+    """State, like `like`, and record of a checkpoint; any exception for one that is damaged."""
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    arguments = ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
-    )
+    arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+    folder = Path(manager.directory) / str(number)
 
     def read():
-        restored = manager.restore(number, args=arguments)
-        if digest(restored["state"]) != restored["record"]["digest"]:
+        record = _saved_record(folder)
+        state = manager.restore(number, args=arguments)["state"]
+        if digest(state) != record.get("digest"):
             raise CheckpointError("the digest of its state differs from the one saved with it")
-        return restored
+        return state, parse(record.get("run"))
 
     # Restoring is done together: a process that gave up alone would leave the others waiting.
-    together(lambda: _read_through(Path(manager.directory) / str(number) / "state"))
+    together(lambda: _read_through(folder / "state"))
     return together(read)
 
 
@@ -289,7 +309,10 @@ def discard_unfinished(workdir: Path) -> None:
 
 
 def restore_network(
-    directory: str | Path, network: nnx.Module, epoch: int | Literal["best", "last"] = "best"
+    directory: str | Path,
+    network: nnx.Module,
+    epoch: int | Literal["best", "last"] = "best",
+    report: Callable[[str], object] = warnings.warn,
 ) -> int:
     """Gives `network` the parameters and batch statistics of a checkpoint.
 
@@ -298,6 +321,8 @@ def restore_network(
         network: of the run's structure; it is changed in place.
         epoch: of the checkpoint; `"best"` (the default) is that of lowest validation loss, `"last"`
             the latest.
+        report: takes one line for each checkpoint that `"best"` passes over, since its validation
+            loss cannot be told; by default the line is a warning.
 
     Returns:
         The checkpoint's epoch.
@@ -306,11 +331,17 @@ def restore_network(
         CheckpointError: if there is no such checkpoint, or it does not fit the network.
     """
     directory = Path(directory).absolute()
-    epochs = _saved_numbers(directory)
+    epochs = saved_numbers(directory)
     if not epochs:
         raise CheckpointError(f"{directory} holds no checkpoint")
     if epoch == "best":
-        epoch = min(epochs, key=lambda e: _saved_val_loss(directory, e))
+        losses, failures = _saved_val_losses(directory)
+        if not losses:
+            raise CheckpointError(_none_restored(failures[0]))
+        for *_, number, error in failures:
+            told = _first_line(error)
+            report(f"checkpoint of epoch {number} is damaged ({told}) and is passed over")
+        epoch = min(losses, key=losses.get)
     elif epoch == "last":
         epoch = epochs[-1]
     if epoch not in epochs:
@@ -338,33 +369,72 @@ def restore_network(
     return epoch
 
 
-def _save_args(tree: dict[str, Any], record: dict) -> ocp.args.Composite:
-    record = json.loads(json.dumps(record))  # it is written in the background
+def _save_args(tree: dict[str, Any], record: dict, **others: float) -> ocp.args.Composite:
+    record = parse_json(json.dumps(record))  # it is written in the background
     return ocp.args.Composite(
         state=ocp.args.StandardSave(tree),
-        record=ocp.args.JsonSave({"digest": jax.device_get(tree), "run": record}),
+        record=ocp.args.JsonSave({"digest": jax.device_get(tree), "run": record, **others}),
     )
 
 
 class _RecordHandler(ocp.handlers.JsonCheckpointHandler):
-    """Saves the record; its digest is taken of a state where it is written, in the background."""
+    """Saves the record; digests, of a state and of all else, are taken in the background."""
 
     async def async_save(self, directory, item=None, args=None):
         async def write():
             if jax.process_index() == 0:
                 record = args.item | {"digest": digest(args.item["digest"])}
+                record[SEAL] = digest(json.dumps(record))
                 (directory / "metadata").write_text(json.dumps(record))
 
         return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="record")]
 
 
-def _saved_numbers(directory: Path) -> list[int]:
-    """The epochs of the finished checkpoints; one that is being written has another name."""
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+def saved_numbers(directory: Path) -> list[int]:
+    """The numbers of the checkpoints in a folder; one that is being written has another name."""
+    names = (path.name for path in directory.glob("*"))
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
-def _saved_val_loss(directory: Path, epoch: int) -> float:
-    return json.loads((directory / str(epoch) / "metrics" / "metrics").read_bytes())["val_loss"]
+def _saved_val_losses(
+    directory: Path,
+) -> tuple[dict[int, float], list[tuple[Path, str, int, Exception]]]:
+    """By epoch, and as `_set_aside` takes them those that cannot be told."""
+    losses, failures = {}, []
+    for epoch in reversed(saved_numbers(directory)):
+        try:
+            losses[epoch] = _saved_val_loss(directory / str(epoch))
+        except (OSError, ValueError) as error:
+            failures.append((directory, "epoch", epoch, error))
+    return dict(sorted(losses.items())), failures
+
+
+def _saved_val_loss(checkpoint: Path) -> float:
+    """From the metrics, which orbax goes by; the record, which has a digest, must say the same.
+
+    That of an older version of this module does not say it.
+    """
+    metrics, record = read_json(checkpoint / "metrics" / "metrics"), _saved_record(checkpoint)
+    val_loss = metrics.get("val_loss") if isinstance(metrics, dict) else None
+    if not isinstance(val_loss, float) or not math.isfinite(val_loss):
+        raise ValueError(f"val_loss={val_loss} of its metrics is no finite number")
+    if val_loss != (saved := record.get("val_loss", val_loss)):
+        raise ValueError(f"val_loss={val_loss} of its metrics is {saved} in its record")
+    return val_loss
+
+
+def _saved_record(checkpoint: Path) -> dict[str, Any]:
+    """Raises OSError or ValueError if it cannot be read or is not what was saved.
+
+    That of an older version of this module has no digest of its own.
+    """
+    record = read_json(checkpoint / "record" / "metadata")
+    if not isinstance(record, dict):
+        raise ValueError("its record is no JSON object")
+    seal = record.pop(SEAL, None)
+    if seal is not None and seal != digest(json.dumps(record)):
+        raise ValueError("the digest of its record differs from the one saved with it")
+    return record
 
 
 def _check_shapes(stored: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 from matplotlib import font_manager
@@ -12,12 +13,24 @@ from matplotlib.ticker import MaxNLocator
 from chansel_jax.files import replaced
 
 DPI = 120
-Row = Mapping[str, float]
 
 USUAL = "sans-serif"  # the family of the fonts in pictures
 FEW_EPOCHS = 5  # which lines alone would hardly show
 FEW_CLASSES = 20  # of which a picture and a terminal have room for every count
 MOST_NAMES = 100  # that can be read beside a picture
+
+
+class Row(TypedDict):
+    """What is known of an epoch of a run: a line of its `metrics.jsonl`."""
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    learning_rate: float
+    images_per_second: float
+    seconds: float
 
 
 def save(picture: Figure, path: Path) -> None:

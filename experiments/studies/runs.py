@@ -1,5 +1,6 @@
 """The runs of an experiment: each is a line of its `runs.jsonl`, or is trained now."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -11,7 +12,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from chansel_jax.digest import digest
-from chansel_jax.files import replaced
+from chansel_jax.files import parse_json, read_json, replaced
 from chansel_jax.functional import network_tree
 from chansel_jax.networks.resnet import ResNet
 from chansel_jax.training.checkpoint import check_workdir
@@ -20,12 +21,13 @@ from experiments.cli.command import make_output
 from experiments.cli.differences import differences
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import refused_value
-from experiments.training.experiment import describe_teacher, load_data
+from experiments.training.experiment import DataDescription, describe_teacher, load_data
 from experiments.training.load import load_run, readable
-from experiments.training.records import Row
+from experiments.training.records import Row, Summary
 from experiments.training.run import BEFORE_THEY_WERE, train_and_evaluate
-from experiments.training.scores import Wanted, measure
+from experiments.training.scores import Evaluation, Wanted, evaluation_from, measure
 from experiments.training.settings import DataSettings, Settings, decisive
+from experiments.training.typed_json import from_json
 from experiments.training.workdir import DATA_DIR, filled, refuse_among_images
 
 RUNS = "runs.jsonl"
@@ -39,8 +41,8 @@ class Record:
         name: of the run.
         settings: all that decide its result, as in `config.json`; one that is missing is younger
             than the run, which had its default.
-        data: `class_names`, `image_shape` `(H, W, C)`, `images` (how many) and `digests` of each
-            split, `mean` and `std` `(C,)` of the training images, whose pixels are from 0 to 255.
+        data: as in `DataDescription`; that of a run from before there was any is empty, and no
+            report takes it.
         metrics: a row an epoch, as in `metrics.jsonl`.
         summary: as in `summary.json`.
         evaluations: by name, as in `evaluation-NAME.json`.
@@ -55,13 +57,14 @@ class Record:
     data: Mapping[str, Any]
     metrics: Sequence[Row]
     summary: Mapping[str, Any]
-    evaluations: Mapping[str, Mapping[str, Any]]
+    evaluations: Mapping[str, Evaluation]
     begins_with: str | None = None
     teacher: Mapping[str, Any] | None = None
 
     def __post_init__(self):
-        if len(self.metrics) != self.summary["epochs"]:
-            raise ValueError(f"{len(self.metrics)} epochs of {self.summary['epochs']}")
+        epochs = self.summary.get("epochs")
+        if len(self.metrics) != epochs:
+            raise ValueError(f"{len(self.metrics)} epochs of {epochs}")
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -98,22 +101,35 @@ def record_of(workdir: Path) -> Record:
     """That of the finished run in `workdir`.
 
     Raises:
-        CommandError: if one of its files is not there or cannot be read.
+        CommandError: if one of its files is not there or cannot be read; but an evaluation that
+            cannot is left out, and measured again where it is wanted.
     """
+    evaluations = {}
+    for path in sorted(workdir.glob("evaluation-*.json"), key=lambda path: path.stem):
+        with contextlib.suppress(OSError, ValueError):
+            evaluations[path.stem.removeprefix("evaluation-")] = evaluation_from(read_json(path))
     with readable(f"the run in {workdir}"):
-        config = json.loads((workdir / "config.json").read_text())
+        config = from_json(Mapping[str, Any], read_json(workdir / "config.json"), "config")
         config.pop(DATA_DIR, None)  # it says something of the machine, not of the result
-        rows = (workdir / "metrics.jsonl").read_text().splitlines()
-        return Record(
-            name=workdir.name,
-            **config,
-            metrics=[json.loads(row) for row in rows],
-            summary=json.loads((workdir / "summary.json").read_text()),
-            evaluations={
-                path.stem.removeprefix("evaluation-"): json.loads(path.read_text())
-                for path in sorted(workdir.glob("evaluation-*.json"), key=lambda path: path.stem)
-            },
-        )
+        rows = (workdir / "metrics.jsonl").read_bytes().splitlines()
+        content = {
+            "name": workdir.name,
+            "metrics": [parse_json(row) for row in rows],
+            "summary": read_json(workdir / "summary.json"),
+            "evaluations": evaluations,
+        }
+        return record_from(config | content)
+
+
+def record_from(content: Any) -> Record:
+    """A record from its JSON form; raises `ValueError` if it is none, as `from_json` does."""
+    record = from_json(Record, content)
+    for name, each in record.evaluations.items():
+        evaluation_from(each, f"evaluations.{name}")
+    if record.data:
+        from_json(DataDescription, record.data, "data")
+        from_json(Summary, record.summary, "summary")
+    return record
 
 
 def read_records(path: Path) -> dict[str, Record]:
@@ -123,11 +139,12 @@ def read_records(path: Path) -> dict[str, Record]:
         CommandError: if a line cannot be read, naming it.
     """
     found = {}
-    lines = path.read_text().splitlines() if path.exists() else ()
+    lines = path.read_bytes().splitlines() if path.exists() else ()
     for number, line in enumerate(lines, start=1):
-        with readable(f"{path}, line {number},"):
-            record = Record(**json.loads(line))
-            found[record.name] = record
+        if line.strip():
+            with readable(f"{path}, line {number},"):
+                record = record_from(parse_json(line))
+                found[record.name] = record
     return found
 
 
@@ -153,7 +170,8 @@ def finished(
     """The record of a run, from its line in `output/runs.jsonl`.
 
     A run without a line is trained in `output/runs/NAME`, as far as it was not yet, and its line
-    added. The line is enough later on: it may come from another machine, and the folder may go.
+    added; files of it that are lost are made again. The line is enough later on: it may come from
+    another machine, and the folder may go.
 
     Args:
         output: of the experiment.
@@ -166,14 +184,14 @@ def finished(
 
     Raises:
         OneLineError: as `train_and_evaluate` and `measure`, also for a refused setting; or if the
-            run is there with other settings, images or parameters, or its line or one of its files
-            cannot be read.
+            run is there with other settings, images or parameters, or its line cannot be read, or
+            the checkpoint that is to be measured.
         DivergedError: if a loss is not finite.
     """
     path, workdir = output / RUNS, output / "runs" / name
     recorded = read_records(path).get(name)
-    if recorded or (workdir / "summary.json").is_file():
-        record = recorded or record_of(workdir)
+    record = recorded or whole_record(workdir)
+    if record:
         if found := others(record, settings, network, teacher):
             raise CommandError(
                 f"the run {name} in {output} has other settings ({'; '.join(found)}): "
@@ -193,13 +211,25 @@ def finished(
     for each in wanted:
         if not record.has(each):
             console.print(f"{name}: ", end="")
-            measure(
-                load_run(workdir, each.checkpoint), each, settings.data.data_dir, workdir, console
-            )
+            trained = load_run(workdir, each.checkpoint, refuse)
+            measure(trained, each, settings.data.data_dir, workdir, console)
             record = record_of(workdir)
     if record is not recorded:
         write_record(path, record)
     return record
+
+
+def whole_record(workdir: Path) -> Record | None:
+    """That of the run in `workdir`; None if it is not finished, or has lost some of its files."""
+    if (workdir / "summary.json").is_file():
+        with contextlib.suppress(CommandError):
+            return record_of(workdir)
+    return None
+
+
+def refuse(damaged: str) -> None:
+    """Raises `CommandError`: in the place of a damaged checkpoint no other is measured."""
+    raise CommandError(damaged)
 
 
 def others(

@@ -1,6 +1,7 @@
 """All that the settings of a training run decide, built: data, network, optimiser."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,6 +25,38 @@ from experiments.training.settings import (
     build_network,
     decisive,
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataDescription:
+    """What decides a run's result of its images: `data` in its `config.json`.
+
+    Attributes:
+        class_names: in the order of the labels.
+        image_shape: `(H, W, 3)`.
+        images: how many each split has.
+        digests: of the images and labels of each split.
+        mean: `(3,)`, the channels' means over the training images, whose pixels are from 0 to 255.
+        std: `(3,)`, their standard deviations.
+
+    Raises:
+        ValueError: if a size, a mean or a standard deviation cannot be.
+    """
+
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    images: Mapping[str, int]
+    digests: Mapping[str, str]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self):
+        if min(self.image_shape) < 1 or self.image_shape[2] != 3:
+            raise ValueError(f"image_shape={self.image_shape} must be (height, width, 3)")
+        if not all(0 <= value <= 255 for value in self.mean):
+            raise ValueError(f"mean={self.mean} must be from 0 to 255")
+        if not all(0 < value <= 255 for value in self.std):
+            raise ValueError(f"std={self.std} must be above 0 and at most 255")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +105,18 @@ class Experiment:
         splits = self.dataset.splits
         mean, std = self.statistics
         others = {"begins_with": self.begins_with, "teacher": describe_teacher(self.teacher)}
+        described = DataDescription(
+            class_names=self.dataset.class_names,
+            image_shape=splits["train"].images.shape[1:],
+            images={name: len(split.labels) for name, split in splits.items()},
+            digests={name: split.summary.digest for name, split in splits.items()},
+            mean=tuple(mean.tolist()),
+            std=tuple(std.tolist()),
+        )
         return {
             "settings": decisive(self.settings),
             **{name: value for name, value in others.items() if value},
-            "data": {
-                "class_names": self.dataset.class_names,
-                "image_shape": splits["train"].images.shape[1:],
-                "images": {name: len(split.labels) for name, split in splits.items()},
-                "digests": {name: split.summary.digest for name, split in splits.items()},
-                "mean": mean.tolist(),
-                "std": std.tolist(),
-            },
+            "data": dataclasses.asdict(described),
         }
 
 

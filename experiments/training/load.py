@@ -2,24 +2,44 @@
 
 import contextlib
 import dataclasses
-import json
-import types
-import typing
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from chansel_jax import data
+from chansel_jax.files import read_json
 from chansel_jax.networks.resnet import ResNet
 from chansel_jax.training.checkpoint import restore_network
 from experiments.cli.errors import CommandError
-from experiments.training.experiment import load_data
+from experiments.training.experiment import DataDescription, load_data
 from experiments.training.settings import DataSettings, Settings, build_network
-from experiments.training.workdir import DATA_DIR
+from experiments.training.typed_json import from_json
 
 Checkpoint = int | Literal["best", "last"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What `config.json` of a run holds.
+
+    Attributes:
+        settings: all that decide its result.
+        data: likewise.
+        begins_with: a digest of the parameters before the first step, where the seed does not
+            decide them.
+        teacher: a digest of the parameters of a network that it learned from, and how much that one
+            counts; None if there was none.
+        data_dir: where the images lay when it was last trained.
+    """
+
+    settings: Settings
+    data: DataDescription
+    begins_with: str | None = None
+    teacher: Mapping[str, Any] | None = None
+    data_dir: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +74,19 @@ def readable(what: object) -> Iterator[None]:
     """Within it, an error of reading `what` becomes a `CommandError`, one line that names it."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CommandError(f"{what} cannot be read ({type(error).__name__}: {error})") from error
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{what} cannot be read ({error})") from error
 
 
-def load_run(workdir: Path, epoch: Checkpoint = "best") -> Run:
+def load_run(
+    workdir: Path, epoch: Checkpoint = "best", report: Callable[[str], object] = warnings.warn
+) -> Run:
     """The run in `workdir` with the parameters of the checkpoint of `epoch`.
+
+    Args:
+        workdir: the run's folder.
+        epoch: as in `restore_network`.
+        report: likewise.
 
     Raises:
         CommandError: if there is none, or its `config.json` cannot be read.
@@ -69,22 +96,23 @@ def load_run(workdir: Path, epoch: Checkpoint = "best") -> Run:
     if not path.is_file():
         raise CommandError(f"workdir={workdir} holds no run: there is no {path}")
     with readable(path):
-        config = json.loads(path.read_text())
-        settings, images = settings_from(Settings, config["settings"]), config["data"]
-        if DATA_DIR in config and (data_dir := Path(config[DATA_DIR])).is_dir():
-            of_data = dataclasses.replace(settings.data, data_dir=data_dir)
-            settings = dataclasses.replace(settings, data=of_data)
-        network = build_network(settings, len(images["class_names"]))
-        described = {
-            "settings": settings,
-            "class_names": tuple(images["class_names"]),
-            "image_shape": tuple(images["image_shape"]),
-            "digests": images["digests"],
-            "mean": np.asarray(images["mean"], np.float32),
-            "std": np.asarray(images["std"], np.float32),
-        }
-    epoch = restore_network(workdir / "checkpoints", network, epoch)
-    return Run(workdir, network, epoch, **described)
+        config = from_json(Config, read_json(path))
+        network = build_network(config.settings, len(config.data.class_names))
+    settings, images = config.settings, config.data
+    if config.data_dir and config.data_dir.is_dir():
+        of_data = dataclasses.replace(settings.data, data_dir=config.data_dir)
+        settings = dataclasses.replace(settings, data=of_data)
+    return Run(
+        workdir,
+        network,
+        restore_network(workdir / "checkpoints", network, epoch, report),
+        settings,
+        class_names=images.class_names,
+        image_shape=images.image_shape,
+        digests=images.digests,
+        mean=np.asarray(images.mean, np.float32),
+        std=np.asarray(images.std, np.float32),
+    )
 
 
 def data_settings(run: Run, data_dir: Path | None) -> DataSettings:
@@ -112,25 +140,3 @@ def load_images(run: Run, data_dir: Path | None) -> tuple[data.Dataset, tuple[st
     splits = dataset.splits.items()
     others = tuple(name for name, split in splits if split.summary.digest != run.digests.get(name))
     return dataset, others
-
-
-def settings_from(settings_type: type, values: Mapping[str, Any]) -> Any:
-    """A dataclass of settings from its JSON form; what is missing is as by default.
-
-    Raises:
-        ValueError: if a value is refused, or there is one that the dataclass does not have.
-    """
-    hints = typing.get_type_hints(settings_type)
-    unknown = set(values) - set(hints)
-    if unknown:
-        raise ValueError(f"{settings_type.__name__} has no {', '.join(sorted(unknown))}")
-    return settings_type(**{name: _value(hints[name], value) for name, value in values.items()})
-
-
-def _value(hint: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return settings_from(hint, value)
-    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is not None and Path in choices:
-        return Path(value)
-    return tuple(value) if isinstance(value, list) else value

@@ -6,8 +6,9 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import jax
 from rich.console import Console
@@ -23,11 +24,19 @@ from experiments.training import feed as feeds
 from experiments.training import printing, records
 from experiments.training.experiment import Experiment
 from experiments.training.settings import title
+from experiments.training.typed_json import from_json
 from experiments.training.workdir import WorkdirError
 
 
 class DivergedError(CommandError):
     """A loss is not finite."""
+
+
+class Saved(TypedDict):
+    """The record in a checkpoint; within an epoch, with the seconds that it has taken so far."""
+
+    history: Sequence[records.Row]
+    seconds: NotRequired[float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +74,8 @@ def train(experiment: Experiment, workdir: Path, console: Console) -> Progress:
     ):
         progress = restore(experiment, checkpoints, console)
         if len(progress.history) == epochs:
+            files = workdir, progress.history, title(experiment.settings)
+            coordination.first_alone(lambda: records.mend(*files))
             return progress
         coordination.first_alone(lambda: discard_results(workdir, progress))
         console.print("the steps are compiled …")
@@ -118,7 +129,8 @@ def restore(
     there = {"checkpoints": [sorted(each.all_steps()) for each in checkpoints.values()]}
     coordination.check_equal("checkpoints in its --workdir, which all must share,", there)
     state, totals = experiment.init_state(), step.init_totals(experiment.mesh)
-    found = checkpoint.restore_newest(checkpoints, state, totals, console.print)
+    parse = functools.partial(from_json, Saved)
+    found = checkpoint.restore_newest(checkpoints, state, totals, console.print, parse)
     if found is None:
         return Progress(state, [], totals)
     state, totals, record = found

@@ -1,8 +1,7 @@
 """What a run leaves in its folder for people and programs to read, checkpoints apart.
 
 `config.json`, `metrics.jsonl`, TensorBoard events, `losses.png` and `summary.json`. The history of
-a run is a list of rows, one an epoch, each a flat dict of numbers (see `best_epoch` and
-`summarise`).
+a run is a list of rows, one an epoch.
 """
 
 import contextlib
@@ -11,10 +10,38 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 from matplotlib.figure import Figure
 
 from experiments.reporting.plots import Row, save
+
+
+class Counts(TypedDict):
+    """Of the images of a run."""
+
+    train: int
+    validation: int
+
+
+class Summary(TypedDict):
+    """What reports take of a run's `summary.json`; older runs do not know their device."""
+
+    epochs: int
+    best_epoch: int
+    best_val_loss: float
+    train_loss_at_best: float
+    val_accuracy_at_best: float
+    best_val_accuracy: float
+    best_accuracy_epoch: int
+    final_train_loss: float
+    final_val_loss: float
+    final_val_accuracy: float
+    seconds_per_epoch: float
+    parameters: int
+    multiply_adds: int
+    images: Counts
+    device: NotRequired[str]
 
 
 @contextlib.contextmanager
@@ -37,12 +64,12 @@ def recorded(workdir: Path, history: Sequence[Row], title: str) -> Iterator[Call
         summary_writer()(str(workdir.absolute()), purge_step=len(history) + 1) as events,
         contextlib.ExitStack() as ending,
     ):
-        lines.writelines(json.dumps(row) + "\n" for row in history)
+        lines.write(metrics_text(history))
         lines.flush()
 
         def write(row: Row) -> None:
             rows.append(row)
-            lines.write(json.dumps(row) + "\n")
+            lines.write(metrics_text([row]))
             lines.flush()
             for name, value in row.items():
                 if name != "epoch":
@@ -59,6 +86,23 @@ def recorded(workdir: Path, history: Sequence[Row], title: str) -> Iterator[Call
 
         ending.push(draw)
         yield write
+
+
+def metrics_text(history: Sequence[Row]) -> str:
+    """What `metrics.jsonl` holds."""
+    return "".join(json.dumps(row) + "\n" for row in history)
+
+
+def mend(workdir: Path, history: Sequence[Row], title: str) -> None:
+    """Makes again what `recorded` has left of a finished run, if some of it is lost or cut."""
+    metrics, text = workdir / "metrics.jsonl", metrics_text(history)
+    patterns = ("losses.png", "events.out.tfevents.*")
+    there = all(any(path.stat().st_size for path in workdir.glob(each)) for each in patterns)
+    if there and metrics.is_file() and metrics.read_bytes() == text.encode():
+        return
+    with recorded(workdir, [], title) as write:
+        for row in history:
+            write(row)
 
 
 def summary_writer() -> type:

@@ -1,7 +1,9 @@
 """How good a run's network is on a split of its images, measured and kept."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
 from rich.console import Console
@@ -12,6 +14,22 @@ from chansel_jax.networks.resnet import ResNet
 from chansel_jax.training.prediction import Scores, make_predict, predict_all, scores
 from experiments.cli.errors import CommandError
 from experiments.training.load import Checkpoint, Run, load_images
+from experiments.training.typed_json import from_json
+
+
+class Evaluation(TypedDict):
+    """What `evaluation-NAME.json` holds; `scores` says what the figures are."""
+
+    split: str
+    epoch: int
+    flip_average: bool
+    images_sha256: str
+    class_names: Sequence[str]
+    loss: float
+    accuracy: float
+    precision: Sequence[float | None]
+    recall: Sequence[float | None]
+    confusion: Sequence[Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +81,7 @@ def measure(
         f"{wanted.name}, {len(images.labels):,} images, epoch {run.epoch}: "
         f"loss {found.loss:.4f}, accuracy {found.accuracy:.2%}"
     )
-    content = {
+    content: Evaluation = {
         "split": wanted.split,
         "epoch": run.epoch,
         "flip_average": wanted.flip_average,
@@ -76,6 +94,15 @@ def measure(
         "confusion": found.confusion.tolist(),
     }
     write_json(output / f"evaluation-{wanted.name}.json", content)
+    return found
+
+
+def evaluation_from(value: Any, name: str = "") -> Evaluation:
+    """An evaluation from its JSON form; raises `ValueError` if it is none, as `from_json` does."""
+    found = from_json(Evaluation, value, name)
+    counts, classes = found["confusion"], len(found["class_names"])
+    if {len(counts), *map(len, counts)} != {classes}:
+        raise ValueError(f"{name or 'it'}: confusion must be {classes} × {classes} counts")
     return found
 
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from chansel_jax.errors import OneLineError
-from chansel_jax.files import write_json
-from chansel_jax.training.checkpoint import CHECKPOINTS, UNFINISHED
+from chansel_jax.files import read_json, write_json
+from chansel_jax.training.checkpoint import CHECKPOINTS, UNFINISHED, saved_numbers
 from experiments.cli.differences import differences
 from experiments.training.settings import DataSettings
 
@@ -125,8 +125,8 @@ def _check_same(workdir: Path, stored: Mapping[str, Any], config: Mapping[str, A
 
 def holds_run(workdir: Path) -> bool:
     """Whether there is something to resume in `workdir`, or a finished run to lose."""
-    saved = (path for name in (CHECKPOINTS, UNFINISHED) for path in (workdir / name).glob("*"))
-    return any(path.name.isdigit() for path in saved) or (workdir / "summary.json").is_file()
+    saved = any(saved_numbers(workdir / name) for name in (CHECKPOINTS, UNFINISHED))
+    return saved or (workdir / "summary.json").is_file()
 
 
 def filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _refused_writes(workdir: Path) -> Iterator[None]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
         if not isinstance(config, dict):
             raise ValueError("not an object")
     except (OSError, ValueError) as error:

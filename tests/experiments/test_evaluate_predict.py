@@ -16,9 +16,10 @@ from chansel_jax.errors import OneLineError
 from chansel_jax.training.prediction import scores
 from experiments import evaluate, predict
 from experiments.cli.errors import CommandError
-from experiments.training.load import load_images, load_run, settings_from
+from experiments.training.load import load_images, load_run
 from experiments.training.scores import share_or_none
 from experiments.training.settings import Settings
+from experiments.training.typed_json import from_json
 
 
 @pytest.fixture
@@ -47,10 +48,10 @@ def copy(trained, tmp_path):
 
 def test_settings_survive_json(settings):
     there = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
-    assert settings_from(Settings, there) == settings
+    assert from_json(Settings, there) == settings
     there["network"]["colour"] = "red"
-    with pytest.raises(ValueError, match="NetworkSettings has no colour"):
-        settings_from(Settings, there)
+    with pytest.raises(ValueError, match="^network has no colour$"):
+        from_json(Settings, there)
 
 
 def test_run_is_loaded_as_it_was(trained, settings, whole):
@@ -74,13 +75,27 @@ def test_images_are_found_where_they_were_or_where_they_are_said_to_be(trained, 
     assert load_images(run, settings.data.data_dir)[1] == ()
 
 
+def of_data(**values):
+    return lambda config: config["data"].update(values)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda config: config["settings"].update(colour=1), "ValueError: Settings has no colour"),
-        (lambda config: config.pop("data"), "KeyError: 'data'"),
+        (lambda config: config["settings"].update(colour=1), r"\(settings has no colour\)"),
+        (lambda config: config.pop("data"), r"\(it lacks data\)"),
         (lambda config: config["settings"]["training"].update(epochs=0), "epochs=0 must be"),
         (lambda config: config["settings"]["network"].update(width=8), "cannot restore"),
+        (lambda config: config["settings"]["data"].update(split_seed="a"), r"data.split_seed='a' "),
+        (of_data(image_shape=[16]), r"data.image_shape=\[16\] must be an array of 3"),
+        (of_data(image_shape=["8", "8", "3"]), r"data.image_shape\[0\]='8' must be an integer"),
+        (of_data(image_shape=[8, 0, 3]), r"image_shape=\(8, 0, 3\) must be \(height, width, 3\)"),
+        (of_data(mean=[1, 2]), r"data.mean=\[1, 2\] must be an array of 3"),
+        (of_data(mean=[1, 2, -3]), r"mean=\(1, 2, -3\) must be from 0 to 255"),
+        (of_data(std=[0, 0, 0]), r"std=\(0, 0, 0\) must be above 0"),
+        (of_data(digests=None), "data.digests=None must be an object"),
+        (of_data(class_names=[1, 2]), r"data.class_names\[0\]=1 must be a text"),
+        (of_data(class_names="ab"), "data.class_names='ab' must be an array"),
     ],
 )
 def test_run_that_cannot_be_read(copy, change, message):
@@ -90,6 +105,23 @@ def test_run_that_cannot_be_read(copy, change, message):
     with pytest.raises(OneLineError, match=message) as error:
         load_run(copy)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000], ids=len)
+def test_config_that_is_no_object(copy, content):
+    (copy / "config.json").write_text(content)
+    with pytest.raises(CommandError, match=f"^{copy}/config.json cannot be read "):
+        load_run(copy)
+
+
+def test_damaged_checkpoint_is_passed_over_and_named(copy, settings, whole, console):
+    best = whole[0]["best_epoch"]
+    record = copy / "checkpoints" / str(best) / "record" / "metadata"
+    record.write_text(record.read_text().replace('"val_loss": ', '"val_loss": 1'))
+    evaluate.evaluate(evaluate.Settings(copy), console)
+    assert f"checkpoint of epoch {best} is damaged (the digest of its record" in printed(console)
+    other = json.loads((copy / "evaluation-validation.json").read_text())["epoch"]
+    assert other in {1, 2, 3} - {best}
 
 
 def test_no_run(tmp_path):

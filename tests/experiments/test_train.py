@@ -341,6 +341,52 @@ def test_finished_run_is_reported_again(settings, whole):
     assert "resumed after epoch 3 of 3" in output and "compiled" not in output
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 0)])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "losses.png", "events", "summary.json"])
+def test_lost_files_of_a_finished_run_are_made_again(settings, whole, tmp_path, name, damage):
+    workdir = copy_run(settings.workdir, tmp_path / "run")
+    (path,) = workdir.glob(f"{name}*")
+    before = path.read_bytes()
+    damage(path)
+    summary, output = run(variant(settings, workdir))
+    assert summary == whole[0] and "resumed after epoch 3 of 3" in output
+    assert "compiled" not in output
+    if name == "events":  # they are of another second
+        assert any(path.stat().st_size == len(before) for path in workdir.glob("events*"))
+    else:
+        assert path.read_bytes() == before
+
+
+def edited(history):
+    """Has a checkpoint of an older version, whose record had no digest, hold another history."""
+
+    def edit(record):
+        del record["sha256"]
+        record["run"]["history"] = history
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda record: record["run"]["history"][-1].update(val_loss=0.1), "digest of its record"),
+        (lambda record: record.update(run=None), "digest of its record"),
+        (edited(None), "history=None must be an array"),
+        (edited([{"epoch": 1}]), r"history.0. lacks .*, val_accuracy, val_loss"),
+    ],
+)
+def test_changed_record_is_damage(settings, whole, tmp_path, edit, message):
+    workdir = copy_run(settings.workdir, tmp_path / "run")
+    for folder in (workdir / "checkpoints").iterdir():
+        path = folder / "record" / "metadata"
+        record = json.loads(path.read_text())
+        edit(record)
+        path.write_text(json.dumps(record))
+    with pytest.raises(OneLineError, match=f"no checkpoint .* restored .*{message}"):
+        run(variant(settings, workdir))
+
+
 def test_damaged_newest_checkpoint_is_trained_again(settings, whole, tmp_path):
     workdir = copy_run(settings.workdir, tmp_path / "damaged")
     for path in (workdir / "checkpoints" / "3" / "state" / "d").iterdir():

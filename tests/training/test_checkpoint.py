@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import pickle
 import shutil
@@ -80,6 +81,30 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
+def change_a_digit(path):
+    """The last digit of the file, or of all of its record that tells how the run has gone."""
+    text, end = path.read_text(), path.read_text().find('"sha256"')
+    place = max(text.rfind(digit, 0, end) for digit in "0123456789")
+    path.write_text(f"{text[:place]}{(int(text[place]) + 1) % 10}{text[place + 1 :]}")
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def put_a_file_in_its_place(folder):
+    shutil.rmtree(folder)
+    folder.touch()
+
+
+def write(content):
+    return lambda path: path.write_text(content)
+
+
+BAD_METRICS = ("[]", '{"val_loss": NaN}', "[" * 100_000)
+
+
 def test_state_record_and_placement_come_back(directory):
     (state, record), lines = restore(directory)
     chex.assert_trees_all_equal(state, make_state(5))
@@ -133,8 +158,13 @@ def test_names_that_would_lose_checkpoints_are_refused(tmp_path, name, below):
         ("state/manifest.ocdbt", Path.unlink),
         ("record/metadata", truncate),
         ("record/metadata", Path.unlink),
+        ("record/metadata", change_a_digit),
         ("metrics/metrics", truncate),
         ("metrics/metrics", Path.unlink),
+        ("metrics/metrics", change_a_digit),
+        *(("metrics/metrics", write(content)) for content in BAD_METRICS),
+        ("", empty),
+        ("", put_a_file_in_its_place),
     ],
 )
 def test_damaged_newest_is_reported_and_the_one_before_used(directory, file, damage):
@@ -143,7 +173,7 @@ def test_damaged_newest_is_reported_and_the_one_before_used(directory, file, dam
     chex.assert_trees_all_equal(state, make_state(4))
     assert record == {"history": [4]}
     assert len(lines) == 1 and "checkpoint of epoch 5 is damaged" in lines[0]
-    assert (directory / "damaged-5").is_dir() and not (directory / "5").exists()
+    assert (directory / "damaged-5").exists() and not (directory / "5").exists()
 
 
 def test_state_that_is_not_the_one_saved_is_damage(directory, monkeypatch):
@@ -158,6 +188,54 @@ def test_state_that_is_not_the_one_saved_is_damage(directory, monkeypatch):
     (state, _), lines = restore(directory)
     chex.assert_trees_all_equal(state, make_state(4))
     assert "digest" in lines[0]
+
+
+def test_record_that_cannot_be_parsed_is_damage(directory):
+    def parse(record):
+        if record["history"] == [5]:
+            raise ValueError("5 is too much")
+        return record["history"][0]
+
+    lines = []
+    with checkpoint.open_checkpoints(directory.parent, print) as checkpoints:
+        like, totals = make_state(0), init_totals(devices.data_mesh())
+        found = checkpoint.restore_newest(checkpoints, like, totals, lines.append, parse)
+    assert found[2] == 4 and len(lines) == 1 and "5 is damaged (5 is too much)" in lines[0]
+
+
+def of_an_older_version(directory):
+    """Takes from the records what these did not hold: only the state had a digest."""
+    for path in directory.glob("*/record/metadata"):
+        record = json.loads(path.read_text())
+        del record["val_loss"], record["sha256"]
+        path.write_text(json.dumps(record))
+
+
+def test_checkpoints_of_an_older_version_are_read(directory):
+    of_an_older_version(directory)
+    (state, record), lines = restore(directory)
+    chex.assert_trees_all_equal(state, make_state(5))
+    assert record == {"history": [5]} and lines == []
+    (directory / "5" / "metrics" / "metrics").write_text('{"val_loss": NaN}')
+    (_, record), lines = restore(directory)
+    assert record == {"history": [4]} and "no finite number" in lines[0]
+
+
+@pytest.mark.parametrize("name", ["²", "٣", "02", "a_²"])
+def test_folder_whose_name_is_no_number_is_let_be(directory, name):
+    (directory / name).mkdir()
+    (directory.parent / "unfinished" / name).mkdir(parents=True)
+    (_, record), lines = restore(directory)
+    assert record == {"history": [5]} and lines == []
+    assert checkpoint.saved_numbers(directory) == [2, 4, 5] and (directory / name).exists()
+
+
+def test_loss_that_is_not_finite_is_not_saved(tmp_path):
+    with (
+        checkpoint.open_checkpoints(tmp_path, print) as checkpoints,
+        pytest.raises(ValueError, match="^val_loss=nan must be finite$"),
+    ):
+        checkpoint.save(checkpoints, 1, make_state(1), {}, float("nan"))
 
 
 def test_training_goes_on_after_damage(directory):
@@ -296,6 +374,32 @@ def test_network_gets_the_best_parameters_without_the_optimiser(network_run):
     chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(network, nnx.Param)), state.params)
     assert checkpoint.restore_network(directory, network, 2) == 2
     chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(network, nnx.Param)), zero.params)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("metrics/metrics", change_a_digit),
+        ("metrics/metrics", write("{}")),
+        ("record/metadata", change_a_digit),
+        ("", empty),
+        ("", put_a_file_in_its_place),
+    ],
+)
+def test_best_passes_over_what_is_damaged_and_names_it(network_run, tmp_path, file, damage):
+    directory, network = shutil.copytree(network_run[0], tmp_path / "run"), small_network()
+    for epoch, other in ((2, 1), (1, 2)):
+        copy = shutil.copytree(directory, tmp_path / f"without-{epoch}")
+        damage(copy / str(epoch) / file)
+        lines = []
+        assert checkpoint.restore_network(copy, network, report=lines.append) == other
+        assert len(lines) == 1
+        assert f"checkpoint of epoch {epoch} is damaged (" in lines[0]
+        with pytest.warns(UserWarning, match=f"epoch {epoch} is damaged .* is passed over"):
+            checkpoint.restore_network(copy, network)
+    damage(copy / "2" / file)
+    with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint .* restored \(epoch 2: "):
+        checkpoint.restore_network(copy, network)
 
 
 def test_network_that_does_not_fit_is_refused(network_run):

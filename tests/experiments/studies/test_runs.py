@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+import experiments
 from experiments.cli.errors import CommandError
 from experiments.studies import runs
 from experiments.studies.runs import finished, read_records, record_of, write_record
@@ -103,7 +105,7 @@ def test_a_finished_folder_becomes_a_line_with_the_scores_that_are_wanted(
 
 
 def test_a_run_without_a_line_is_trained(there, settings, trained):
-    with pytest.raises(CommandError, match="the run in .*new cannot be read .*FileNotFoundError"):
+    with pytest.raises(CommandError, match="the run in .*new cannot be read .*No such file"):
         finished(there, "new", settings, QUIET)
     assert trained == [there / "runs" / "new"]
 
@@ -118,13 +120,41 @@ def test_a_new_line_stands_behind_the_others_or_in_its_own_place(there, settings
     assert sorted(path.name for path in there.iterdir()) == ["runs", "runs.jsonl"]
 
 
+def changed(**values):
+    return lambda line: json.dumps(json.loads(line) | values)
+
+
+SCORES = {
+    "split": "validation",
+    "epoch": 1,
+    "flip_average": False,
+    "images_sha256": "",
+    "class_names": ["blue", "green", "red"],
+    "loss": 1.0,
+    "accuracy": 0.5,
+    "precision": [1.0, None, 0.5],
+    "recall": [1.0, 0.5, 0.0],
+}
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda line: line[: len(line) // 2], "JSONDecodeError"),
-        (lambda line: "[]", "TypeError"),
-        (lambda line: line.replace('"summary"', '"colour"'), "TypeError: .*'colour'"),
+        (lambda line: line[: len(line) // 2], "char"),
+        (lambda line: "[]", r"it=\[\] must be an object"),
+        (lambda line: "[" * 100_000, "nest too deeply"),
+        (lambda line: line.replace('"summary"', '"colour"'), "it has no colour"),
         (lambda line: line.replace('"epochs": 3', '"epochs": 4'), "3 epochs of 4"),
+        (changed(summary={"epochs": 3}), "summary lacks best_accuracy_epoch, best_epoch, "),
+        (changed(summary={}), "3 epochs of None"),
+        (changed(metrics=[1, 2]), r"metrics\[0\]=1 must be an object"),
+        (changed(data=None), "data=None must be an object"),
+        (changed(data={"mean": [1]}), "data lacks class_names, "),
+        (changed(evaluations=None), "evaluations=None must be an object"),
+        (changed(evaluations={"validation": 1}), "evaluations.validation=1 must be an object"),
+        (changed(evaluations={"validation": {}}), "evaluations.validation lacks .*, confusion, "),
+        (changed(evaluations={"validation": SCORES | {"confusion": [[1], 2]}}), "confusion.1.=2 "),
+        (changed(evaluations={"validation": SCORES | {"confusion": [[1]]}}), "must be 3 × 3"),
     ],
 )
 def test_a_damaged_line_is_named(there, settings, damage, message):
@@ -134,6 +164,46 @@ def test_a_damaged_line_is_named(there, settings, damage, message):
     with pytest.raises(CommandError, match=f"^{path}, line 2, cannot be read .*{message}") as error:
         finished(there, "whole", settings, QUIET)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_of_other_bytes_is_named(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(CommandError, match=f"^{path}, line 1, cannot be read "):
+        read_records(path)
+
+
+def test_a_byte_order_mark_and_blank_lines_are_passed_over(there):
+    path = there / "runs.jsonl"
+    before = read_records(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\n  \n")
+    assert read_records(path) == before
+
+
+def test_what_was_found_can_be_read():
+    paths = list(Path(experiments.__file__).parent.glob("results/*/runs.jsonl"))
+    assert len(paths) == 10 and all(map(read_records, paths))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("")])
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl", "evaluation-validation.json"])
+def test_a_finished_run_gets_its_lost_files_again(settings, tmp_path, name, damage):
+    folder, wanted = tmp_path / "runs" / "again", [Wanted("validation")]
+    shutil.copytree(settings.workdir, folder)
+    record = finished(tmp_path, "again", settings, QUIET, wanted)
+    (tmp_path / "runs.jsonl").unlink()
+    damage(folder / name)
+    assert finished(tmp_path, "again", settings, QUIET, wanted) == record == record_of(folder)
+
+
+def test_no_other_checkpoint_is_measured_in_the_place_of_a_damaged_one(settings, tmp_path):
+    folder = tmp_path / "runs" / "again"
+    shutil.copytree(settings.workdir, folder)
+    best = record_of(folder).summary["best_epoch"]
+    (folder / "checkpoints" / str(best) / "metrics" / "metrics").write_text("")
+    with pytest.raises(CommandError, match=f"checkpoint of epoch {best} is damaged"):
+        finished(tmp_path, "again", settings, QUIET, [Wanted("validation")])
+    assert not (folder / "evaluation-validation.json").exists()
 
 
 def test_a_damaged_folder_is_named(settings, tmp_path):

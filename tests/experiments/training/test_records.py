@@ -100,6 +100,19 @@ def test_json_is_whole_before_it_takes_the_old_ones_place(tmp_path, monkeypatch)
     assert json.loads(path.read_text()) == {"epoch": 1}
 
 
+def test_json_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, synced = tmp_path / "summary.json", []
+
+    def fsync(descriptor):
+        assert not path.exists()
+        synced.append(os.fstat(descriptor))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_json(path, {"epoch": 1})
+    (found,) = synced
+    assert os.path.samestat(found, path.stat()) and found.st_size == path.stat().st_size
+
+
 def test_content_that_is_no_json_leaves_the_old_file(tmp_path):
     path = tmp_path / "summary.json"
     write_json(path, {"epoch": 1})

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from experiments.training import workdir as workdirs
-from experiments.training.load import settings_from
 from experiments.training.run import BEFORE_THEY_WERE
 from experiments.training.settings import NetworkSettings, Settings, decisive
+from experiments.training.typed_json import from_json
 from experiments.training.workdir import WorkdirError
 
 CONFIG = {
@@ -126,7 +126,7 @@ def test_run_that_knows_no_blocks_has_the_models_own(tmp_path):
     save(tmp_path)
     assert "blocks" not in (tmp_path / "config.json").read_text()
     claim(tmp_path, {"settings": decisive(Settings())}, "must", BEFORE_THEY_WERE)
-    assert settings_from(Settings, config["settings"]) == Settings()
+    assert from_json(Settings, config["settings"]) == Settings()
     other = decisive(Settings(network=NetworkSettings(blocks=(1,))))
     with pytest.raises(WorkdirError, match=r"blocks: \[\] → \[1\]"):
         claim(tmp_path, {"settings": other}, "must", BEFORE_THEY_WERE)
@@ -210,11 +210,11 @@ def test_config_knows_where_the_images_lie_and_follows_them(tmp_path, workdir):
         claim(workdir, changed(CONFIG, seed=1), "auto")
 
 
-DAMAGED = [b"", b'{"settings": {', b"[]", b"null", b"\xff\xfe"]
+DAMAGED = [b"", b'{"settings": {', b"[]", b"null", b"\xff\xfe", b"[" * 100_000]
 
 
 @pytest.mark.parametrize("resume", ["auto", "must"])
-@pytest.mark.parametrize("content", DAMAGED, ids=repr)
+@pytest.mark.parametrize("content", DAMAGED, ids=lambda content: repr(content[:9]))
 def test_damaged_config_is_named_in_one_line_and_touches_nothing(
     tmp_path, workdir, content, resume
 ):
@@ -227,7 +227,7 @@ def test_damaged_config_is_named_in_one_line_and_touches_nothing(
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("content", DAMAGED, ids=repr)
+@pytest.mark.parametrize("content", DAMAGED, ids=lambda content: repr(content[:9]))
 def test_never_puts_a_damaged_run_aside(workdir, content):
     (workdir / "config.json").write_bytes(content)
     aside = claim(workdir, CONFIG, "never")
