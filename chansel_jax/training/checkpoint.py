@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import operator
+import os
 import re
 import shutil
 import sys
@@ -57,7 +58,7 @@ def check_workdir(workdir: str | Path, name: str = "workdir") -> None:
     Raises:
         CheckpointError: if its absolute path is none that they take as it is.
     """
-    path = str(Path(workdir).absolute())
+    path = str(_from_root(workdir))
     told = path.encode(errors="backslashreplace").decode()
     if told != path:
         raise CheckpointError(f"{name}={told} must be UTF-8 for checkpoints to be kept in it")
@@ -66,6 +67,12 @@ def check_workdir(workdir: str | Path, name: str = "workdir") -> None:
             f"{name}={path} must have none of {' '.join(PATTERN)} in its path for checkpoints to "
             f"be kept in it, but has {' '.join(odd)}"
         )
+
+
+def _from_root(path: str | Path) -> Path:
+    """`path` from the root on, without `..`, which TensorStore refuses when it reads."""
+    path = Path(path).absolute()
+    return Path(os.path.realpath(path)) if ".." in path.parts else path
 
 
 @contextlib.contextmanager
@@ -81,7 +88,7 @@ def open_checkpoints(workdir: str | Path, report: Callable[[str], None]) -> Iter
             all stay then. In the end, if the last checkpoint could not be written.
     """
     check_workdir(workdir)
-    workdir = Path(workdir).absolute()
+    workdir = _from_root(workdir)
     directory = workdir / CHECKPOINTS
     _set_aside_unknown_losses(directory, workdir / UNFINISHED, report)
     val_loss = operator.itemgetter("val_loss")
@@ -330,7 +337,7 @@ def restore_network(
     Raises:
         CheckpointError: if there is no such checkpoint, or it does not fit the network.
     """
-    directory = Path(directory).absolute()
+    directory = _from_root(directory)
     epochs = saved_numbers(directory)
     if not epochs:
         raise CheckpointError(f"{directory} holds no checkpoint")

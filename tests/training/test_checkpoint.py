@@ -137,6 +137,18 @@ def test_names_of_folders_are_taken_as_they_are(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_paths_that_lead_up_are_followed_as_the_system_follows_them(tmp_path):
+    (tmp_path / "deep" / "folder").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("deep/folder")
+    workdir = tmp_path / "link" / ".." / "run"
+    with checkpoint.open_checkpoints(workdir, print) as checkpoints:
+        checkpoint.save(checkpoints, 1, make_state(1), {"history": [1]}, 1.0)
+    assert (tmp_path / "deep" / "run" / "checkpoints" / "1").is_dir()
+    (state, _), lines = restore(workdir / "checkpoints")
+    chex.assert_trees_all_equal(state, make_state(1))
+    assert lines == []
+
+
 @pytest.mark.parametrize("name", ["a*b", "a?b", "a[b]", "a[b", "a\\b", "caf\udce9"])
 @pytest.mark.parametrize("below", ["", "run"])
 def test_names_that_would_lose_checkpoints_are_refused(tmp_path, name, below):
@@ -370,7 +382,7 @@ def test_network_gets_the_best_parameters_without_the_optimiser(network_run):
     directory, state, zero = network_run
     network = small_network()
     nnx.update(network, jax.tree.map(jnp.zeros_like, nnx.state(network)))
-    assert checkpoint.restore_network(directory, network) == 1
+    assert checkpoint.restore_network(directory / ".." / directory.name, network) == 1
     chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(network, nnx.Param)), state.params)
     assert checkpoint.restore_network(directory, network, 2) == 2
     chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(network, nnx.Param)), zero.params)
