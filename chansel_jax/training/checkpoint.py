@@ -135,9 +135,9 @@ def _quiet() -> Iterator[None]:
 def _set_aside_unknown_losses(
     directory: Path, within_epochs: Path, report: Callable[[str], None]
 ) -> None:
-    """The manager reads all metrics when it opens, fails as a whole if it cannot, and trusts them.
+    """The manager reads all metrics when it opens, and fails as a whole if it cannot.
 
-    What it keeps follows from them.
+    It goes by them when it chooses what to keep.
     """
     losses, failures = _saved_val_losses(directory)
     wait_for_all("the metrics of checkpoints are read")
@@ -406,7 +406,7 @@ def saved_numbers(directory: Path) -> list[int]:
 def _saved_val_losses(
     directory: Path,
 ) -> tuple[dict[int, float], list[tuple[Path, str, int, Exception]]]:
-    """By epoch, and as `_set_aside` takes them those that cannot be told."""
+    """The validation losses by epoch, and those without one as `_set_aside` takes them."""
     losses, failures = {}, []
     for epoch in reversed(saved_numbers(directory)):
         try:
