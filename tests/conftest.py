@@ -35,6 +35,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # pytest-xdist's inherit what is se
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are cores: for a third of the time they wait for other processes."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_configure(config):
     if config.getoption("numprocesses", None):
         return  # the processes of pytest-xdist run the tests, and come here too
