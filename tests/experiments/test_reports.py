@@ -18,6 +18,7 @@ from rich.console import Console
 
 from chansel_jax import SubKernelConv, resnet14
 from chansel_jax.functional import network_tree
+from chansel_jax.training.augmentation import Augmentation
 from chansel_jax.training.distillation import Distillation
 from experiments import compare, compress, evaluate, predict, study
 from experiments.cli.differences import differences
@@ -198,7 +199,7 @@ def test_factors_change_what_they_say():
     assert norm == dataclasses.replace(plain, network=NetworkSettings(norm=True))
     free = entries["subkernel, no regularisers"].training
     assert (free.dropout_rate, free.optimization.weight_decay) == (0, 0)
-    assert dataclasses.astuple(free.augmentation) == (0, False, 0)
+    assert free.augmentation == Augmentation(crop_padding=0, flip=False)
     few = entries["chansel, 512 images, no regularisers"]
     assert few.data.train_images == 512 and few.training.epochs == 100
 

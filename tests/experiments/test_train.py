@@ -526,7 +526,7 @@ def test_accumulated_batches_train_as_well(settings, tmp_path):
 
 
 def test_workdir_among_the_images_is_refused(settings, images):
-    with pytest.raises(CommandError, match="lies within the images"):
+    with pytest.raises(WorkdirError, match="lies within the images"):
         run(variant(settings, images / "train" / "run"))
     assert not (images / "train" / "run").exists()
 
