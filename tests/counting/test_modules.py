@@ -465,7 +465,7 @@ def test_what_cannot_be_called(function):
 
 
 def test_the_table_in_the_readme():
-    text = (Path(__file__).parents[1] / "chansel_jax" / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "chansel_jax" / "README.md").read_text()
     code, printed = re.search(
         r"^## Counting\n.*?^```python\n(.*?)^```\n.*?^```text\n(.*?)^```", text, re.M | re.S
     ).groups()
