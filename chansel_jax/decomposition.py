@@ -24,7 +24,7 @@ def factorize_kernel(kernel: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndar
         each has the square root of a component's singular value.
 
     Raises:
-        ValueError: if `rank` is out of range, or `kernel` holds a value that is not finite.
+        ValueError: if `rank` is out of range, or `kernel` holds what is not finite or not real.
     """
     *kernel_size, in_channels, out_channels = kernel.shape
     matrices = _matrices(kernel)
@@ -51,7 +51,7 @@ def component_energies(kernel: np.ndarray) -> np.ndarray:
         over the squared norm. A kernel of zeros has all of its energy in the first.
 
     Raises:
-        ValueError: if `kernel` holds a value that is not finite.
+        ValueError: if `kernel` holds a value that is not finite or real.
     """
     values = np.linalg.svd(_matrices(kernel), compute_uv=False)
     energies = (values**2).sum(axis=0)
@@ -62,6 +62,8 @@ def component_energies(kernel: np.ndarray) -> np.ndarray:
 def _matrices(kernel: np.ndarray) -> np.ndarray:
     """`(C_out, C_in/G, K)` float64, a matrix for each output channel."""
     *_, in_channels, out_channels = kernel.shape
+    if np.iscomplexobj(kernel):
+        raise ValueError(f"a kernel of shape {kernel.shape} is complex, and factors are real")
     matrices = np.asarray(kernel, np.float64).reshape(-1, in_channels, out_channels)
     if not np.isfinite(matrices).all():
         raise ValueError(f"a kernel of shape {kernel.shape} holds values that are not finite")

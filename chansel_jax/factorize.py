@@ -124,7 +124,8 @@ def recalibrate(module: nnx.Module, batches: Iterable[Any]) -> nnx.Module:
     as much as the others. While they are estimated BatchNorm normalises by the batch, as it does in
     training, and everything else is in the mode of evaluation. Parameters and modes are those of
     `module`, which is not changed. A BatchNorm that is called several times for a batch has the
-    statistics of the last time.
+    statistics of the last time, and one that is not called, or only with its running statistics,
+    keeps its own.
 
     Args:
         module: any NNX module; without BatchNorm the copy is as it was.
@@ -141,8 +142,12 @@ def recalibrate(module: nnx.Module, batches: Iterable[Any]) -> nnx.Module:
         # Flax computes with several dtypes, which JAX may have been told to refuse.
         with jax.numpy_dtype_promotion("standard"):
             worker = nnx.merge(graph, statistics, rest)
+            before = [norm.mean.get_value() for norm in _batch_norms(worker)]
             worker(*inputs)
-        return [(norm.mean[...], norm.var[...]) for norm in _batch_norms(worker)]
+        return [
+            None if norm.mean.get_value() is own else (norm.mean[...], norm.var[...])
+            for norm, own in zip(_batch_norms(worker), before, strict=True)
+        ]
 
     total, count = 0.0, 0
     for count, batch in enumerate(batches, start=1):  # noqa: B007
@@ -154,7 +159,7 @@ def recalibrate(module: nnx.Module, batches: Iterable[Any]) -> nnx.Module:
         raise ValueError("batches holds no batch to take the statistics of")
     copy = nnx.clone(module, graph=True)
     for norm, sums in zip(_batch_norms(copy), total, strict=True):
-        for variable, value in zip((norm.mean, norm.var), sums, strict=True):
+        for variable, value in zip((norm.mean, norm.var), sums or (), strict=bool(sums)):
             variable[...] = jnp.asarray(value / count, variable.dtype)
     return copy
 
@@ -171,7 +176,8 @@ def _estimating(module: nnx.Module) -> nnx.Module:
     for norm in _batch_norms(copy):
         norm.use_running_average, norm.momentum = False, 0.0
         # What is not finite would stay, multiplied by a momentum of zero.
-        norm.mean[...], norm.var[...] = jnp.zeros_like(norm.mean), jnp.ones_like(norm.var)
+        for variable in (norm.mean, norm.var):
+            variable[...] = jnp.nan_to_num(variable[...], posinf=0.0, neginf=0.0)
     return copy
 
 

@@ -4,6 +4,7 @@ A network is any NNX module, however its layers are nested. What is replaced are
 `nnx.Conv` and `SubKernelConv`; everything else stays as it is.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -116,11 +117,14 @@ def replace_convs(
         ValueError: if a rank is not an integer of at least 1 or is that of a path where nothing can
             be replaced, `rngs` is missing, or a layer that is to be replaced has a mask or a
             `conv_general_dilated` of its own, is stacked by `nnx.vmap` or `nnx.scan`, shares its
-            kernel with another layer, has an argument that channel selection does not, or has
-            weights that are not finite. The layer is named by its path.
+            kernel with another module, is normalised by `nnx.WeightNorm` or `nnx.SpectralNorm`, has
+            an argument that channel selection does not, or has weights that are no finite real
+            numbers. The layer is named by its path.
     """
     if not from_weights and rngs is None:
         raise ValueError("rngs=None must be given with from_weights=False, to initialise layers")
+    if not isinstance(module, nnx.Module):
+        raise ValueError(f"module of type {type(module).__name__} must be an nnx.Module")
     chosen = dense_convs(module, where)
     ranks = _ranks(rank, chosen)
     copy = nnx.clone(module, graph=True)
@@ -144,15 +148,41 @@ def dense_convs(module: nnx.Module, where: Where | None = None) -> dict[str, Den
     Raises:
         ValueError: naming the path of a layer that is to be replaced and cannot be.
     """
-    found, kernels = {}, {}
+    found, holders = {}, _holders(module)
+    normalised = {
+        id(part): type(node).__name__
+        for _, node in nnx.iter_graph(module, graph=True)
+        if isinstance(node, nnx.WeightNorm | nnx.SpectralNorm)
+        for _, part in nnx.iter_graph(node.layer_instance, graph=True)
+    }
     for path, layer in _layers(module):
         if where is not None and not where(path, layer):
             continue
         _check_replaceable(path or "module", layer)
-        if (first := kernels.setdefault(id(layer.kernel), path)) != path:
-            raise ValueError(f"{path} shares its kernel with {first}: no factors are shared so")
+        if id(layer) in normalised:
+            kind = normalised[id(layer)]
+            raise ValueError(f"{path} has a kernel that nnx.{kind} changes when it is called")
+        if others := set(holders[id(layer.kernel)]) - {path}:
+            both = f"{path or 'module'} shares its kernel with {min(others) or 'the whole module'}"
+            raise ValueError(f"{both}: no factors are shared so")
         found[path] = layer
     return found
+
+
+def _holders(module: nnx.Module) -> dict[int, list[str]]:
+    """The paths of the modules that hold each variable, by its id."""
+    found = collections.defaultdict(list)
+    for path, node in nnx.iter_graph(module, graph=True):
+        if isinstance(node, nnx.Pytree):
+            name = ".".join(map(str, path))
+            for leaf in jax.tree.leaves(vars(node), is_leaf=_is_node):
+                if isinstance(leaf, nnx.Variable):
+                    found[id(leaf)].append(name)
+    return found
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, nnx.Pytree | nnx.Variable)
 
 
 def parameter_count(module: nnx.Module) -> int:
@@ -216,6 +246,12 @@ def _replaced(
     if rngs is None:
         if isinstance(layer.kernel.get_value(), jax.ShapeDtypeStruct):
             raise ValueError("its kernel has a shape and no values, as nnx.eval_shape makes it")
+        if isinstance(layer.kernel.get_value(), jax.core.Tracer):
+            raise ValueError(
+                "its kernel has no values while JAX traces: replace outside of jax.jit"
+            )
+        if not jnp.issubdtype(layer.kernel.dtype, jnp.floating):
+            raise ValueError(f"its kernel is of {layer.kernel.dtype}, factors are real numbers")
         kernel = np.asarray(layer.kernel[...])
         energy = min(1.0, float(component_energies(kernel)[:rank].sum()))
         factors = factorize_kernel(kernel, rank)
@@ -247,17 +283,14 @@ def _replaced(
 def _exchanged(root: Any, new: Mapping[int, ChannelSelectionConv]) -> Any:
     """`root` with the layers of these ids exchanged, wherever a module refers to them."""
 
-    def is_leaf(value: Any) -> bool:
-        return isinstance(value, nnx.Pytree | nnx.Variable)
-
     def exchanged(value: Any) -> Any:
-        return jax.tree.map(lambda leaf: new.get(id(leaf), leaf), value, is_leaf=is_leaf)
+        return jax.tree.map(lambda leaf: new.get(id(leaf), leaf), value, is_leaf=_is_node)
 
     for _, node in list(nnx.iter_graph(root, graph=True)):
         if not isinstance(node, nnx.Pytree) or id(node) in new:
             continue
         for name, value in list(vars(node).items()):
-            if any(id(leaf) in new for leaf in jax.tree.leaves(value, is_leaf=is_leaf)):
+            if any(id(leaf) in new for leaf in jax.tree.leaves(value, is_leaf=_is_node)):
                 setattr(node, name, nnx.data(exchanged(value)))
     return exchanged(root)
 

@@ -160,6 +160,9 @@ def from_torch(
             or of a wrong shape, and counting the others; or naming a layer of the module that has
             no PyTorch counterpart, or an argument that is wrong. Nothing is loaded then.
     """
+    if not isinstance(state_dict, Mapping) or not all(isinstance(n, str) for n in state_dict):
+        kind = type(state_dict).__name__
+        raise ValueError(f"state_dict of type {kind} must be a mapping from names to arrays")
     entries = {name: (variable, axes) for name, variable, axes in _entries(module, names, parts)}
     given = {n: value for n, value in state_dict.items() if not n.endswith("num_batches_tracked")}
     prefix = _common_prefix(given, entries)
@@ -180,6 +183,11 @@ def from_torch(
             if arrays[name].shape != shape:
                 told = f"shape {arrays[name].shape}, not {shape}"
                 problems.append((name, "of another shape", told))
+    first_of = {}
+    for name in arrays:
+        first = first_of.setdefault(id(entries[name][0]), name)
+        if not np.array_equal(arrays[first], arrays[name], equal_nan=True):
+            problems.append((name, "tied", f"other values than {first}, with which it is tied"))
     if problems:
         raise ValueError(_summary(problems))
     for name, (variable, axes) in entries.items():
@@ -258,6 +266,8 @@ def load_safetensors(
         arrays = safetensors.numpy.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(f"path={str(path)!r} is not a safetensors file: {error}") from error
+    except AttributeError as error:  # the dtype's name is looked for in NumPy
+        raise ValueError(f"path={str(path)!r} holds a dtype that NumPy lacks: {error}") from error
     from_torch(module, arrays, names=names, parts=parts)
 
 
@@ -333,22 +343,37 @@ def _entries(
     known = _LAYERS | _SELECTIONS[parts or ("bsconv" if names == "bsconv" else "original")]
     name_of, layers = _namer(module, names), list(nnx.iter_modules(module))
     selections = {path for path, layer in layers if isinstance(layer, ChannelSelectionConv)}
+    owners, taken = {}, set()
     for path, layer in layers:
         if path and path[:-1] in selections:
             continue  # a norm of channel selection, which is one of its arrays
         name = name_of(path)
         has_parameters = any(isinstance(value, nnx.Param) for value in vars(layer).values())
         if type(layer) not in known and has_parameters:
-            raise ValueError(
-                f"{name} is a {type(layer).__name__}, which has no PyTorch counterpart"
-            )
+            told = f"{name} is" if path else "module is"
+            raise ValueError(f"{told} a {type(layer).__name__}, which has no PyTorch counterpart")
         for leaf in known.get(type(layer), ()):
             *holders, attribute = leaf.variable.split(".")
             holder = operator.attrgetter(*holders)(layer) if holders else layer
             variable = getattr(holder, attribute, None)
-            if variable is not None:
-                axes = _axes(layer, leaf, as_conv=names == "bsconv")
-                yield f"{name}.{leaf.name}" if path else leaf.name, variable, axes
+            if variable is None:
+                continue
+            axes = _axes(layer, leaf, as_conv=names == "bsconv")
+            if len(variable.shape) != sum(axis is not None for axis in axes):
+                raise ValueError(
+                    f"{name} is stacked, as by nnx.vmap or nnx.scan: its {leaf.variable} has the "
+                    f"shape {variable.shape}"
+                )
+            full = f"{name}.{leaf.name}" if path else leaf.name
+            if (other := owners.setdefault(full, path)) != path:
+                both = " and ".join(".".join(map(str, each)) for each in (other, path))
+                raise ValueError(f"names: {both} would both have {full!r}")
+            taken.add(id(variable))
+            yield full, variable, axes
+    for path, node in nnx.iter_graph(module, graph=True):
+        if isinstance(node, nnx.Param) and id(node) not in taken:
+            where = ".".join(map(str, path))
+            raise ValueError(f"{where} is a parameter that has no PyTorch counterpart")
 
 
 def _axes(layer: nnx.Module, leaf: _Leaf, *, as_conv: bool) -> tuple[int | None, ...]:
@@ -368,7 +393,10 @@ def _namer(module: nnx.Module, names: Names) -> Callable[[tuple[str | int, ...]]
     if isinstance(names, Mapping):
         paths = {".".join(map(str, path)) for path, _ in nnx.iter_modules(module)}
         if unknown := names.keys() - paths:
-            raise ValueError(f"names: {min(unknown)!r} is no layer of the module")
+            raise ValueError(f"names: {min(unknown, key=str)!r} is no layer of the module")
+        for path, name in names.items():
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"names[{path!r}]={name!r} must be a name")
         return lambda path: names.get(".".join(map(str, path)), ".".join(map(str, path)))
     if names not in ("torchvision", "bsconv"):
         raise ValueError(f"names={names!r} must be 'torchvision', 'bsconv' or a mapping")

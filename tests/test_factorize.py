@@ -255,6 +255,24 @@ def test_after_one_batch_evaluation_is_what_training_computes_on_it():
     assert found.config == network.config
 
 
+def test_what_is_not_called_in_training_keeps_its_statistics():
+    class TwoHeads(nnx.Module):
+        def __init__(self):
+            self.called, self.other = (nnx.BatchNorm(3, rngs=nnx.Rngs(0)) for _ in range(2))
+            self.fixed = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+            for norm in (self.other, self.fixed):
+                norm.mean[...] = jnp.full(3, 7.0)
+
+        def __call__(self, x, auxiliary=False):
+            x = self.fixed(x, use_running_average=True)
+            return self.other(x) if auxiliary else self.called(x)
+
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 3)), jnp.float32)
+    found = recalibrate(TwoHeads(), [x])
+    assert jnp.all(found.other.mean[...] == 7) and jnp.all(found.fixed.mean[...] == 7)
+    np.testing.assert_allclose(found.called.mean[...], x.mean(0) - 7, rtol=1e-4)
+
+
 def test_without_batches_and_without_batch_norm():
     with pytest.raises(ValueError, match="batches holds no batch"):
         recalibrate(Normalised(), [])

@@ -224,6 +224,18 @@ def tied():
     return nnx.List(layers)
 
 
+def tied_to_another_kind():
+    layers = conv(4, 4), nnx.ConvTranspose(4, 4, (3, 3), rngs=nnx.Rngs(0))
+    layers[1].kernel = layers[0].kernel
+    return nnx.List(layers)
+
+
+def of_integers():
+    layer = conv(4, 4)
+    layer.kernel = nnx.Param(jnp.ones((3, 3, 4, 4), jnp.int8))
+    return layer
+
+
 def not_finite():
     layer = conv(4, 4)
     layer.kernel[0, 0, 0, 0] = jnp.nan
@@ -239,7 +251,14 @@ def not_finite():
             "inner.0 has a conv_general_dilated of its own",
         ),
         (stacked, r"inner.0 is stacked, .* shape \(3, 3, 3, 4, 4\) has more than the 4 axes"),
-        (tied, "inner.0.1 shares its kernel with inner.0.0"),
+        (tied, "inner.0.0 shares its kernel with inner.0.1"),
+        (tied_to_another_kind, "inner.0.0 shares its kernel with inner.0.1"),
+        (of_integers, "inner.0: its kernel is of int8, factors are real numbers"),
+        (lambda: conv(4, 4, param_dtype=jnp.complex64), "its kernel is of complex64, factors"),
+        (
+            lambda: nnx.WeightNorm(conv(4, 4), rngs=nnx.Rngs(0)),
+            "inner.0.layer_instance has a kernel that nnx.WeightNorm changes",
+        ),
         (not_finite, r"inner.0: a kernel of shape \(3, 3, 4, 4\) holds values that are not finite"),
         (lambda: conv(input_dilation=2), "inner.0: padding='SAME' must be in integers"),
         (lambda: nnx.eval_shape(conv), "inner.0: its kernel has a shape and no values"),
@@ -252,6 +271,14 @@ def test_refused_by_path_unless_it_is_left_out(make, message):
     assert "\n" not in str(found.value)
     _, report = replace_convs(network, where=lambda path, layer: path == "other")
     assert [row.path for row in report.rows] == ["other"]
+
+
+def test_what_is_no_module_or_has_no_values_is_told():
+    with pytest.raises(ValueError, match="module of type ArrayImpl must be an nnx.Module"):
+        replace_convs(jnp.ones(3))
+    graph, state = nnx.split(conv(4, 4))
+    with pytest.raises(ValueError, match=r"module: its kernel has no values while JAX traces"):
+        jax.jit(lambda state: replace_convs(nnx.merge(graph, state)))(state)
 
 
 @pytest.mark.parametrize(

@@ -435,6 +435,60 @@ def test_a_file_that_is_none(tmp_path):
         load_safetensors(layer, tmp_path / "missing.safetensors")
 
 
+class WithAList(nnx.Module):
+    def __init__(self, rngs):
+        self.scales = nnx.data([nnx.Param(jnp.ones(3))])
+        self.linear = nnx.Linear(3, 2, rngs=rngs)
+
+
+def two_layers():
+    return nnx.Sequential(*(nnx.Linear(2, 2, rngs=nnx.Rngs(seed)) for seed in (0, 1)))
+
+
+def stacked_layers():
+    linear = nnx.vmap(lambda rngs: nnx.Linear(2, 3, rngs=rngs))(nnx.Rngs(0).split(4))
+    return nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), linear)
+
+
+@pytest.mark.parametrize(
+    ("make", "names", "message"),
+    [
+        (two_layers, {"layers.1": "layers.0"}, "layers.0 and layers.1 would both have 'layers.0.w"),
+        (two_layers, {"layers.1": ""}, r"names\['layers.1'\]='' must be a name"),
+        (lambda: WithAList(nnx.Rngs(0)), "torchvision", "scales.0 is a parameter that has no PyT"),
+        (stacked_layers, "torchvision", r"layers.1 is stacked, .* shape \(4, 2, 3\)"),
+    ],
+)
+def test_no_layer_is_left_out_or_loaded_twice(make, names, message):
+    with pytest.raises(ValueError, match=message):
+        to_numpy(make(), names=names)
+
+
+def test_tied_layers_have_equal_arrays():
+    module = two_layers()
+    module.layers[1].kernel = module.layers[0].kernel
+    before, arrays = to_numpy(module), to_numpy(module)
+    arrays["layers.1.weight"] = arrays["layers.1.weight"] + 1
+    with pytest.raises(ValueError, match="layers.1.weight has other values than layers.0.weight"):
+        from_torch(module, arrays)
+    chex.assert_trees_all_equal(to_numpy(module), before)
+    from_torch(module, before)
+
+
+@pytest.mark.parametrize("state_dict", [None, {3: np.ones(2)}])
+def test_a_state_dict_is_a_mapping_from_names(state_dict):
+    with pytest.raises(ValueError, match="must be a mapping from names to arrays"):
+        from_torch(two_layers(), state_dict)
+
+
+def test_a_file_of_a_dtype_that_numpy_lacks(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    tensors = {"weight": torch.ones(2, 2).to(torch.float8_e5m2), "bias": torch.ones(2)}
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(ValueError, match="holds a dtype that NumPy lacks"):
+        load_safetensors(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), path)
+
+
 @pytest.mark.parametrize(
     ("argument", "value"), [("names", "keras"), ("parts", "linear"), ("names", {"convs": "x"})]
 )
