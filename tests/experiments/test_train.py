@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from PIL import Image
 from rich.console import Console
 
 from chansel_jax.errors import OneLineError
+from chansel_jax.functional import network_tree
 from chansel_jax.ops import native
+from chansel_jax.torch_weights import save_safetensors
 from chansel_jax.training import checkpoint
 from chansel_jax.training.distillation import Teacher
 from chansel_jax.training.optimizer import OptimizerSettings, make_schedule
@@ -28,10 +31,16 @@ from experiments.cli.errors import CommandError, Interrupted
 from experiments.reporting.machine import cpu_name
 from experiments.training import loop
 from experiments.training import run as runs
-from experiments.training.experiment import load_data
+from experiments.training.beginning import read_beginning
+from experiments.training.experiment import build, load_data
 from experiments.training.load import load_run
 from experiments.training.run import train_and_evaluate
-from experiments.training.settings import DataSettings, NetworkSettings, ReadingSettings
+from experiments.training.settings import (
+    DataSettings,
+    NetworkSettings,
+    ReadingSettings,
+    build_network,
+)
 from experiments.training.workdir import WorkdirError
 
 
@@ -187,6 +196,79 @@ def test_stopped_run_ends_bit_for_bit_like_the_whole(
     assert {name: summary[name] for name in FIGURES} == {name: whole[0][name] for name in FIGURES}
     assert len((tmp_path / "part" / "metrics.jsonl").read_text().splitlines()) == 3
     assert not (tmp_path / "part" / "unfinished").exists()
+
+
+@pytest.fixture(scope="module")
+def two_colours(images, tmp_path_factory):
+    """Images of two of the three classes."""
+    root = tmp_path_factory.mktemp("two")
+    for split in ("train", "validation"):
+        for name in ("blue", "red"):
+            (root / split).mkdir(exist_ok=True)
+            copy_run(images / split / name, root / split / name)
+    return DataSettings(dataset="folder", data_dir=root)
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_training_begins_with_given_parameters(settings, whole, two_colours, tmp_path, from_file):
+    """Those of the best checkpoint; the classifier is new where the classes differ."""
+    network, path = load_run(settings.workdir).network, settings.workdir
+    if from_file:
+        path = tmp_path / "weights.safetensors"
+        save_safetensors(network, path)
+    begun = variant(settings, tmp_path / "run", init=path)
+    other = dataclasses.replace(begun, data=two_colours)
+    wanted, fresh = network_tree(network), network_tree(build_network(other, 2))
+    for given, new in ((begun, False), (other, True)):
+        experiment = build(given, *_beginning(given))
+        found = network_tree(experiment.network)
+        assert experiment.new_classifier is new
+        if new:
+            chex.assert_trees_all_equal(
+                found["params"].pop("classifier"), fresh["params"]["classifier"]
+            )
+            wanted["params"].pop("classifier")
+        chex.assert_trees_all_equal(found, wanted)
+
+
+def _beginning(settings):
+    network, class_names = read_beginning(settings, print)
+    return network, None, class_names
+
+
+def test_classes_of_other_names_have_a_new_classifier(settings, whole, images, tmp_path):
+    """A run knows the names of its classes, so that as many are not the same."""
+    given = variant(settings, tmp_path / "run", init=settings.workdir)
+    renamed = dataclasses.replace(given.data, classes=("red", "green", "blue"))
+    experiment = build(dataclasses.replace(given, data=renamed), *_beginning(given))
+    assert experiment.new_classifier
+
+
+def test_a_stopped_run_goes_on_with_the_same_file_alone(settings, whole, tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    network = load_run(settings.workdir).network
+    save_safetensors(network, path)
+    part = variant(settings, tmp_path / "part", init=path)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        signal_after(patch, 1, 2, signal.SIGTERM)
+        run(part)
+    network.classifier.bias[...] += 1
+    save_safetensors(network, path)
+    with pytest.raises(WorkdirError, match=r"other settings \(begins_with: \w{8}… → \w{8}…\)"):
+        run(part)
+    with pytest.raises(WorkdirError, match="begins_with: .* → None"):
+        run(variant(part, part.workdir, init=None))
+
+
+def test_weights_of_another_network_are_named_in_a_line(settings, whole, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_safetensors(load_run(settings.workdir).network, path)
+    wide = variant(settings, tmp_path / "run", init=path, network=NetworkSettings(blocks=(1,)))
+    with pytest.raises(
+        CommandError, match=r"15 of another shape\): \S+ has shape \(4, 4\), not"
+    ) as refused:
+        run(wide)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_stopped_run_with_a_teacher_ends_like_the_whole(settings, dense, tmp_path, monkeypatch):
@@ -414,7 +496,10 @@ def test_run_of_an_older_version_goes_on(settings, whole, tmp_path):
     workdir = copy_run(settings.workdir, tmp_path / "run")
     config = json.loads((workdir / "config.json").read_text())
     assert config["settings"]["training"].pop("accumulate") == 1
+    network = config["settings"]["network"]
+    network["init"] = network.pop("initialiser")  # as it was called
     (workdir / "config.json").write_text(json.dumps(config))
+    assert load_run(workdir).settings.network == settings.network
     assert "resumed after epoch 3 of 3" in run(variant(settings, workdir))[1]
     with pytest.raises(OneLineError, match=r"\(accumulate: 1 → 2\)"):
         run(variant(settings, workdir, accumulate=2))

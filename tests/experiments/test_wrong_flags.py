@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import jax
+import numpy as np
 import pytest
+import safetensors.numpy
 from commands import environment
 
 from experiments.cli import command as cli_command
@@ -104,6 +106,12 @@ WRONG = [
     ("train", FOLDER + "--dropout-rate=1", "--dropout-rate=1.0 must be in [0, 1)"),
     ("train", "--seed=-1", "--seed=-1 must be in [0, 2**32)"),
     ("train", FOLDER + "--resume=must", "--resume=must"),
+    ("train", FOLDER + "--init=NONE", "--init=NONE is neither the folder of a run nor a .safeten"),
+    ("train", FOLDER + "--init=FILE", "--init=FILE is neither the folder of a run nor a .safeten"),
+    ("train", FOLDER + "--init=EMPTY", "workdir=EMPTY holds no run"),
+    ("train", FOLDER + "--init=RUN", "--init=RUN does not fit: stem.conv.kernel has shape"),
+    ("train", FOLDER + "--init=DAMAGED", "--init=DAMAGED cannot be taken: it is not a safetensors"),
+    ("train", FOLDER + "--init=OTHER", "--init=OTHER cannot be taken: it has no classifier"),
     ("train", "--workdir=", "--workdir: the path must not be empty"),
     ("train", FOLDER + "--workdir=FILE", "--workdir=FILE"),
     ("train", FOLDER + "--workdir=NONE/a[b]", "--workdir=NONE/a[b] must have none of"),
@@ -278,6 +286,8 @@ def places(settings, whole, dense, tmp_path_factory):
     """Paths by the names that stand for them above."""
     root = tmp_path_factory.mktemp("places")
     (root / "file").touch()
+    (root / "damaged.safetensors").write_bytes(b"{}")
+    safetensors.numpy.save_file({"a": np.zeros(1)}, root / "other.safetensors")
     (root / "empty").mkdir()
     return {
         "RUN": settings.workdir,
@@ -285,6 +295,8 @@ def places(settings, whole, dense, tmp_path_factory):
         "IMAGES": settings.data.data_dir,
         "FLAT": settings.data.data_dir / "train",
         "FILE": root / "file",
+        "DAMAGED": root / "damaged.safetensors",
+        "OTHER": root / "other.safetensors",
         "EMPTY": root / "empty",
         "NONE": root / "none",
         "OUT": root / "out",

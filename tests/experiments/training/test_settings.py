@@ -226,10 +226,10 @@ def test_network_honours_each_setting_and_changes_nothing_else(name, value, expe
 
 
 def test_initialisation_and_norm_reach_the_convolutions():
-    network = built(init="torch", norm=True, ranks=(1, 2) * 6)
+    network = built(initialiser="torch", norm=True, ranks=(1, 2) * 6)
     assert network.config.conv.func is CONVS["chansel"]
     assert network.blocks[0].conv2.norm is not None and network.blocks[0].conv2.rank == 2
-    settings = Settings(network=NetworkSettings(init="torch"))
+    settings = Settings(network=NetworkSettings(initialiser="torch"))
     kernel = jax.jit(lambda: build_network(settings, 3).blocks[5].conv2.pointwise[...])()
     # PyTorch: uniform within ± 1 / sqrt(fan_in).
     assert float(jnp.abs(kernel).max()) == pytest.approx(1 / 8, rel=1e-2)
