@@ -43,6 +43,8 @@ class TrainState:
         opt_state: the optimiser's state.
         step: steps taken so far, int32.
         key: data of the random key `(2,)` uint32; constant over a run.
+        ema: exponential moving averages of `params` and `batch_stats`, under these names, if the
+            step keeps some.
     """
 
     params: Tree
@@ -50,6 +52,12 @@ class TrainState:
     opt_state: Tree
     step: jax.Array
     key: jax.Array
+    ema: dict[str, Tree] | None = None
+
+    @property
+    def evaluated(self) -> dict[str, Tree]:
+        """The `params` and `batch_stats` of the network that is evaluated: the averages, if any."""
+        return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
 
 
 @jax.tree_util.register_dataclass
@@ -76,22 +84,35 @@ class Totals:
 
 
 def init_state(
-    network: nnx.Module, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
+    network: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    *,
+    ema: bool = False,
 ) -> TrainState:
-    """The state before the first step, with the parameters of `network`, on every device."""
+    """The state before the first step, with the parameters of `network`, on every device.
+
+    With `ema` they are the averages too.
+    """
     tree = network_tree(network)
     state = TrainState(
         **tree,
         opt_state=optimizer.init(tree["params"]),
         step=jnp.int32(0),
         key=jax.random.key_data(jax.random.key(seed)),
+        ema=tree if ema else None,
     )
     # A copy, since the training step consumes its state and the network keeps its arrays.
     return replicate(jax.tree.map(jnp.copy, state), mesh)
 
 
 def abstract_state(
-    network: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh
+    network: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    ema: bool = False,
 ) -> TrainState:
     """The shapes of `init_state`, to compile for; the arrays of `network` are not used."""
     tree = abstract_tree(network, mesh)
@@ -100,6 +121,7 @@ def abstract_state(
         opt_state=jax.eval_shape(optimizer.init, tree["params"]),
         step=jax.ShapeDtypeStruct((), jnp.int32),
         key=jax.ShapeDtypeStruct((2,), jnp.uint32),
+        ema=tree if ema else None,
     )
     return jax.tree.map(lambda leaf: leaf.update(sharding=everywhere(mesh)), state)
 
@@ -124,6 +146,8 @@ def make_train_step(
     augmentation: Augmentation,
     label_smoothing: float = 0.0,
     teacher: Teacher | None = None,
+    ema: float = 0.0,
+    accumulate: int = 1,
 ) -> Callable[..., tuple[TrainState, Totals]]:
     """The jitted step `(state, totals, batch, mean, std) -> (state, totals)`.
 
@@ -141,6 +165,8 @@ def make_train_step(
         label_smoothing: share of the target spread evenly over all classes.
         teacher: sees the same images, cropped and mirrored as they are; its network gives the
             structure, its arrays are not used. None by default.
+        ema: decay of the moving averages, which the state then has. 0 (the default) keeps none.
+        accumulate: how many steps `optimizer` takes for an update; the averages move once in it.
     """
     apply = apply_function(network, train=True)
     orthonormal_loss = orthonormal_loss_function(network)
@@ -181,22 +207,46 @@ def make_train_step(
         bad_step = jnp.where(jnp.isfinite(loss), NO_STEP, state.step)
         totals = dataclasses.replace(totals, bad_step=jnp.minimum(totals.bad_step, bad_step))
         changed = {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}
+        if ema:
+            with jax.named_scope("ema"):
+                now = {"params": params, "batch_stats": batch_stats}
+                changed["ema"] = moved(state.ema, now, state.step + 1, ema, accumulate)
         return dataclasses.replace(state, step=state.step + 1, **changed), totals
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=everywhere(mesh))
+
+
+def moved(averages: Tree, now: Tree, steps: jax.Array, decay: float, accumulate: int = 1) -> Tree:
+    """Exponential moving averages after a step.
+
+    After the update `n`, counted from 1, the decay is `min(decay, (1 + n) / (10 + n))`, as in
+    TensorFlow: so the average is soon free of the parameters that a training begins with.
+
+    Args:
+        averages: before it.
+        now: a tree like `averages`: what they are of.
+        steps: how many have been taken, with this one; int32.
+        decay: what the averages keep of themselves in the long run.
+        accumulate: how many steps an update takes; between updates the averages stay.
+    """
+    updates = (steps // accumulate).astype(jnp.float32)
+    share = 1 - jnp.minimum(decay, (1 + updates) / (10 + updates))
+    share = jnp.where(steps % accumulate == 0, share, 0)
+    return optax.incremental_update(now, averages, share)
 
 
 def make_evaluate(network: nnx.Module, *, mesh: Mesh) -> Callable[..., Totals]:
     """The jitted function `(state, totals, batch, count, mean, std) -> totals`.
 
     It consumes (donates) `totals`, and adds the first `count` images of a `Batch`, which is sharded
-    as `batch_sharding` says; the others only fill it up.
+    as `batch_sharding` says; the others only fill it up. The network has the parameters of
+    `TrainState.evaluated`.
     """
     apply = apply_function(network, train=False)
 
     def evaluate(state, totals, batch, count, mean, std):
         images = normalise(batch.images, mean, std)
-        logits, _ = apply(state.params, state.batch_stats, images, None)
+        logits, _ = apply(**state.evaluated, images=images, dropout_key=None)
         mask = jnp.arange(len(batch.labels), dtype=jnp.int32) < count
         return totals.add(logits, batch.labels, mask)
 

@@ -56,7 +56,8 @@ def compiled(
     recipe = settings.training
     network = nnx.eval_shape(lambda: build_network(settings, num_classes))
     _, optimizer = schedule_and_optimizer(recipe, updates_per_epoch)
-    state, totals = abstract_state(network, optimizer, mesh), init_totals(mesh)
+    state = abstract_state(network, optimizer, mesh, ema=recipe.ema > 0)
+    totals = init_totals(mesh)
     size = recipe.images_per_step
     sharding = devices.batch_sharding(mesh)
     batch = Batch(
@@ -73,6 +74,8 @@ def compiled(
         augmentation=recipe.augmentation,
         label_smoothing=recipe.label_smoothing,
         teacher=teacher,
+        ema=recipe.ema,
+        accumulate=recipe.accumulate,
     )
     of_teacher = () if teacher is None else (abstract_tree(teacher.network, mesh),)
     evaluate = make_evaluate(network, mesh=mesh)

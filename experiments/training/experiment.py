@@ -100,7 +100,8 @@ class Experiment:
 
     def init_state(self) -> step.TrainState:
         """The state before the first step."""
-        return step.init_state(self.network, self.optimizer, self.settings.seed, self.mesh)
+        seed, ema = self.settings.seed, self.settings.training.ema > 0
+        return step.init_state(self.network, self.optimizer, seed, self.mesh, ema=ema)
 
     def describe(self) -> dict[str, Any]:
         """All that decides the result: the settings, and the data's sizes and statistics."""

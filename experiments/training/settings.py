@@ -140,6 +140,10 @@ class TrainingSettings:
     update is by the mean of their gradients. BatchNorm sees the parts."""
     label_smoothing: float = 0.0
     """This share of the target is spread over all classes; the reported losses are without it."""
+    ema: float = 0.0
+    """Parameters and statistics of BatchNorm are averaged over the updates, each average keeping
+    this share of itself; the averages are validated, and are what other commands take. 0 averages
+    nothing."""
     dropout_rate: float | None = None
     """This share of the pooled features is dropped in training; by default it is the
     model's own (0.2 in the original's network)."""
@@ -155,6 +159,8 @@ class TrainingSettings:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing} must be in [0, 1)")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema} must be in [0, 1)")
 
 
 RECIPES = {

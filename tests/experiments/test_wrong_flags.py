@@ -84,6 +84,8 @@ WRONG = [
     ("train", "--momentum=-0.1", "--momentum=-0.1 must be in [0, 1)"),
     ("train", "--weight-decay=-1", "--weight-decay=-1.0 must not be negative"),
     ("train", "--weight-decay=inf", "--weight-decay=inf must be finite"),
+    ("train", "--clip-norm=-1", "--clip-norm=-1.0 must not be negative"),
+    ("train", "--ema=1", "--ema=1.0 must be in [0, 1)"),
     ("train", "--undecayed=kernels", "'kernels' is none of biases, norms, depthwise"),
     ("train", "--crop-padding=-1", "--crop-padding=-1 must not be negative"),
     ("train", FOLDER + "--cutout=8", "--cutout=8 must be less than the 8 pixels"),

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import chex
@@ -30,6 +31,7 @@ from chansel_jax.training.step import (
     init_totals,
     make_evaluate,
     make_train_step,
+    moved,
 )
 from experiments.pytorch.networks import torch_twin
 
@@ -212,6 +214,50 @@ def test_evaluation_covers_every_image_once(split, run, batch_size):
     assert totals.count == 37
     assert totals.correct == (logits.argmax(axis=1) == split.labels).sum()
     np.testing.assert_allclose(totals.loss, losses.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_averages_are_those_of_numpy(accumulate):
+    """After each update, in float64; between updates they stay."""
+    rng, decay = np.random.default_rng(0), 0.3
+    values = rng.normal(size=(9, 5)).astype(np.float32)
+    found, wanted = {"a": jnp.asarray(values[0])}, values[0].astype(np.float64)
+    move = jax.jit(functools.partial(moved, decay=decay, accumulate=accumulate))
+    for steps, value in enumerate(values[1:], 1):
+        found = move(found, {"a": jnp.asarray(value)}, jnp.int32(steps))
+        if steps % accumulate == 0:
+            updates = steps // accumulate
+            keep = min(decay, (1 + updates) / (10 + updates))
+            wanted = keep * wanted + (1 - keep) * value
+        np.testing.assert_allclose(found["a"], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_an_average_by_hand():
+    """After the first update the decay is 2 / 11, after the tenth 11 / 20; a lower one is kept."""
+    for steps, decay, expected in ((1, 0.9, 9.0), (10, 0.9, 4.95), (10, 0.5, 5.5)):
+        found = moved(jnp.float32(0), jnp.float32(11), jnp.int32(steps), decay)
+        assert float(found) == pytest.approx(expected, rel=1e-6)
+
+
+def test_averages_follow_the_steps_and_are_evaluated(split, run):
+    averaging = Run(split, run.network, ema=0.9, accumulate=2)
+    averaging.first_state = functools.partial(averaging.first_state, ema=True)
+    state = averaging.first_state()
+    expected = jax.device_get(state.ema)
+    for steps in (1, 2, 3, 4):
+        state, *_ = averaging.take(1, state)
+        now = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+        expected = moved(expected, now, jnp.int32(steps), 0.9, 2)
+        chex.assert_trees_all_close(jax.device_get(state.ema), expected, rtol=1e-5, atol=1e-6)
+    plain, *_ = run.take(4)
+    chex.assert_trees_all_equal(state.params, plain.params)
+    evaluate = make_evaluate(run.network, mesh=run.mesh)
+
+    def loss(state):
+        arguments = run.arguments(run.first_state())
+        return float(evaluate(state, init_totals(run.mesh), arguments[0], 16, *arguments[1:]).loss)
+
+    assert loss(state) == loss(dataclasses.replace(plain, **state.ema)) != loss(plain)
 
 
 def test_first_step_whose_loss_is_not_finite_is_kept(split):
