@@ -24,7 +24,9 @@ from chansel_jax.functional import (
 from chansel_jax.training.augmentation import (
     Augmentation,
     augmented,
+    mixed,
     normalise,
+    with_reversed,
 )
 from chansel_jax.training.devices import everywhere, replicate
 from chansel_jax.training.distillation import Teacher, distillation_loss
@@ -63,24 +65,42 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """Sums over images, and the first step whose loss was not finite (else `NO_STEP`)."""
+    """Sums over images, and the first step whose loss was not finite (else `NO_STEP`).
+
+    `correct_top5` counts those whose label has one of the five largest logits, if that is counted.
+    """
 
     loss: jax.Array
     correct: jax.Array
     count: jax.Array
     bad_step: jax.Array
+    correct_top5: jax.Array | None = None
 
     def add(self, logits: jax.Array, labels: jax.Array, mask: jax.Array | bool) -> "Totals":
         """Adds images, of logits `(N, C)` and labels `(N,)`, where `mask` `(N,)` is True."""
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         correct = jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels
         mask = jnp.broadcast_to(mask, labels.shape)
+        correct_top5 = self.correct_top5
+        if correct_top5 is not None:
+            correct_top5 += jnp.sum(in_top5(logits, labels) & mask, dtype=jnp.int32)
         return dataclasses.replace(
             self,
+            correct_top5=correct_top5,
             loss=self.loss + jnp.sum(jnp.where(mask, losses, 0)),
             correct=self.correct + jnp.sum(correct & mask, dtype=jnp.int32),
             count=self.count + jnp.sum(mask, dtype=jnp.int32),
         )
+
+
+def in_top5(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Whether each label `(N,)` has one of the five largest of its logits `(N, C)`, one of equals.
+
+    It has none where they are not numbers.
+    """
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    above = jnp.sum(~(logits <= own), axis=-1, dtype=jnp.int32)
+    return above < 5
 
 
 def init_state(
@@ -132,9 +152,15 @@ def abstract_tree(network: nnx.Module, mesh: Mesh) -> Tree:
     return jax.tree.map(lambda leaf: leaf.update(sharding=everywhere(mesh)), tree)
 
 
-def init_totals(mesh: Mesh) -> Totals:
-    """Totals of no image, on every device."""
-    totals = Totals(jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.int32(NO_STEP))
+def init_totals(mesh: Mesh, *, top5: bool = False) -> Totals:
+    """Totals of no image, on every device; with `top5` they count `correct_top5`."""
+    totals = Totals(
+        loss=jnp.float32(0),
+        correct=jnp.int32(0),
+        count=jnp.int32(0),
+        bad_step=jnp.int32(NO_STEP),
+        correct_top5=jnp.int32(0) if top5 else None,
+    )
     return replicate(totals, mesh)
 
 
@@ -154,17 +180,19 @@ def make_train_step(
     It consumes (donates) `state`. Its `Batch` is sharded as `batch_sharding` says; `mean` and `std`
     are the channels' statistics `(C,)` float32 over the training images. With a teacher it takes,
     as its last argument, what `network_tree` makes of the teacher's network. The totals hold the
-    cross-entropy without label smoothing, and nothing of a teacher. The orthonormal losses of
-    layers that select from a subspace are added to what is minimised.
+    cross-entropy without label smoothing, and nothing of a teacher; of an image that is mixed of
+    two they count the label with the larger share. The orthonormal losses of layers that select
+    from a subspace are added to what is minimised.
 
     Args:
         network: gives the structure; its arrays are not used.
         optimizer: updates the parameters.
         mesh: the devices, from `data_mesh`.
-        augmentation: how the images are varied.
+        augmentation: how the images are varied. Where it mixes them, within a batch (a part of one
+            if gradients are accumulated), the targets are mixed likewise.
         label_smoothing: share of the target spread evenly over all classes.
-        teacher: sees the same images, cropped and mirrored as they are; its network gives the
-            structure, its arrays are not used. None by default.
+        teacher: sees the same images, varied as they are; its network gives the structure, its
+            arrays are not used. None by default.
         ema: decay of the moving averages, which the state then has. 0 (the default) keeps none.
         accumulate: how many steps `optimizer` takes for an update; the averages move once in it.
     """
@@ -177,6 +205,12 @@ def make_train_step(
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(steps_key, state.step))
         with jax.named_scope("augmentation"):  # scopes are what a profile shows
             images = augmented(augmentation, augment_key, batch.images, mean, std)
+            labels = batch.labels
+            if augmentation.mixes:
+                # `augmented` has made keys below 4 of this one.
+                mixing_key = jax.random.fold_in(augment_key, 4)
+                images, own_share = mixed(augmentation, mixing_key, images)
+                labels = jnp.where(own_share >= 0.5, labels, labels[::-1])
         if teacher is not None:
             (tree,) = of_teacher
             with jax.named_scope("teacher"):
@@ -185,6 +219,8 @@ def make_train_step(
         def loss_function(params):
             logits, batch_stats = apply(params, state.batch_stats, images, dropout_key)
             one_hot = jax.nn.one_hot(batch.labels, logits.shape[-1], dtype=logits.dtype)
+            if augmentation.mixes:
+                one_hot = with_reversed(one_hot, own_share.astype(one_hot.dtype))
             targets = optax.smooth_labels(one_hot, label_smoothing)
             loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
             if teacher is not None:
@@ -203,7 +239,7 @@ def make_train_step(
         with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        totals = totals.add(logits, batch.labels, True)
+        totals = totals.add(logits, labels, True)
         bad_step = jnp.where(jnp.isfinite(loss), NO_STEP, state.step)
         totals = dataclasses.replace(totals, bad_step=jnp.minimum(totals.bad_step, bad_step))
         changed = {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}

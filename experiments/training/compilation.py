@@ -57,7 +57,7 @@ def compiled(
     network = nnx.eval_shape(lambda: build_network(settings, num_classes))
     _, optimizer = schedule_and_optimizer(recipe, updates_per_epoch)
     state = abstract_state(network, optimizer, mesh, ema=recipe.ema > 0)
-    totals = init_totals(mesh)
+    totals, of_validation = init_totals(mesh), init_totals(mesh, top5=counts_top5(num_classes))
     size = recipe.images_per_step
     sharding = devices.batch_sharding(mesh)
     batch = Batch(
@@ -81,8 +81,13 @@ def compiled(
     evaluate = make_evaluate(network, mesh=mesh)
     return (
         train_step.lower(state, totals, batch, statistic, statistic, *of_teacher).compile(),
-        evaluate.lower(state, totals, batch, np.int32(size), statistic, statistic).compile(),
+        evaluate.lower(state, of_validation, batch, np.int32(size), statistic, statistic).compile(),
     )
+
+
+def counts_top5(num_classes: int) -> bool:
+    """Whether so many classes are enough for the accuracy among the first five to say something."""
+    return num_classes >= 10
 
 
 def what_compilation_needs(settings: Settings) -> Settings:

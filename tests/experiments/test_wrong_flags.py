@@ -90,6 +90,8 @@ WRONG = [
     ("train", "--crop-padding=-1", "--crop-padding=-1 must not be negative"),
     ("train", FOLDER + "--cutout=8", "--cutout=8 must be less than the 8 pixels"),
     ("train", "--cutout=-1", "--cutout=-1 must not be negative"),
+    ("train", "--mixup=-1", "--mixup=-1.0 must not be negative"),
+    ("train", "--cutmix=inf", "--cutmix=inf must be finite"),
     ("train", "--epochs=0", "--epochs=0 must be at least 1"),
     ("train", "--batch-size=0", "--batch-size=0 must be at least 1"),
     ("train", FOLDER + "--batch-size=182", "--batch-size=182 must be at most the 180"),
