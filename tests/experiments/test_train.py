@@ -18,11 +18,13 @@ from commands import Command, environment, train_arguments, train_command
 from PIL import Image
 from rich.console import Console
 
+from chansel_jax.digest import digest
 from chansel_jax.errors import OneLineError
 from chansel_jax.functional import network_tree
 from chansel_jax.ops import native
 from chansel_jax.torch_weights import save_safetensors
 from chansel_jax.training import checkpoint
+from chansel_jax.training.augmentation import Augmentation
 from chansel_jax.training.distillation import Teacher
 from chansel_jax.training.optimizer import OptimizerSettings, make_schedule
 from experiments.cli import command
@@ -269,6 +271,36 @@ def test_weights_of_another_network_are_named_in_a_line(settings, whole, tmp_pat
     ) as refused:
         run(wide)
     assert "\n" not in str(refused.value)
+
+
+def test_a_stopped_run_with_every_option_ends_like_the_whole(
+    settings, whole, dense, tmp_path, monkeypatch
+):
+    """Also with a teacher, and where it goes on from a stream."""
+    every = variant(
+        settings,
+        tmp_path / "whole",
+        init=settings.workdir,
+        optimization=dataclasses.replace(settings.training.optimization, clip_norm=0.5),
+        augmentation=Augmentation(cutout=2, mixup=0.4, cutmix=1.0),
+        accumulate=2,
+        label_smoothing=0.1,
+        ema=0.9,
+        epochs=2,
+    )
+    teacher = Teacher(load_run(dense).network)
+    console = Console(file=io.StringIO(), width=120)
+    expected = train_and_evaluate(every, console, teacher=teacher)
+    assert "begins with the parameters of" in console.file.getvalue()
+    part = variant(every, tmp_path / "part", save_every_steps=3)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        signal_after(patch, 1, 7, signal.SIGTERM)  # within a batch, and between saves
+        train_and_evaluate(part, console, teacher=teacher)
+    streamed = dataclasses.replace(part, reading=ReadingSettings("streaming", workers=0))
+    found = train_and_evaluate(streamed, console, teacher=teacher)
+    assert {name: found[name] for name in FIGURES} == {name: expected[name] for name in FIGURES}
+    averages = network_tree(load_run(part.workdir, "last").network)
+    assert digest(tuple(averages.values())) == found["params_sha256"]
 
 
 def test_a_stopped_run_with_a_teacher_ends_like_the_whole(settings, dense, tmp_path, monkeypatch):
@@ -645,3 +677,17 @@ def test_a_command_without_compilation_is_refused(settings, capsys):
     assert capsys.readouterr().err == (
         "error: JAX_DISABLE_JIT=1 must not be set: commands compile what they run\n"
     )
+
+
+def test_many_classes_have_their_accuracy_among_five(settings, tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        (tmp_path / "images" / str(number)).mkdir(parents=True)
+        for i in range(3):
+            image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
+            image.save(tmp_path / "images" / str(number) / f"{i}.png")
+    data = DataSettings(dataset="folder", data_dir=tmp_path / "images", train_per_class=2)
+    summary, output = run(variant(settings, tmp_path / "run", data=data, epochs=1))
+    (row,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert row["val_accuracy"] <= row["val_top5_accuracy"] == summary["best_val_top5_accuracy"] <= 1
+    assert "top 5" in output and "best top-5 accuracy" in output

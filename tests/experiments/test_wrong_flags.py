@@ -116,6 +116,9 @@ WRONG = [
     ("train", FOLDER + "--init=RUN", "--init=RUN does not fit: stem.conv.kernel has shape"),
     ("train", FOLDER + "--init=DAMAGED", "--init=DAMAGED cannot be taken: it is not a safetensors"),
     ("train", FOLDER + "--init=OTHER", "--init=OTHER cannot be taken: it has no classifier"),
+    ("train", "--config=NONE", "--config=NONE cannot be taken: No such file or directory ("),
+    ("train", "--config=FILE", "--config=FILE cannot be taken: it must hold names with values ("),
+    ("train", "--config=YAML", "--config=YAML cannot be taken: widht is no setting ("),
     ("train", "--workdir=", "--workdir: the path must not be empty"),
     ("train", FOLDER + "--workdir=FILE", "--workdir=FILE"),
     ("train", FOLDER + "--workdir=NONE/a[b]", "--workdir=NONE/a[b] must have none of"),
@@ -273,7 +276,10 @@ def refusal(command, words, monkeypatch, capsys):
     monkeypatch.setenv("XLA_FLAGS", environment(devices=2)["XLA_FLAGS"])
     chosen = module(command)
     with pytest.raises(SystemExit) as stopped:
-        chosen.run(chosen.main, chosen.Settings, command, getattr(chosen, "RECIPES", None))
+        chosen.run(
+            *(chosen.main, chosen.Settings, command, getattr(chosen, "RECIPES", None)),
+            getattr(chosen, "read_config", None),
+        )
     return stopped.value.code, capsys.readouterr().err
 
 
@@ -292,6 +298,7 @@ def places(settings, whole, dense, tmp_path_factory):
     (root / "file").touch()
     (root / "damaged.safetensors").write_bytes(b"{}")
     safetensors.numpy.save_file({"a": np.zeros(1)}, root / "other.safetensors")
+    (root / "config.yaml").write_text("epochs: 3\nnetwork: {widht: 3}\n")
     (root / "empty").mkdir()
     return {
         "RUN": settings.workdir,
@@ -299,6 +306,7 @@ def places(settings, whole, dense, tmp_path_factory):
         "IMAGES": settings.data.data_dir,
         "FLAT": settings.data.data_dir / "train",
         "FILE": root / "file",
+        "YAML": root / "config.yaml",
         "DAMAGED": root / "damaged.safetensors",
         "OTHER": root / "other.safetensors",
         "EMPTY": root / "empty",
