@@ -148,5 +148,5 @@ def summarise(
         "parameters": sum(row.parameters for row in rows),
         "multiply_adds": sum(row.multiply_adds for row in rows),
         **records.summarise(progress.history),
-        "params_sha256": digest(tuple(state.evaluated.values())),
+        "params_sha256": digest(tuple(state.evaluated[n] for n in ("params", "batch_stats"))),
     }
