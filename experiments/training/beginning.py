@@ -1,6 +1,5 @@
 """The parameters that a training begins with: those of another run, or of a file."""
 
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,8 +29,8 @@ def read_beginning(
         CheckpointError: if the run's checkpoint cannot be restored.
     """
     path = settings.init
-    if path.is_dir():
-        run = load_run(path, "best", functools.partial(_of_path, report, path))
+    if (path / "config.json").is_file():
+        run = load_run(path, "best", lambda line: report(f"{path}: {line}"))
         return run.network, run.class_names
     if path.suffix != ".safetensors" or not path.is_file():
         raise CommandError(f"init={path} is neither the folder of a run nor a .safetensors file")
@@ -42,10 +41,6 @@ def read_beginning(
         told = " ".join(str(error).splitlines()[:2])  # how many do not fit, and the first of them
         raise CommandError(f"init={path} cannot be taken: {told}") from error
     return network, None
-
-
-def _of_path(report: Callable[[str], object], path: Path, line: str) -> None:
-    report(f"{path}: {line}")
 
 
 def _classes(path: Path) -> int:

@@ -218,9 +218,11 @@ def take_parameters(network: ResNet, other: ResNet, *, with_classifier: bool) ->
     )
     for name in (*here, *there):
         if here.get(name) != there.get(name):
-            raise ValueError(
-                f"{name} has shape {here.get(name)} in this network and {there.get(name)} there"
+            own, others = (
+                f"of shape {shapes[name]}" if name in shapes else "missing"
+                for shapes in (here, there)
             )
+            raise ValueError(f"{name} is {own} in this network and {others} there")
     nnx.update(network, *trees[1].values())
 
 
