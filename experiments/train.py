@@ -9,6 +9,7 @@ command, typed again, goes on where the run stopped.
 from experiments.cli.command import run
 from experiments.cli.console import make_console
 from experiments.cluster.joining import join
+from experiments.training.config_file import read_config
 from experiments.training.run import train_and_evaluate
 from experiments.training.settings import RECIPES, Settings
 
@@ -20,4 +21,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Settings, "train", RECIPES)
+    run(main, Settings, "train", RECIPES, read_config)

@@ -1,4 +1,4 @@
-"""Random crops, flip, cutout and normalisation, as pure functions on the device."""
+"""Random crops, flip, cutout, mixing and normalisation, as pure functions on the device."""
 
 import dataclasses
 import functools
@@ -175,11 +175,26 @@ class Augmentation:
     resized_crop: bool = False
     """A random part of each image, of 8 to 100 % of it, is scaled to the whole image's size, as is
     usual for photographs, and nothing is padded."""
+    mixup: float = 0.0
+    """Every image is mixed with another of the batch, and its target likewise; the shares are drawn
+    from the beta distribution of which this is both parameters. 0 mixes nothing."""
+    cutmix: float = 0.0
+    """Every image has a box of another of the batch in it, and its target a share of the other's;
+    the share is drawn likewise. With --mixup too, each batch has one of them at random. 0 puts in
+    nothing."""
 
     def __post_init__(self):
-        for name in ("crop_padding", "cutout"):
+        for name in ("crop_padding", "cutout", "mixup", "cutmix"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("mixup", "cutmix"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} must be finite")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are made of two."""
+        return bool(self.mixup or self.cutmix)
 
 
 def augmented(
@@ -205,3 +220,72 @@ def augmented(
     images = normalise(images, mean, std)
     # `split` in `random_crop_flip` has made the keys 0 and 1 of this one.
     return cutout(jax.random.fold_in(key, 2), images, size=augmentation.cutout)
+
+
+def with_reversed(images: jax.Array, weights: jax.Array) -> jax.Array:
+    """Every image of a batch, mixed with the one that has its place in the reversed batch.
+
+    Args:
+        images: `(N, ...)`, floats; or the targets, likewise.
+        weights: what each value of an image counts, a scalar or of as many axes as `images`; its
+            partner's counts the rest.
+    """
+    return weights * images + (1 - weights) * images[::-1]
+
+
+def box_weights(share: jax.Array, centre: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Weights `(1, H, W, 1)` float32 of an image: 0 within a box of its own proportions, 1 outside.
+
+    As in Yun et al., "CutMix" (2019), and timm. The box has `1 - share` of the image's area, its
+    sides rounded down to even numbers of pixels; at the border only a part of it is within.
+
+    Args:
+        share: of the image that stays, float32.
+        centre: row and column `(2,)` of the box's centre, int32.
+        size: H and W.
+    """
+
+    def inside(axis):
+        half = jnp.floor(size[axis] * jnp.sqrt(1 - share)).astype(jnp.int32) // 2
+        places = jnp.arange(size[axis], dtype=jnp.int32)
+        return (places >= centre[axis] - half) & (places < centre[axis] + half)
+
+    box = inside(0)[:, None] & inside(1)[None]
+    return 1 - box[None, ..., None].astype(jnp.float32)
+
+
+def mixed(
+    augmentation: Augmentation, key: jax.Array, images: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Images mixed as `mixup` and `cutmix` say, of which at least one is not 0.
+
+    Mixup is that of Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018). As in timm
+    the whole batch has one share and one box, and each image has its partner in the reversed batch.
+
+    Args:
+        augmentation: how they are mixed.
+        key: decides it; equal keys give equal results.
+        images: `(N, H, W, C)` float32, normalised.
+
+    Returns:
+        Images of the shape of `images`, and the share of each that is its own, float32; its
+        partner's is the rest.
+    """
+    size = images.shape[1:3]
+    choice_key, mixup_key, cutmix_key, *centre_keys = jax.random.split(key, 5)
+    weights = []
+    if augmentation.mixup:
+        share = _beta(mixup_key, augmentation.mixup)
+        weights.append(jnp.broadcast_to(share, (1, *size, 1)))
+    if augmentation.cutmix:
+        pairs = zip(centre_keys, size, strict=True)
+        centre = jnp.stack([jax.random.randint(each, (), 0, n, jnp.int32) for each, n in pairs])
+        weights.append(box_weights(_beta(cutmix_key, augmentation.cutmix), centre, size))
+    of_batch = weights[0]
+    if len(weights) == 2:
+        of_batch = jnp.where(jax.random.bernoulli(choice_key, jnp.float32(0.5)), *weights)
+    return with_reversed(images, of_batch), jnp.mean(of_batch)
+
+
+def _beta(key: jax.Array, alpha: float) -> jax.Array:
+    return jax.random.beta(key, jnp.float32(alpha), jnp.float32(alpha), dtype=jnp.float32)

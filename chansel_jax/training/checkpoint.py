@@ -215,7 +215,7 @@ def save(
         raise ValueError(f"val_loss={val_loss} must be finite")
     manager, metrics = checkpoints["epoch"], {"val_loss": float(val_loss)}
     with _refused_writes(manager):
-        manager.save(epoch, args=_save_args(vars(state), record, **metrics), metrics=metrics)
+        manager.save(epoch, args=_save_args(_tree(state), record, **metrics), metrics=metrics)
 
 
 def save_unfinished(
@@ -226,7 +226,7 @@ def save_unfinished(
     Raises:
         CheckpointError: as `save`.
     """
-    manager, tree = checkpoints["step"], vars(state) | {"totals": vars(totals)}
+    manager, tree = checkpoints["step"], _tree(state) | {"totals": _tree(totals)}
     with _refused_writes(manager):
         manager.save(int(state.step), args=_save_args(tree, record), force=True)
 
@@ -258,7 +258,7 @@ def restore_newest(
         CheckpointError: if there are checkpoints, and none can be restored; all stay then.
     """
     steps, newest, failures = -1, None, []
-    trees = {"epoch": vars(like), "step": vars(like) | {"totals": vars(totals)}}
+    trees = {"epoch": _tree(like), "step": _tree(like) | {"totals": _tree(totals)}}
     for kind, manager in checkpoints.items():
         for number in sorted(manager.all_steps(), reverse=True):
             if number <= steps:
@@ -323,6 +323,8 @@ def restore_network(
 ) -> int:
     """Gives `network` the parameters and batch statistics of a checkpoint.
 
+    Where the training kept moving averages, they are these.
+
     Args:
         directory: the `checkpoints` folder of a run.
         network: of the run's structure; it is changed in place.
@@ -357,23 +359,31 @@ def restore_network(
         )
     like = network_tree(network)
     path = directory / str(epoch) / "state"
-    arguments = ocp.args.PyTreeRestore(
-        item=jax.tree.map(ocp.utils.to_shape_dtype_struct, like),
-        restore_args=ocp.checkpoint_utils.construct_restore_args(like),
-        partial_restore=True,
-    )
     try:
         _read_through(path)
         with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata
             if metadata is None:
                 raise CheckpointError("its metadata cannot be read")
-            _check_shapes(metadata.tree, like)
+            averaged = "ema" in metadata.tree
+            _check_shapes(metadata.tree["ema"] if averaged else metadata.tree, like)
+            wanted = {"ema": like} if averaged else like
+            arguments = ocp.args.PyTreeRestore(
+                item=jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted),
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=True,
+            )
             restored = checkpointer.restore(path, args=arguments)
+            restored = restored["ema"] if averaged else restored
     except Exception as error:  # orbax has no exception of its own for a damaged file
         raise CheckpointError(f"cannot restore {path} ({_first_line(error)})") from error
     nnx.update(network, restored["params"], restored["batch_stats"])
     return epoch
+
+
+def _tree(dataclass: TrainState | Totals) -> dict[str, Any]:
+    """What it has, by name; what is None is as if it were not there, as in older checkpoints."""
+    return {name: value for name, value in vars(dataclass).items() if value is not None}
 
 
 def _save_args(tree: dict[str, Any], record: dict, **others: float) -> ocp.args.Composite:

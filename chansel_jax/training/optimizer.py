@@ -32,17 +32,21 @@ class OptimizerSettings:
     """SGD has this momentum; the other optimisers have their own."""
     weight_decay: float = 0.05
     """The weight decay is this strong."""
+    clip_norm: float = 0.0
+    """Gradients whose norm, over all parameters, is larger than this are scaled down to it; 0
+    leaves them as they are."""
     undecayed: tuple[Undecayed, ...] = ("biases", "norms")
     """These have no weight decay: any of biases, norms and depthwise (kernels)."""
 
     def __post_init__(self):
-        for name in ("learning_rate", "weight_decay"):
+        for name in ("learning_rate", "weight_decay", "clip_norm"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} must be finite")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay={self.weight_decay} must not be negative")
+        for name in ("weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         for name in ("warmup_fraction", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
@@ -102,7 +106,15 @@ def make_optimizer(
     Raises:
         ValueError: if `settings.optimizer` is unknown.
     """
+    optimizer = _unclipped(settings, schedule)
+    if not settings.clip_norm:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
 
+
+def _unclipped(
+    settings: OptimizerSettings, schedule: optax.Schedule
+) -> optax.GradientTransformation:
     def mask(params: Any) -> Any:
         return decayed(params, settings.undecayed)
 

@@ -24,7 +24,9 @@ from chansel_jax.functional import (
 from chansel_jax.training.augmentation import (
     Augmentation,
     augmented,
+    mixed,
     normalise,
+    with_reversed,
 )
 from chansel_jax.training.devices import everywhere, replicate
 from chansel_jax.training.distillation import Teacher, distillation_loss
@@ -43,6 +45,8 @@ class TrainState:
         opt_state: the optimiser's state.
         step: steps taken so far, int32.
         key: data of the random key `(2,)` uint32; constant over a run.
+        ema: exponential moving averages of `params` and `batch_stats`, under these names, if the
+            step keeps some.
     """
 
     params: Tree
@@ -50,48 +54,85 @@ class TrainState:
     opt_state: Tree
     step: jax.Array
     key: jax.Array
+    ema: dict[str, Tree] | None = None
+
+    @property
+    def evaluated(self) -> dict[str, Tree]:
+        """The `params` and `batch_stats` of the network that is evaluated: the averages, if any."""
+        return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """Sums over images, and the first step whose loss was not finite (else `NO_STEP`)."""
+    """Sums over images, and the first step whose loss was not finite (else `NO_STEP`).
+
+    `correct_top5` counts those whose label has one of the five largest logits, if that is counted.
+    """
 
     loss: jax.Array
     correct: jax.Array
     count: jax.Array
     bad_step: jax.Array
+    correct_top5: jax.Array | None = None
 
     def add(self, logits: jax.Array, labels: jax.Array, mask: jax.Array | bool) -> "Totals":
         """Adds images, of logits `(N, C)` and labels `(N,)`, where `mask` `(N,)` is True."""
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         correct = jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels
         mask = jnp.broadcast_to(mask, labels.shape)
+        correct_top5 = self.correct_top5
+        if correct_top5 is not None:
+            correct_top5 += jnp.sum(in_top5(logits, labels) & mask, dtype=jnp.int32)
         return dataclasses.replace(
             self,
+            correct_top5=correct_top5,
             loss=self.loss + jnp.sum(jnp.where(mask, losses, 0)),
             correct=self.correct + jnp.sum(correct & mask, dtype=jnp.int32),
             count=self.count + jnp.sum(mask, dtype=jnp.int32),
         )
 
 
+def in_top5(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Whether each label `(N,)` has one of the five largest of its logits `(N, C)`, one of equals.
+
+    It has none where they are not numbers.
+    """
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    above = jnp.sum(~(logits <= own), axis=-1, dtype=jnp.int32)
+    return above < 5
+
+
 def init_state(
-    network: nnx.Module, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
+    network: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    *,
+    ema: bool = False,
 ) -> TrainState:
-    """The state before the first step, with the parameters of `network`, on every device."""
+    """The state before the first step, with the parameters of `network`, on every device.
+
+    With `ema` they are the averages too.
+    """
     tree = network_tree(network)
     state = TrainState(
         **tree,
         opt_state=optimizer.init(tree["params"]),
         step=jnp.int32(0),
         key=jax.random.key_data(jax.random.key(seed)),
+        ema=tree if ema else None,
     )
     # A copy, since the training step consumes its state and the network keeps its arrays.
     return replicate(jax.tree.map(jnp.copy, state), mesh)
 
 
 def abstract_state(
-    network: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh
+    network: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    ema: bool = False,
 ) -> TrainState:
     """The shapes of `init_state`, to compile for; the arrays of `network` are not used."""
     tree = abstract_tree(network, mesh)
@@ -100,6 +141,7 @@ def abstract_state(
         opt_state=jax.eval_shape(optimizer.init, tree["params"]),
         step=jax.ShapeDtypeStruct((), jnp.int32),
         key=jax.ShapeDtypeStruct((2,), jnp.uint32),
+        ema=tree if ema else None,
     )
     return jax.tree.map(lambda leaf: leaf.update(sharding=everywhere(mesh)), state)
 
@@ -110,9 +152,15 @@ def abstract_tree(network: nnx.Module, mesh: Mesh) -> Tree:
     return jax.tree.map(lambda leaf: leaf.update(sharding=everywhere(mesh)), tree)
 
 
-def init_totals(mesh: Mesh) -> Totals:
-    """Totals of no image, on every device."""
-    totals = Totals(jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.int32(NO_STEP))
+def init_totals(mesh: Mesh, *, top5: bool = False) -> Totals:
+    """Totals of no image, on every device; with `top5` they count `correct_top5`."""
+    totals = Totals(
+        loss=jnp.float32(0),
+        correct=jnp.int32(0),
+        count=jnp.int32(0),
+        bad_step=jnp.int32(NO_STEP),
+        correct_top5=jnp.int32(0) if top5 else None,
+    )
     return replicate(totals, mesh)
 
 
@@ -124,23 +172,29 @@ def make_train_step(
     augmentation: Augmentation,
     label_smoothing: float = 0.0,
     teacher: Teacher | None = None,
+    ema: float = 0.0,
+    accumulate: int = 1,
 ) -> Callable[..., tuple[TrainState, Totals]]:
     """The jitted step `(state, totals, batch, mean, std) -> (state, totals)`.
 
     It consumes (donates) `state`. Its `Batch` is sharded as `batch_sharding` says; `mean` and `std`
     are the channels' statistics `(C,)` float32 over the training images. With a teacher it takes,
     as its last argument, what `network_tree` makes of the teacher's network. The totals hold the
-    cross-entropy without label smoothing, and nothing of a teacher. The orthonormal losses of
-    layers that select from a subspace are added to what is minimised.
+    cross-entropy without label smoothing, and nothing of a teacher; of an image that is mixed of
+    two they count the label with the larger share. The orthonormal losses of layers that select
+    from a subspace are added to what is minimised.
 
     Args:
         network: gives the structure; its arrays are not used.
         optimizer: updates the parameters.
         mesh: the devices, from `data_mesh`.
-        augmentation: how the images are varied.
+        augmentation: how the images are varied. Where it mixes them, within a batch (a part of one
+            if gradients are accumulated), the targets are mixed likewise.
         label_smoothing: share of the target spread evenly over all classes.
-        teacher: sees the same images, cropped and mirrored as they are; its network gives the
-            structure, its arrays are not used. None by default.
+        teacher: sees the same images, varied as they are; its network gives the structure, its
+            arrays are not used. None by default.
+        ema: decay of the moving averages, which the state then has. 0 (the default) keeps none.
+        accumulate: how many steps `optimizer` takes for an update; the averages move once in it.
     """
     apply = apply_function(network, train=True)
     orthonormal_loss = orthonormal_loss_function(network)
@@ -151,6 +205,12 @@ def make_train_step(
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(steps_key, state.step))
         with jax.named_scope("augmentation"):  # scopes are what a profile shows
             images = augmented(augmentation, augment_key, batch.images, mean, std)
+            labels = batch.labels
+            if augmentation.mixes:
+                # `augmented` has made keys below 4 of this one.
+                mixing_key = jax.random.fold_in(augment_key, 4)
+                images, own_share = mixed(augmentation, mixing_key, images)
+                labels = jnp.where(own_share >= 0.5, labels, labels[::-1])
         if teacher is not None:
             (tree,) = of_teacher
             with jax.named_scope("teacher"):
@@ -159,6 +219,8 @@ def make_train_step(
         def loss_function(params):
             logits, batch_stats = apply(params, state.batch_stats, images, dropout_key)
             one_hot = jax.nn.one_hot(batch.labels, logits.shape[-1], dtype=logits.dtype)
+            if augmentation.mixes:
+                one_hot = with_reversed(one_hot, own_share.astype(one_hot.dtype))
             targets = optax.smooth_labels(one_hot, label_smoothing)
             loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
             if teacher is not None:
@@ -177,26 +239,50 @@ def make_train_step(
         with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        totals = totals.add(logits, batch.labels, True)
+        totals = totals.add(logits, labels, True)
         bad_step = jnp.where(jnp.isfinite(loss), NO_STEP, state.step)
         totals = dataclasses.replace(totals, bad_step=jnp.minimum(totals.bad_step, bad_step))
         changed = {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}
+        if ema:
+            with jax.named_scope("ema"):
+                now = {"params": params, "batch_stats": batch_stats}
+                changed["ema"] = moved(state.ema, now, state.step + 1, ema, accumulate)
         return dataclasses.replace(state, step=state.step + 1, **changed), totals
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=everywhere(mesh))
+
+
+def moved(averages: Tree, now: Tree, steps: jax.Array, decay: float, accumulate: int = 1) -> Tree:
+    """Exponential moving averages after a step.
+
+    After the update `n`, counted from 1, the decay is `min(decay, (1 + n) / (10 + n))`, as in
+    TensorFlow: so the average is soon free of the parameters that a training begins with.
+
+    Args:
+        averages: before it.
+        now: a tree like `averages`: what they are of.
+        steps: how many have been taken, with this one; int32.
+        decay: what the averages keep of themselves in the long run.
+        accumulate: how many steps an update takes; between updates the averages stay.
+    """
+    updates = (steps // accumulate).astype(jnp.float32)
+    share = 1 - jnp.minimum(decay, (1 + updates) / (10 + updates))
+    share = jnp.where(steps % accumulate == 0, share, 0)
+    return optax.incremental_update(now, averages, share)
 
 
 def make_evaluate(network: nnx.Module, *, mesh: Mesh) -> Callable[..., Totals]:
     """The jitted function `(state, totals, batch, count, mean, std) -> totals`.
 
     It consumes (donates) `totals`, and adds the first `count` images of a `Batch`, which is sharded
-    as `batch_sharding` says; the others only fill it up.
+    as `batch_sharding` says; the others only fill it up. The network has the parameters of
+    `TrainState.evaluated`.
     """
     apply = apply_function(network, train=False)
 
     def evaluate(state, totals, batch, count, mean, std):
         images = normalise(batch.images, mean, std)
-        logits, _ = apply(state.params, state.batch_stats, images, None)
+        logits, _ = apply(**state.evaluated, images=images, dropout_key=None)
         mask = jnp.arange(len(batch.labels), dtype=jnp.int32) < count
         return totals.add(logits, batch.labels, mask)
 

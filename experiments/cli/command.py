@@ -7,6 +7,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -31,6 +32,7 @@ def run(
     settings_type: type[Settings],
     name: str,
     recipes: Mapping[str, object] | None = None,
+    read_config: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> None:
     """Calls `main` with settings read from the command line.
 
@@ -43,12 +45,13 @@ def run(
         settings_type: a dataclass; nested ones become groups of flags.
         name: the command's name in `python -m experiments.NAME`.
         recipes: as in `parse`.
+        read_config: likewise.
     """
     keep_freed_memory()
     handle_interrupts()
     print_any_character()
     try:
-        _call(main, parse(settings_type, name, recipes=recipes))
+        _call(main, parse(settings_type, name, recipes=recipes, read_config=read_config))
     except Interrupted as stop:
         if str(stop):
             say(str(stop))

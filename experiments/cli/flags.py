@@ -84,6 +84,7 @@ def parse(
     name: str,
     arguments: Sequence[str] | None = None,
     recipes: Mapping[str, object] | None = None,
+    read_config: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> Settings:
     """Settings from `arguments` (by default the command line's); sequences are comma-separated.
 
@@ -93,6 +94,8 @@ def parse(
         arguments: the words behind it.
         recipes: values of the field `training`, by the name that the flag `--recipe` takes; other
             flags change single values of the chosen one. The first is the default.
+        read_config: reads the file that the flag `--config` names, if there is to be one: settings
+            by name, or nested as they are here. Other flags count more.
 
     Raises:
         SystemExit: after `--help`, or if a flag is unknown or its value refused.
@@ -100,8 +103,15 @@ def parse(
     program = f"python -m experiments.{name}"
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     default, description = None, inspect.cleandoc(settings_type.__doc__)
+    if read_config is not None:
+        arguments = _with_config(program, arguments, settings_type, read_config)
+        description += (
+            "\n\n--config=FILE takes the settings that no other flag gives from a file: the "
+            "config.json of a run, or YAML."
+        )
     if recipes is not None:
-        chosen, arguments = _take_recipe(program, arguments, tuple(recipes))
+        chosen, arguments = _take(program, arguments, "recipe", tuple(recipes))
+        chosen = chosen or next(iter(recipes))
         required = {
             field.name: tyro.MISSING
             for field in dataclasses.fields(settings_type)
@@ -246,20 +256,75 @@ def _means(given: str, name: str) -> bool:
     return given == initials != name[0] or set(words) <= set(others) or set(others) <= set(words)
 
 
-def _take_recipe(
-    program: str, arguments: Sequence[str], choices: Sequence[str]
-) -> tuple[str, list[str]]:
-    """The value of `--recipe`, and the other arguments."""
+def _with_config(
+    program: str,
+    arguments: Sequence[str],
+    settings_type: type,
+    read_config: Callable[[Path], Mapping[str, Any]],
+) -> list[str]:
+    """`arguments`, after the flags that stand for the file of `--config`, if there is one.
+
+    Where the arguments choose a recipe, the file's settings of training do not count.
+    """
+    text, arguments = _take(program, arguments, "config")
+    if text is None:
+        return arguments
+    try:
+        path = _path(text)
+        flags = dict(_flags_of(read_config(path), settings_type))
+    except (OSError, ValueError) as error:
+        told = error.strerror if isinstance(error, OSError) else error
+        print_error(f"--config={text} cannot be taken: {told} ({program} --help explains)")
+        sys.exit(EXIT_USAGE)
+    if any(each.partition("=")[0] == "--recipe" for each in arguments):
+        of_training = {"recipe", *(name for name, _ in _leaves(settings_type.training))}
+        flags = {name: flag for name, flag in flags.items() if name not in of_training}
+    return [*flags.values(), *arguments]
+
+
+def _flags_of(values: Mapping[str, Any], settings_type: type) -> Iterator[tuple[str, str]]:
+    """Names and flags of settings by name, which may be nested as they are in their class.
+
+    Raises:
+        ValueError: naming a setting that there is not, or one whose value is no flag's.
+    """
+    groups = {
+        field.name: field.default
+        for field in dataclasses.fields(settings_type)
+        if dataclasses.is_dataclass(field.default)
+    }
+    known = dict(_leaves(settings_type))
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        flag = f"--{name.replace('_', '-')}"
+        if name in groups and isinstance(value, Mapping):
+            yield from _flags_of(value, type(groups[name]))
+        elif name not in known and name != "recipe":
+            raise ValueError(f"{key} is no setting")
+        elif isinstance(known.get(name), bool):
+            if not isinstance(value, bool):
+                raise ValueError(f"{key}={value} must be true or false")
+            yield name, flag if value else f"--no-{name.replace('_', '-')}"
+        elif isinstance(value, Mapping | bool):
+            raise ValueError(f"{key}={value} must be a text, a number or an array")
+        else:
+            yield name, f"{flag}={_text(tuple(value) if isinstance(value, list) else value)}"
+
+
+def _take(
+    program: str, arguments: Sequence[str], name: str, choices: Sequence[str] | None = None
+) -> tuple[str | None, list[str]]:
+    """The value of a flag, None where it is not given, and the other arguments."""
     parser = argparse.ArgumentParser(
         prog=program, add_help=False, allow_abbrev=False, exit_on_error=False
     )
-    parser.add_argument("--recipe", choices=choices, default=choices[0])
+    parser.add_argument(f"--{name}", choices=choices)
     try:
         namespace, others = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         print_error(f"{error} ({program} --help explains)")
         sys.exit(EXIT_USAGE)
-    return namespace.recipe, others
+    return getattr(namespace, name), others
 
 
 def _of_one_kind(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:

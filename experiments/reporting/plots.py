@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from matplotlib import font_manager
@@ -31,6 +31,7 @@ class Row(TypedDict):
     learning_rate: float
     images_per_second: float
     seconds: float
+    val_top5_accuracy: NotRequired[float]  # where the classes are many
 
 
 def save(picture: Figure, path: Path) -> None:

@@ -27,7 +27,7 @@ FACTORS: Mapping[str, Mapping[str, Any]] = {
     "no augmentation": NO_AUGMENTATION,
     "learning rate / 5": {"learning_rate": 1e-3},
     "learning rate · 4": {"learning_rate": 2e-2},
-    "PyTorch's initialisation": {"init": "torch"},
+    "PyTorch's initialisation": {"initialiser": "torch"},
     "BatchNorm between the parts": {"norm": True},
     "twice the width": {"width": 32},
     "rank 4": {"rank": 4},

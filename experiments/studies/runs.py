@@ -26,7 +26,7 @@ from experiments.training.load import load_run, readable
 from experiments.training.records import Row, Summary
 from experiments.training.run import BEFORE_THEY_WERE, train_and_evaluate
 from experiments.training.scores import Evaluation, Wanted, evaluation_from, measure
-from experiments.training.settings import DataSettings, Settings, decisive
+from experiments.training.settings import DataSettings, Settings, decisive, in_todays_names
 from experiments.training.typed_json import from_json
 from experiments.training.workdir import DATA_DIR, filled, refuse_among_images
 
@@ -123,7 +123,7 @@ def record_of(workdir: Path) -> Record:
 
 def record_from(content: Any) -> Record:
     """A record from its JSON form; raises `ValueError` if it is none, as `from_json` does."""
-    record = from_json(Record, content)
+    record = from_json(Record, in_todays_names(content))
     for name, each in record.evaluations.items():
         evaluation_from(each, f"evaluations.{name}")
     if record.data:

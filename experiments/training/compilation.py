@@ -56,7 +56,8 @@ def compiled(
     recipe = settings.training
     network = nnx.eval_shape(lambda: build_network(settings, num_classes))
     _, optimizer = schedule_and_optimizer(recipe, updates_per_epoch)
-    state, totals = abstract_state(network, optimizer, mesh), init_totals(mesh)
+    state = abstract_state(network, optimizer, mesh, ema=recipe.ema > 0)
+    totals, of_validation = init_totals(mesh), init_totals(mesh, top5=counts_top5(num_classes))
     size = recipe.images_per_step
     sharding = devices.batch_sharding(mesh)
     batch = Batch(
@@ -73,13 +74,20 @@ def compiled(
         augmentation=recipe.augmentation,
         label_smoothing=recipe.label_smoothing,
         teacher=teacher,
+        ema=recipe.ema,
+        accumulate=recipe.accumulate,
     )
     of_teacher = () if teacher is None else (abstract_tree(teacher.network, mesh),)
     evaluate = make_evaluate(network, mesh=mesh)
     return (
         train_step.lower(state, totals, batch, statistic, statistic, *of_teacher).compile(),
-        evaluate.lower(state, totals, batch, np.int32(size), statistic, statistic).compile(),
+        evaluate.lower(state, of_validation, batch, np.int32(size), statistic, statistic).compile(),
     )
+
+
+def counts_top5(num_classes: int) -> bool:
+    """Whether so many classes are enough for the accuracy among the first five to say something."""
+    return num_classes >= 10
 
 
 def what_compilation_needs(settings: Settings) -> Settings:

@@ -1,7 +1,7 @@
 """All that the settings of a training run decide, built: data, network, optimiser."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,12 +67,13 @@ class Experiment:
         settings: what it was built from.
         dataset: its images, on the host.
         network: its structure, and its parameters before the first step.
-        begins_with: a digest of those parameters where the seed does not decide them.
+        begins_with: a digest of those parameters where the seed alone does not decide them.
         schedule: the learning rate by update.
         optimizer: at that learning rate; it is called at every step.
         mesh: the devices.
         updates_per_epoch: whole batches.
         teacher: what the network learns from besides the labels.
+        new_classifier: whether the parameters are others' but for those of the classifier.
     """
 
     settings: Settings
@@ -84,6 +85,7 @@ class Experiment:
     mesh: jax.sharding.Mesh
     updates_per_epoch: int
     teacher: Teacher | None = None
+    new_classifier: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -98,7 +100,8 @@ class Experiment:
 
     def init_state(self) -> step.TrainState:
         """The state before the first step."""
-        return step.init_state(self.network, self.optimizer, self.settings.seed, self.mesh)
+        seed, ema = self.settings.seed, self.settings.training.ema > 0
+        return step.init_state(self.network, self.optimizer, seed, self.mesh, ema=ema)
 
     def describe(self) -> dict[str, Any]:
         """All that decides the result: the settings, and the data's sizes and statistics."""
@@ -129,15 +132,19 @@ def describe_teacher(teacher: Teacher | None) -> dict[str, Any] | None:
 
 
 def build(
-    settings: Settings, network: ResNet | None = None, teacher: Teacher | None = None
+    settings: Settings,
+    network: ResNet | None = None,
+    teacher: Teacher | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Experiment:
     """Loads the data and builds what trains on it.
 
     Args:
         settings: of the run.
         network: with the parameters to begin with; by default they are initialised with
-            `settings.seed`.
+            `settings.seed`. Where its classes are others than the data's, the classifier is.
         teacher: what the network learns from besides the labels; it must have their classes.
+        class_names: those of `network`; by default it has the data's, if it has as many.
 
     Raises:
         ValueError: if a setting is wrong, or the parameters are of another structure.
@@ -169,22 +176,54 @@ def build(
     mesh = devices.data_mesh()
     devices.check_batch_size(recipe.batch_size, mesh, recipe.accumulate)
     own = build_network(settings, len(dataset.class_names))
+    known = True
     if network is not None:
-        tree, given = functional.network_tree(own), functional.network_tree(network)
-        if jax.tree.map(jnp.shape, tree) != jax.tree.map(jnp.shape, given):
-            raise ValueError("the network to begin with is not of the structure of the settings")
-        nnx.update(own, given["params"], given["batch_stats"])
+        known = network.config.num_classes == len(dataset.class_names)
+        known = known and class_names in (None, dataset.class_names)
+        try:
+            take_parameters(own, network, with_classifier=known)
+        except ValueError as error:
+            name = f"init={settings.init}" if settings.init else "the network to begin with"
+            raise ValueError(f"{name} does not fit: {error}") from error
     return Experiment(
         settings=settings,
         dataset=dataset,
         network=own,
-        begins_with=network and digest(functional.network_tree(network)),
+        begins_with=network and digest(functional.network_tree(own)),
         schedule=schedule,
         optimizer=optimizer,
         mesh=mesh,
         updates_per_epoch=updates_per_epoch,
         teacher=teacher,
+        new_classifier=not known,
     )
+
+
+def take_parameters(network: ResNet, other: ResNet, *, with_classifier: bool) -> None:
+    """Gives `network`, in place, the parameters and statistics of `other`.
+
+    Raises:
+        ValueError: naming the first array that is not of the same shape in both.
+    """
+    trees = [functional.network_tree(each) for each in (network, other)]
+    if not with_classifier:
+        for tree in trees:
+            del tree["params"]["classifier"]
+    here, there = (
+        {
+            jax.tree_util.keystr(path[1:], simple=True, separator="."): jnp.shape(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in trees
+    )
+    for name in (*here, *there):
+        if here.get(name) != there.get(name):
+            own, others = (
+                f"of shape {shapes[name]}" if name in shapes else "missing"
+                for shapes in (here, there)
+            )
+            raise ValueError(f"{name} is {own} in this network and {others} there")
+    nnx.update(network, *trees[1].values())
 
 
 def check_schedule(recipe: TrainingSettings) -> None:

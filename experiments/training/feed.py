@@ -10,7 +10,7 @@ from chansel_jax.functional import network_tree
 from chansel_jax.training import devices, streaming
 from chansel_jax.training.batches import Batch, GivenOrder, TrainingOrder, take
 from chansel_jax.training.step import Totals, TrainState, init_totals
-from experiments.training.compilation import compiled, what_compilation_needs
+from experiments.training.compilation import compiled, counts_top5, what_compilation_needs
 from experiments.training.experiment import Experiment
 
 
@@ -64,7 +64,8 @@ def open_feed(experiment: Experiment, state: TrainState) -> Iterator[Feed]:
         return streaming.read_batches(splits[name], order, mesh, steps, workers)
 
     def evaluate(state):
-        totals = init_totals(mesh)
+        classes = len(experiment.dataset.class_names)
+        totals = init_totals(mesh, top5=counts_top5(classes))
         with batches("validation", given, range(len(given))) as validation:
             for number, batch in enumerate(validation):
                 totals = add(state, totals, batch, given.new(number), *statistics)

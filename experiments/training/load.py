@@ -15,7 +15,12 @@ from chansel_jax.networks.resnet import ResNet
 from chansel_jax.training.checkpoint import restore_network
 from experiments.cli.errors import CommandError
 from experiments.training.experiment import DataDescription, load_data
-from experiments.training.settings import DataSettings, Settings, build_network
+from experiments.training.settings import (
+    DataSettings,
+    Settings,
+    build_network,
+    in_todays_names,
+)
 from experiments.training.typed_json import from_json
 
 Checkpoint = int | Literal["best", "last"]
@@ -96,7 +101,7 @@ def load_run(
     if not path.is_file():
         raise CommandError(f"workdir={workdir} holds no run: there is no {path}")
     with readable(path):
-        config = from_json(Config, read_json(path))
+        config = from_json(Config, in_todays_names(read_json(path)))
         network = build_network(config.settings, len(config.data.class_names))
     settings, images = config.settings, config.data
     if config.data_dir and config.data_dir.is_dir():

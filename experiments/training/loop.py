@@ -22,6 +22,7 @@ from experiments.cli.errors import CommandError, Interrupted
 from experiments.cluster import coordination
 from experiments.training import feed as feeds
 from experiments.training import printing, records
+from experiments.training.compilation import counts_top5
 from experiments.training.experiment import Experiment
 from experiments.training.settings import title
 from experiments.training.typed_json import from_json
@@ -89,7 +90,7 @@ def train(experiment: Experiment, workdir: Path, console: Console) -> Progress:
         )
         signal_to_any = coordination.shared_maximum(signal_received)
         between_steps = functools.partial(save_or_stop, experiment, checkpoints, signal_to_any)
-        console.print(printing.EPOCH_HEADER)
+        console.print(printing.epoch_header(counts_top5(len(experiment.dataset.class_names))))
         while len(progress.history) < epochs:
             progress = train_epoch(experiment, progress, feed, between_steps, console)
             row, saved = progress.history[-1], {"history": progress.history}
@@ -188,6 +189,8 @@ def summarise_epoch(
         "val_accuracy": float(validation.correct / validation.count),
         "learning_rate": float(experiment.schedule(epoch * experiment.updates_per_epoch - 1)),
     }
+    if validation.correct_top5 is not None:
+        row["val_top5_accuracy"] = float(validation.correct_top5 / validation.count)
     if not math.isfinite(row["val_loss"]):
         last_step = epoch * experiment.steps_per_epoch - 1
         raise DivergedError(not_finite("validation loss", last_step, epoch))

@@ -19,6 +19,11 @@ EPOCH_HEADER = (
 )
 
 
+def epoch_header(top5: bool) -> str:
+    """The names of the columns of `epoch_line`, with one for the accuracy among the first five."""
+    return EPOCH_HEADER.replace("  learning", "    top 5  learning") if top5 else EPOCH_HEADER
+
+
 def print_header(dataset: Dataset, devices: Sequence[jax.Device], console: Console) -> None:
     """Prints devices, versions and the data's sizes."""
     sizes = ", ".join(f"{len(split.labels):,} {name}" for name, split in dataset.splits.items())
@@ -52,11 +57,12 @@ def print_layers(rows: Sequence[LayerCount], title: str, console: Console) -> No
 
 
 def epoch_line(history: Sequence[Row]) -> str:
-    """The last epoch of `history` in the columns of `EPOCH_HEADER`."""
+    """The last epoch of `history` in the columns of `epoch_header`."""
     row, best = history[-1], best_epoch(history)
+    top5 = f"  {row['val_top5_accuracy']:7.2%}" if "val_top5_accuracy" in row else ""
     return (
         f"{row['epoch']:5d}  {row['train_loss']:10.4f} {row['train_accuracy']:7.2%}"
-        f"  {row['val_loss']:8.4f} {row['val_accuracy']:7.2%}  {row['learning_rate']:13.2e}"
+        f"  {row['val_loss']:8.4f} {row['val_accuracy']:7.2%}{top5}  {row['learning_rate']:13.2e}"
         f"  {row['images_per_second']:8,.0f}  {row['seconds']:7.1f}"
         f"  {best['epoch']:4d} ({best['val_loss']:.4f})"
     )
@@ -73,6 +79,11 @@ def print_summary(summary: Mapping[str, Any], workdir: Path, console: Console) -
         ),
         "best accuracy": (
             f"{summary['best_val_accuracy']:.2%} (epoch {summary['best_accuracy_epoch']})"
+        ),
+        **(
+            {"best top-5 accuracy": f"{summary['best_val_top5_accuracy']:.2%}"}
+            if "best_val_top5_accuracy" in summary
+            else {}
         ),
         "train s an epoch": f"{summary['seconds_per_epoch']:.2f}",
     }

@@ -42,6 +42,7 @@ class Summary(TypedDict):
     multiply_adds: int
     images: Counts
     device: NotRequired[str]
+    best_val_top5_accuracy: NotRequired[float]
 
 
 @contextlib.contextmanager
@@ -131,10 +132,11 @@ def summarise(history: Sequence[Row]) -> dict[str, float]:
         `epochs`, `best_epoch` (of lowest validation loss), `best_val_loss`, `train_loss_at_best`,
         `val_accuracy_at_best`, `best_val_accuracy` with `best_accuracy_epoch`, `final_train_loss`,
         `final_val_loss`, `final_val_accuracy`, and `seconds_per_epoch`, the median of the epochs'
-        training times.
+        training times; `best_val_top5_accuracy` where some rows have a `val_top5_accuracy`.
     """
     best = best_epoch(history)
     most_accurate = max(history, key=lambda row: row["val_accuracy"])
+    top5 = [row["val_top5_accuracy"] for row in history if "val_top5_accuracy" in row]
     return {
         "epochs": len(history),
         "best_epoch": best["epoch"],
@@ -147,6 +149,7 @@ def summarise(history: Sequence[Row]) -> dict[str, float]:
         "final_val_loss": history[-1]["val_loss"],
         "final_val_accuracy": history[-1]["val_accuracy"],
         "seconds_per_epoch": statistics.median(row["seconds"] for row in history),
+        **({"best_val_top5_accuracy": max(top5)} if top5 else {}),
     }
 
 

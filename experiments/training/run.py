@@ -20,6 +20,7 @@ from experiments.cli.errors import CommandError
 from experiments.cluster import coordination
 from experiments.reporting import machine
 from experiments.training import printing, records
+from experiments.training.beginning import read_beginning
 from experiments.training.experiment import Experiment, build
 from experiments.training.loop import Progress, train
 from experiments.training.settings import Settings, decisive, network_config, run_name
@@ -40,7 +41,7 @@ def train_and_evaluate(
     Args:
         settings: of the run.
         console: takes the progress.
-        network: with the parameters to begin with, as in `build`.
+        network: with the parameters to begin with, as in `build`, where `settings.init` names none.
         teacher: what the network learns from, as in `build`.
 
     Raises:
@@ -54,11 +55,14 @@ def train_and_evaluate(
     refuse_among_images("workdir", workdir, settings.data)
     checkpoint.check_workdir(workdir)
     network_config(settings, num_classes=2)  # refuses what is wrong before the images are loaded
+    class_names = None
+    if settings.init is not None:
+        network, class_names = read_beginning(settings, console.print)
     coordination.check_equal("settings", equal_in_all_processes(settings))
     known = {"settings": decisive(settings)}
     coordination.first_alone(lambda: check(workdir, known, settings.resume, BEFORE_THEY_WERE))
     console.print(f"the images are loaded ({settings.data.dataset}) …")
-    experiment = build(settings, network, teacher)
+    experiment = build(settings, network, teacher, class_names)
     description = experiment.describe()
     coordination.check_equal("images", description)
     try:
@@ -111,6 +115,11 @@ def print_beginning(
         experiment.network.config, experiment.dataset.splits["train"].images.shape[1:3]
     )
     printing.print_layers(rows, f"{settings.network.model}, multiply-adds for one image", console)
+    if settings.init is not None:
+        new = (
+            "; the classifier is new, since the classes differ" if experiment.new_classifier else ""
+        )
+        console.print(f"the training begins with the parameters of {settings.init}{new}")
     if jax.default_backend() == "cpu" and not native.available():
         console.print(
             "note: the layers are not computed in C++, so an epoch takes two to three times as "
@@ -139,5 +148,5 @@ def summarise(
         "parameters": sum(row.parameters for row in rows),
         "multiply_adds": sum(row.multiply_adds for row in rows),
         **records.summarise(progress.history),
-        "params_sha256": digest((state.params, state.batch_stats)),
+        "params_sha256": digest(tuple(state.evaluated[n] for n in ("params", "batch_stats"))),
     }

@@ -29,6 +29,7 @@ from experiments.cluster.joining import ClusterSettings
 
 Conv = Literal["chansel", "subspace", "subkernel"]
 
+FORMER_NAMES = {"init": "initialiser"}  # of settings of the network
 LONGEST_NAME = 100  # bytes of a run's default name, before the digest of longer ones
 MOST_WORKERS = 1024
 LARGEST_IMAGE = 16_384  # pixels each way
@@ -68,7 +69,7 @@ class NetworkSettings:
     """BatchNorm stands between the two parts of channel selection."""
     use_bias: bool = False
     """The convolutions have a bias before BatchNorm."""
-    init: Literal["he", "torch"] = "he"
+    initialiser: Literal["he", "torch"] = "he"
     """The convolutions begin with He's variance, or with PyTorch's default."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The network computes in this dtype; its parameters are float32."""
@@ -139,6 +140,10 @@ class TrainingSettings:
     update is by the mean of their gradients. BatchNorm sees the parts."""
     label_smoothing: float = 0.0
     """This share of the target is spread over all classes; the reported losses are without it."""
+    ema: float = 0.0
+    """Parameters and statistics of BatchNorm are averaged over the updates, each average keeping
+    this share of itself; the averages are validated, and are what other commands take. 0 averages
+    nothing."""
     dropout_rate: float | None = None
     """This share of the pooled features is dropped in training; by default it is the
     model's own (0.2 in the original's network)."""
@@ -154,6 +159,8 @@ class TrainingSettings:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing} must be in [0, 1)")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema} must be in [0, 1)")
 
 
 RECIPES = {
@@ -184,6 +191,10 @@ class Settings:
     training: TrainingSettings = RECIPES["short"]
     seed: int = 0
     """This decides the initial parameters, the order of the images, augmentation and dropout."""
+    init: Path | None = None
+    """The training begins with the parameters of the run in this folder (its checkpoint of lowest
+    validation loss), or of this .safetensors file. If the images have other classes, the classifier
+    is initialised anew."""
     workdir: Path | None = None
     """The run lives in this folder; by default it is runs/DATASET-MODEL-CONV-seedSEED, with the
     recipe, and with the settings that differ from it, before the seed."""
@@ -215,13 +226,22 @@ def decisive(settings: Settings) -> dict[str, Any]:
     """What decides a run's result, as nested JSON.
 
     Where its files and images are does not, nor how these are read, when it is saved, and by which
-    processes trained.
+    processes trained. The parameters that it begins with do, but not where they lie.
     """
     found = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
-    for name in ("workdir", "resume", "save_every_steps", "reading", "cluster"):
+    for name in ("init", "workdir", "resume", "save_every_steps", "reading", "cluster"):
         del found[name]
     del found["data"]["data_dir"]
     return found
+
+
+def in_todays_names(config: Any) -> Any:
+    """A run's `config.json`, in whose `settings` each has the name that it has today."""
+    match config:
+        case {"settings": {"network": {**network}} as settings}:
+            network = {FORMER_NAMES.get(name, name): value for name, value in network.items()}
+            return config | {"settings": settings | {"network": network}}
+    return config
 
 
 def run_name(settings: Settings) -> str:
@@ -243,7 +263,8 @@ def run_name(settings: Settings) -> str:
     }
     recipe = min(changes, key=lambda name: len(changes[name]))
     named = [] if plain.training == RECIPES[recipe] else [recipe]
-    parts = [data, network, settings.conv, *named, *changes[recipe], f"seed{settings.seed}"]
+    begun = [f"init={settings.init.absolute().name}"] if settings.init else []
+    parts = [data, network, settings.conv, *named, *changes[recipe], *begun, f"seed{settings.seed}"]
     name = re.sub(r"[^\w.,=+-]", "_", "-".join(parts))
     if len(name.encode()) <= LONGEST_NAME:
         return name
@@ -278,7 +299,7 @@ def network_config(settings: Settings, num_classes: int) -> ResNetConfig:
     network = settings.network
     if network.norm and settings.conv == "subkernel":
         raise ValueError("norm=True: the dense convolution has no two parts")
-    of_conv = {"norm": network.norm or None, "kernel_init": INITIALISERS[network.init]}
+    of_conv = {"norm": network.norm or None, "kernel_init": INITIALISERS[network.initialiser]}
     of_conv = {name: value for name, value in of_conv.items() if value is not None}
     conv = CONVS[settings.conv]
     given = {

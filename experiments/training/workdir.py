@@ -14,7 +14,7 @@ from chansel_jax.errors import OneLineError
 from chansel_jax.files import read_json, write_json
 from chansel_jax.training.checkpoint import CHECKPOINTS, UNFINISHED, saved_numbers
 from experiments.cli.differences import differences
-from experiments.training.settings import DataSettings
+from experiments.training.settings import DataSettings, in_todays_names
 
 DATA_DIR = "data_dir"  # of `config.json`; the rest decides the result
 
@@ -165,7 +165,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError("not an object")
     except (OSError, ValueError) as error:
         raise WorkdirError(f"{path} cannot be read ({error}): take another --workdir") from error
-    return config
+    return in_todays_names(config)
 
 
 def _rename_aside(workdir: Path) -> Path:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -17,9 +18,13 @@ from commands import Command, environment, train_arguments, train_command
 from PIL import Image
 from rich.console import Console
 
+from chansel_jax.digest import digest
 from chansel_jax.errors import OneLineError
+from chansel_jax.functional import network_tree
 from chansel_jax.ops import native
+from chansel_jax.torch_weights import save_safetensors
 from chansel_jax.training import checkpoint
+from chansel_jax.training.augmentation import Augmentation
 from chansel_jax.training.distillation import Teacher
 from chansel_jax.training.optimizer import OptimizerSettings, make_schedule
 from experiments.cli import command
@@ -28,10 +33,16 @@ from experiments.cli.errors import CommandError, Interrupted
 from experiments.reporting.machine import cpu_name
 from experiments.training import loop
 from experiments.training import run as runs
-from experiments.training.experiment import load_data
+from experiments.training.beginning import read_beginning
+from experiments.training.experiment import build, load_data
 from experiments.training.load import load_run
 from experiments.training.run import train_and_evaluate
-from experiments.training.settings import DataSettings, NetworkSettings, ReadingSettings
+from experiments.training.settings import (
+    DataSettings,
+    NetworkSettings,
+    ReadingSettings,
+    build_network,
+)
 from experiments.training.workdir import WorkdirError
 
 
@@ -187,6 +198,109 @@ def test_stopped_run_ends_bit_for_bit_like_the_whole(
     assert {name: summary[name] for name in FIGURES} == {name: whole[0][name] for name in FIGURES}
     assert len((tmp_path / "part" / "metrics.jsonl").read_text().splitlines()) == 3
     assert not (tmp_path / "part" / "unfinished").exists()
+
+
+@pytest.fixture(scope="module")
+def two_colours(images, tmp_path_factory):
+    """Images of two of the three classes."""
+    root = tmp_path_factory.mktemp("two")
+    for split in ("train", "validation"):
+        for name in ("blue", "red"):
+            (root / split).mkdir(exist_ok=True)
+            copy_run(images / split / name, root / split / name)
+    return DataSettings(dataset="folder", data_dir=root)
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_training_begins_with_given_parameters(settings, whole, two_colours, tmp_path, from_file):
+    """Those of the best checkpoint; the classifier is new where the classes differ."""
+    network, path = load_run(settings.workdir).network, settings.workdir
+    if from_file:
+        path = tmp_path / "weights.safetensors"
+        save_safetensors(network, path)
+    begun = variant(settings, tmp_path / "run", init=path)
+    other = dataclasses.replace(begun, data=two_colours)
+    wanted, fresh = network_tree(network), network_tree(build_network(other, 2))
+    for given, new in ((begun, False), (other, True)):
+        experiment = build(given, *_beginning(given))
+        found = network_tree(experiment.network)
+        assert experiment.new_classifier is new
+        if new:
+            chex.assert_trees_all_equal(
+                found["params"].pop("classifier"), fresh["params"]["classifier"]
+            )
+            wanted["params"].pop("classifier")
+        chex.assert_trees_all_equal(found, wanted)
+
+
+def _beginning(settings):
+    network, class_names = read_beginning(settings, print)
+    return network, None, class_names
+
+
+def test_classes_of_other_names_have_a_new_classifier(settings, whole, images, tmp_path):
+    """A run knows the names of its classes, so that as many are not the same."""
+    given = variant(settings, tmp_path / "run", init=settings.workdir)
+    renamed = dataclasses.replace(given.data, classes=("red", "green", "blue"))
+    experiment = build(dataclasses.replace(given, data=renamed), *_beginning(given))
+    assert experiment.new_classifier
+
+
+def test_a_stopped_run_goes_on_with_the_same_file_alone(settings, whole, tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    network = load_run(settings.workdir).network
+    save_safetensors(network, path)
+    part = variant(settings, tmp_path / "part", init=path)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        signal_after(patch, 1, 2, signal.SIGTERM)
+        run(part)
+    network.classifier.bias[...] += 1
+    save_safetensors(network, path)
+    with pytest.raises(WorkdirError, match=r"other settings \(begins_with: \w{8}… → \w{8}…\)"):
+        run(part)
+    with pytest.raises(WorkdirError, match="begins_with: .* → None"):
+        run(variant(part, part.workdir, init=None))
+
+
+def test_weights_of_another_network_are_named_in_a_line(settings, whole, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_safetensors(load_run(settings.workdir).network, path)
+    wide = variant(settings, tmp_path / "run", init=path, network=NetworkSettings(blocks=(1,)))
+    with pytest.raises(
+        CommandError, match=r"15 of another shape\): \S+ has shape \(4, 4\), not"
+    ) as refused:
+        run(wide)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_stopped_run_with_every_option_ends_like_the_whole(
+    settings, whole, dense, tmp_path, monkeypatch
+):
+    """Also with a teacher, and where it goes on from a stream."""
+    every = variant(
+        settings,
+        tmp_path / "whole",
+        init=settings.workdir,
+        optimization=dataclasses.replace(settings.training.optimization, clip_norm=0.5),
+        augmentation=Augmentation(cutout=2, mixup=0.4, cutmix=1.0),
+        accumulate=2,
+        label_smoothing=0.1,
+        ema=0.9,
+        epochs=2,
+    )
+    teacher = Teacher(load_run(dense).network)
+    console = Console(file=io.StringIO(), width=120)
+    expected = train_and_evaluate(every, console, teacher=teacher)
+    assert "begins with the parameters of" in console.file.getvalue()
+    part = variant(every, tmp_path / "part", save_every_steps=3)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        signal_after(patch, 1, 7, signal.SIGTERM)  # within a batch, and between saves
+        train_and_evaluate(part, console, teacher=teacher)
+    streamed = dataclasses.replace(part, reading=ReadingSettings("streaming", workers=0))
+    found = train_and_evaluate(streamed, console, teacher=teacher)
+    assert {name: found[name] for name in FIGURES} == {name: expected[name] for name in FIGURES}
+    averages = network_tree(load_run(part.workdir, "last").network)
+    assert digest(tuple(averages.values())) == found["params_sha256"]
 
 
 def test_a_stopped_run_with_a_teacher_ends_like_the_whole(settings, dense, tmp_path, monkeypatch):
@@ -414,7 +528,10 @@ def test_run_of_an_older_version_goes_on(settings, whole, tmp_path):
     workdir = copy_run(settings.workdir, tmp_path / "run")
     config = json.loads((workdir / "config.json").read_text())
     assert config["settings"]["training"].pop("accumulate") == 1
+    network = config["settings"]["network"]
+    network["init"] = network.pop("initialiser")  # as it was called
     (workdir / "config.json").write_text(json.dumps(config))
+    assert load_run(workdir).settings.network == settings.network
     assert "resumed after epoch 3 of 3" in run(variant(settings, workdir))[1]
     with pytest.raises(OneLineError, match=r"\(accumulate: 1 → 2\)"):
         run(variant(settings, workdir, accumulate=2))
@@ -560,3 +677,17 @@ def test_a_command_without_compilation_is_refused(settings, capsys):
     assert capsys.readouterr().err == (
         "error: JAX_DISABLE_JIT=1 must not be set: commands compile what they run\n"
     )
+
+
+def test_many_classes_have_their_accuracy_among_five(settings, tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        (tmp_path / "images" / str(number)).mkdir(parents=True)
+        for i in range(3):
+            image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
+            image.save(tmp_path / "images" / str(number) / f"{i}.png")
+    data = DataSettings(dataset="folder", data_dir=tmp_path / "images", train_per_class=2)
+    summary, output = run(variant(settings, tmp_path / "run", data=data, epochs=1))
+    (row,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert row["val_accuracy"] <= row["val_top5_accuracy"] == summary["best_val_top5_accuracy"] <= 1
+    assert "top 5" in output and "top-5" in output

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import jax
+import numpy as np
 import pytest
+import safetensors.numpy
 from commands import environment
 
 from experiments.cli import command as cli_command
@@ -82,10 +84,14 @@ WRONG = [
     ("train", "--momentum=-0.1", "--momentum=-0.1 must be in [0, 1)"),
     ("train", "--weight-decay=-1", "--weight-decay=-1.0 must not be negative"),
     ("train", "--weight-decay=inf", "--weight-decay=inf must be finite"),
+    ("train", "--clip-norm=-1", "--clip-norm=-1.0 must not be negative"),
+    ("train", "--ema=1", "--ema=1.0 must be in [0, 1)"),
     ("train", "--undecayed=kernels", "'kernels' is none of biases, norms, depthwise"),
     ("train", "--crop-padding=-1", "--crop-padding=-1 must not be negative"),
     ("train", FOLDER + "--cutout=8", "--cutout=8 must be less than the 8 pixels"),
     ("train", "--cutout=-1", "--cutout=-1 must not be negative"),
+    ("train", "--mixup=-1", "--mixup=-1.0 must not be negative"),
+    ("train", "--cutmix=inf", "--cutmix=inf must be finite"),
     ("train", "--epochs=0", "--epochs=0 must be at least 1"),
     ("train", "--batch-size=0", "--batch-size=0 must be at least 1"),
     ("train", FOLDER + "--batch-size=182", "--batch-size=182 must be at most the 180"),
@@ -104,6 +110,15 @@ WRONG = [
     ("train", FOLDER + "--dropout-rate=1", "--dropout-rate=1.0 must be in [0, 1)"),
     ("train", "--seed=-1", "--seed=-1 must be in [0, 2**32)"),
     ("train", FOLDER + "--resume=must", "--resume=must"),
+    ("train", FOLDER + "--init=NONE", "--init=NONE is neither the folder of a run nor a .safeten"),
+    ("train", FOLDER + "--init=FILE", "--init=FILE is neither the folder of a run nor a .safeten"),
+    ("train", FOLDER + "--init=EMPTY", "--init=EMPTY is neither the folder of a run nor a .safe"),
+    ("train", FOLDER + "--init=RUN", "of shape (16,) in this network and of shape (4,) the"),
+    ("train", FOLDER + "--init=DAMAGED", "--init=DAMAGED cannot be taken: it is not a safetensors"),
+    ("train", FOLDER + "--init=OTHER", "--init=OTHER cannot be taken: it has no classifier"),
+    ("train", "--config=NONE", "--config=NONE cannot be taken: No such file or directory ("),
+    ("train", "--config=FILE", "--config=FILE cannot be taken: it must hold names with values ("),
+    ("train", "--config=YAML", "--config=YAML cannot be taken: widht is no setting ("),
     ("train", "--workdir=", "--workdir: the path must not be empty"),
     ("train", FOLDER + "--workdir=FILE", "--workdir=FILE"),
     ("train", FOLDER + "--workdir=NONE/a[b]", "--workdir=NONE/a[b] must have none of"),
@@ -261,7 +276,10 @@ def refusal(command, words, monkeypatch, capsys):
     monkeypatch.setenv("XLA_FLAGS", environment(devices=2)["XLA_FLAGS"])
     chosen = module(command)
     with pytest.raises(SystemExit) as stopped:
-        chosen.run(chosen.main, chosen.Settings, command, getattr(chosen, "RECIPES", None))
+        chosen.run(
+            *(chosen.main, chosen.Settings, command, getattr(chosen, "RECIPES", None)),
+            getattr(chosen, "read_config", None),
+        )
     return stopped.value.code, capsys.readouterr().err
 
 
@@ -278,6 +296,9 @@ def places(settings, whole, dense, tmp_path_factory):
     """Paths by the names that stand for them above."""
     root = tmp_path_factory.mktemp("places")
     (root / "file").touch()
+    (root / "damaged.safetensors").write_bytes(b"{}")
+    safetensors.numpy.save_file({"a": np.zeros(1)}, root / "other.safetensors")
+    (root / "config.yaml").write_text("epochs: 3\nnetwork: {widht: 3}\n")
     (root / "empty").mkdir()
     return {
         "RUN": settings.workdir,
@@ -285,6 +306,9 @@ def places(settings, whole, dense, tmp_path_factory):
         "IMAGES": settings.data.data_dir,
         "FLAT": settings.data.data_dir / "train",
         "FILE": root / "file",
+        "YAML": root / "config.yaml",
+        "DAMAGED": root / "damaged.safetensors",
+        "OTHER": root / "other.safetensors",
         "EMPTY": root / "empty",
         "NONE": root / "none",
         "OUT": root / "out",

@@ -1,5 +1,6 @@
 """Normalisation against NumPy; crops and mirrors found again among all that there can be."""
 
+import functools
 import itertools
 import math
 
@@ -7,18 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from chansel_jax.training.augmentation import (
     Augmentation,
     augmented,
+    box_weights,
     cutout,
+    mixed,
     normalise,
     random_crop_flip,
     random_parts,
     random_resized_crop,
     resized_parts,
+    with_reversed,
 )
 
 COUNT, PADDING = 1024, 2
@@ -234,3 +239,81 @@ def test_no_cutout_and_equal_keys(images):
     first, again, other = (cutout(jax.random.key(k), images, size=3) for k in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
+
+
+# Mixing
+
+
+def timm_box(share, centre, size):
+    """Rows and columns of CutMix's box, in Python's own numbers, as timm's `rand_bbox` has them."""
+    bounds = []
+    for pixels, middle in zip(size, centre, strict=True):
+        half = int(pixels * math.sqrt(1 - share)) // 2
+        bounds.append((min(max(middle - half, 0), pixels), min(max(middle + half, 0), pixels)))
+    return bounds
+
+
+@pytest.mark.parametrize("size", [(6, 5), (8, 8)])
+def test_boxes_are_those_of_timm_s_rules(size):
+    rng = np.random.default_rng(0)
+    weights = jax.jit(box_weights, static_argnums=2)
+    for share in rng.uniform(size=50).astype(np.float32):
+        centre = rng.integers(0, size).astype(np.int32)
+        expected = np.ones((1, *size, 1), np.float32)
+        (top, bottom), (left, right) = timm_box(float(share), centre.tolist(), size)
+        expected[0, top:bottom, left:right] = 0
+        np.testing.assert_array_equal(weights(share, centre, size), expected)
+
+
+def test_a_box_by_hand():
+    """Half of 8 × 8: a side of int(5.66) = 5 pixels, so two on either side of the corner."""
+    found = box_weights(jnp.float32(0.5), jnp.array([0, 7], jnp.int32), (8, 8))[0, ..., 0]
+    expected = np.ones((8, 8))
+    expected[:2, 5:] = 0
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_mixed_batch_by_hand():
+    found = with_reversed(jnp.array([[0.0], [10.0], [100.0]]), jnp.float32(0.75))
+    np.testing.assert_allclose(found, [[25], [10], [75]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "kinds"),
+    [({"mixup": 0.4}, {True}), ({"cutmix": 1.0}, {False}), ({"mixup": 0.4, "cutmix": 1.0}, None)],
+)
+def test_each_batch_is_mixed_in_one_way_and_by_its_share(settings, kinds):
+    """Of images of ones and of twos every pixel shows how much of it is its own."""
+    images = jnp.stack([jnp.ones((6, 5, 2)), jnp.full((6, 5, 2), 2.0)])
+    keys = jax.random.split(jax.random.key(0), 400)
+    mix = functools.partial(mixed, Augmentation(**settings))
+    found, shares = jax.jit(jax.vmap(mix, (0, None)))(keys, images)
+    own = 2 - np.asarray(found)[:, 0]
+    np.testing.assert_allclose(own.mean((1, 2, 3)), shares, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(found).sum(1), 3, atol=1e-5)
+    np.testing.assert_allclose(own[..., 0], own[..., 1])
+    even = np.ptp(own, axis=(1, 2, 3)) < 1e-5
+    cut = np.isin(own, (0, 1)).all((1, 2, 3))
+    assert (even | cut).all()
+    if kinds is None:
+        assert 0.35 < (even & ~cut).mean() < 0.65
+    elif True in kinds:
+        assert even.all() and scipy.stats.kstest(shares, "beta", (0.4, 0.4)).pvalue > 0.01
+    else:
+        assert cut.all() and not even.all()
+
+
+def test_equal_keys_mix_equally_and_nothing_is_mixed_by_default():
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, 5, 2)), jnp.float32)
+    both = Augmentation(mixup=0.5, cutmix=0.5)
+    first, again, other = (mixed(both, jax.random.key(i), images)[0] for i in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert both.mixes and not Augmentation().mixes
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+@pytest.mark.parametrize(("value", "what"), [(-1.0, "not be negative"), (math.inf, "be finite")])
+def test_wrong_parameters_of_mixing(name, value, what):
+    with pytest.raises(ValueError, match=f"{name}={value} must {what}"):
+        Augmentation(**{name: value})

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from chansel_jax import resnet14
 from chansel_jax.digest import digest
+from chansel_jax.functional import network_tree
 from chansel_jax.training import checkpoint, devices
 from chansel_jax.training.step import TrainState, init_state, init_totals
 
@@ -386,6 +387,19 @@ def test_network_gets_the_best_parameters_without_the_optimiser(network_run):
     chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(network, nnx.Param)), state.params)
     assert checkpoint.restore_network(directory, network, 2) == 2
     chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(network, nnx.Param)), zero.params)
+
+
+def test_network_gets_the_averages_where_there_are_some(tmp_path):
+    like = init_state(small_network(), optax.sgd(1.0), 0, devices.data_mesh(), ema=True)
+    state = dataclasses.replace(like, ema=jax.tree.map(lambda leaf: leaf + 1, like.ema))
+    with checkpoint.open_checkpoints(tmp_path, print) as checkpoints:
+        checkpoint.save(checkpoints, 1, state, {}, 1.0)
+    with checkpoint.open_checkpoints(tmp_path, print) as checkpoints:
+        restored, *_ = newest(checkpoints, print, like)
+    chex.assert_trees_all_equal(restored, state)
+    network = small_network()
+    checkpoint.restore_network(tmp_path / "checkpoints", network)
+    chex.assert_trees_all_equal(network_tree(network), state.ema)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -203,6 +204,39 @@ def test_steps_equal_those_of_pytorch(settings, undecayed, x64):
 
     for (owner, name), tensor in tensors.items():
         np.testing.assert_allclose(params[owner][name], tensor.numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip_norm", [0.5, 100.0])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_gradients_are_clipped_as_pytorch_does(clip_norm, steps):
+    """The mean of those that are accumulated."""
+    rng = np.random.default_rng(0)
+    gradients = rng.normal(size=(2, 7)).astype(np.float32)
+    settings = OptimizerSettings(
+        optimizer="sgd", momentum=0.0, weight_decay=0.0, clip_norm=clip_norm
+    )
+    optimizer = accumulated(make_optimizer(settings, optax.constant_schedule(1.0)), steps)
+    params = {"a": jnp.zeros(3), "b": jnp.zeros(4)}
+    state = optimizer.init(params)
+    for gradient in gradients[:steps]:
+        updates, state = optimizer.update({"a": gradient[:3], "b": gradient[3:]}, state, params)
+    tensors = [torch.zeros(3, requires_grad=True), torch.zeros(4, requires_grad=True)]
+    mean = gradients[:steps].mean(0)
+    for tensor, part in zip(tensors, (mean[:3], mean[3:]), strict=True):
+        tensor.grad = torch.tensor(part)
+    torch.nn.utils.clip_grad_norm_(tensors, clip_norm)
+    for found, tensor in zip((updates["a"], updates["b"]), tensors, strict=True):
+        np.testing.assert_allclose(found, -tensor.grad.numpy(), rtol=1e-5)
+
+
+def test_a_clipped_gradient_by_hand():
+    """(3, 4) has the norm 5, and becomes (0.6, 0.8)."""
+    settings = OptimizerSettings(optimizer="sgd", momentum=0.0, weight_decay=0.0, clip_norm=1.0)
+    optimizer = make_optimizer(settings, optax.constant_schedule(1.0))
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    gradient = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    chex.assert_trees_all_close(updates, {"a": jnp.array([-0.6]), "b": jnp.array([-0.8])})
 
 
 # Muon

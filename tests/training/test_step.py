@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import chex
@@ -13,9 +14,10 @@ from chansel_jax import ChannelSelectionConv, SubKernelConv, resnet14
 from chansel_jax.data import Split
 from chansel_jax.data.summary import summarise
 from chansel_jax.digest import digest
+from chansel_jax.functional import apply_function
 from chansel_jax.torch_weights import from_torch, to_numpy
 from chansel_jax.training import devices
-from chansel_jax.training.augmentation import Augmentation, normalise
+from chansel_jax.training.augmentation import Augmentation, mixed, normalise
 from chansel_jax.training.batches import Batch, GivenOrder, TrainingOrder, epoch_order, take
 from chansel_jax.training.optimizer import (
     OptimizerSettings,
@@ -26,10 +28,12 @@ from chansel_jax.training.optimizer import (
 from chansel_jax.training.step import (
     NO_STEP,
     abstract_state,
+    in_top5,
     init_state,
     init_totals,
     make_evaluate,
     make_train_step,
+    moved,
 )
 from experiments.pytorch.networks import torch_twin
 
@@ -212,6 +216,113 @@ def test_evaluation_covers_every_image_once(split, run, batch_size):
     assert totals.count == 37
     assert totals.correct == (logits.argmax(axis=1) == split.labels).sum()
     np.testing.assert_allclose(totals.loss, losses.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_averages_are_those_of_numpy(accumulate):
+    """After each update, in float64; between updates they stay."""
+    rng, decay = np.random.default_rng(0), 0.3
+    values = rng.normal(size=(9, 5)).astype(np.float32)
+    found, wanted = {"a": jnp.asarray(values[0])}, values[0].astype(np.float64)
+    move = jax.jit(functools.partial(moved, decay=decay, accumulate=accumulate))
+    for steps, value in enumerate(values[1:], 1):
+        found = move(found, {"a": jnp.asarray(value)}, jnp.int32(steps))
+        if steps % accumulate == 0:
+            updates = steps // accumulate
+            keep = min(decay, (1 + updates) / (10 + updates))
+            wanted = keep * wanted + (1 - keep) * value
+        np.testing.assert_allclose(found["a"], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_an_average_by_hand():
+    """After the first update the decay is 2 / 11, after the tenth 11 / 20; a lower one is kept."""
+    for steps, decay, expected in ((1, 0.9, 9.0), (10, 0.9, 4.95), (10, 0.5, 5.5)):
+        found = moved(jnp.float32(0), jnp.float32(11), jnp.int32(steps), decay)
+        assert float(found) == pytest.approx(expected, rel=1e-6)
+
+
+MIXED = dataclasses.replace(STILL, mixup=1.0, cutmix=1.0)
+
+
+@pytest.fixture(scope="module")
+def mixing_run(split, run):
+    return Run(split, run.network, augmentation=MIXED, label_smoothing=0.1, mesh=one_device())
+
+
+def test_step_follows_mixed_targets(run, mixing_run):
+    """Written out: a mixed batch, smoothed targets of both labels, plain descent."""
+    state = mixing_run.first_state()
+    batch, mean, std = mixing_run.arguments(state)
+    _, steps_key = jax.random.split(jax.random.wrap_key_data(state.key))
+    augment_key, dropout_key = jax.random.split(jax.random.fold_in(steps_key, 0))
+    images = normalise(batch.images, mean, std)
+    images, share = mixed(MIXED, jax.random.fold_in(augment_key, 4), images)
+    assert 0.02 < share < 0.98
+    own, other = (np.eye(3)[each] * 0.9 + 0.1 / 3 for each in (batch.labels, batch.labels[::-1]))
+    targets = share * own + (1 - share) * other
+    forward = apply_function(run.network, train=True)
+
+    def loss(params):
+        logits, _ = forward(params, state.batch_stats, images, dropout_key)
+        return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)), logits
+
+    gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(state.params)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradients)
+    larger = np.asarray(batch.labels if share >= 0.5 else batch.labels[::-1])
+    correct = (np.argmax(logits, axis=-1) == larger).sum()
+    plain = -jax.nn.log_softmax(logits)[np.arange(16), larger].mean()
+    state, losses, totals = mixing_run.take(1, state)
+    chex.assert_trees_all_close(state.params, expected, rtol=1e-3, atol=1e-5)
+    assert totals.correct == correct and losses[0] == pytest.approx(float(plain), rel=1e-4)
+
+
+def test_mixing_over_two_devices_equals_one(split, run, mixing_run):
+    two = Run(split, run.network, augmentation=MIXED, label_smoothing=0.1)
+    state, losses, _ = two.take(3)
+    other, other_losses, _ = mixing_run.take(3)
+    np.testing.assert_allclose(losses, other_losses, rtol=1e-5)
+    chex.assert_trees_all_close(
+        jax.device_get(state.params), jax.device_get(other.params), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("classes", [10, 13])
+def test_accuracy_among_five_is_that_of_pytorch(classes):
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(40, classes)).astype(np.float32), rng.integers(0, classes, 40)
+    _, first = torch.tensor(logits).topk(5)
+    expected = (first == torch.tensor(labels)[:, None]).any(1).numpy()
+    labels = labels.astype(np.int32)
+    np.testing.assert_array_equal(in_top5(logits, labels), expected)
+    mask = np.arange(40) < 30
+    totals = init_totals(devices.data_mesh(), top5=True).add(logits, labels, mask)
+    assert totals.correct_top5 == expected[:30].sum() and totals.count == 30
+
+
+def test_five_largest_by_hand():
+    logits = jnp.array([[6.0, 5, 4, 3, 2, 1]] * 3 + [[jnp.nan] * 6])
+    assert in_top5(logits, jnp.array([0, 4, 5, 0])).tolist() == [True, True, False, False]
+
+
+def test_averages_follow_the_steps_and_are_evaluated(split, run):
+    averaging = Run(split, run.network, ema=0.9, accumulate=2)
+    averaging.first_state = functools.partial(averaging.first_state, ema=True)
+    state = averaging.first_state()
+    expected = jax.device_get(state.ema)
+    for steps in (1, 2, 3, 4):
+        state, *_ = averaging.take(1, state)
+        now = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+        expected = moved(expected, now, jnp.int32(steps), 0.9, 2)
+        chex.assert_trees_all_close(jax.device_get(state.ema), expected, rtol=1e-5, atol=1e-6)
+    plain, *_ = run.take(4)
+    chex.assert_trees_all_equal(state.params, plain.params)
+    evaluate = make_evaluate(run.network, mesh=run.mesh)
+
+    def loss(state):
+        arguments = run.arguments(run.first_state())
+        return float(evaluate(state, init_totals(run.mesh), arguments[0], 16, *arguments[1:]).loss)
+
+    assert loss(state) == loss(dataclasses.replace(plain, **state.ema)) != loss(plain)
 
 
 def test_first_step_whose_loss_is_not_finite_is_kept(split):

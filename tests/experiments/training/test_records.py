@@ -73,6 +73,11 @@ def test_summary_is_that_worked_out_by_hand():
     }
 
 
+def test_best_accuracy_among_five_is_of_the_epochs_that_know_it():
+    rows = [row | {"val_top5_accuracy": 0.9 + row["epoch"] / 100} for row in HISTORY[2:4]]
+    assert summarise([*HISTORY[:2], *rows])["best_val_top5_accuracy"] == pytest.approx(0.94)
+
+
 # JSON
 
 

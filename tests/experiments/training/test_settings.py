@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import json
 import re
 import shlex
 from pathlib import Path
@@ -23,6 +24,7 @@ from chansel_jax.training.augmentation import Augmentation
 from chansel_jax.training.optimizer import OptimizerSettings
 from experiments.cli.flags import parse, typed
 from experiments.training import printing
+from experiments.training.config_file import read_config
 from experiments.training.settings import (
     RECIPES,
     DataSettings,
@@ -30,6 +32,7 @@ from experiments.training.settings import (
     Settings,
     TrainingSettings,
     build_network,
+    decisive,
     network_config,
     run_name,
 )
@@ -169,6 +172,68 @@ def test_typed_command_gives_the_settings_again(settings):
     assert parse(Settings, "train", words[3:], RECIPES) == settings
 
 
+def parsed(path, *arguments):
+    return parse(Settings, "train", [f"--config={path}", *arguments], RECIPES, read_config)
+
+
+def test_config_of_a_run_gives_its_settings_and_flags_win(tmp_path):
+    settings = Settings(
+        conv="subkernel",
+        network=NetworkSettings(blocks=(1, 2), stem="small", initialiser="torch", norm=True),
+        data=DataSettings(dataset="folder", classes=("a b", "c")),
+        training=dataclasses.replace(RECIPES["best"], epochs=7, dropout_rate=None),
+        seed=3,
+    )
+    stored = decisive(settings)
+    stored["network"]["init"] = stored["network"].pop("initialiser")  # as in an older run
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"settings": stored, "data": {}, "data_dir": str(tmp_path)}))
+    data = dataclasses.replace(settings.data, data_dir=tmp_path)
+    expected = dataclasses.replace(settings, data=data)
+    assert parsed(path) == expected
+    training = dataclasses.replace(settings.training, epochs=2)
+    changed = dataclasses.replace(expected, training=training, seed=0)
+    assert parsed(path, "--epochs=2", "--seed=0") == changed
+    of_recipe = dataclasses.replace(expected, training=RECIPES["original"])
+    assert parsed(path, "--recipe=original") == of_recipe
+
+
+def test_config_in_yaml_is_flat_or_nested(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "recipe: best\nwidth: 8\nlearning-rate: 1e-3\nflip: false\nundecayed: [norms]\n"
+        "training:\n  epochs: 4\n  augmentation: {cutout: 3}\n"
+    )
+    words = "--recipe=best --width=8 --learning-rate=1e-3 --no-flip --undecayed=norms --epochs=4"
+    assert parsed(path) == parse(Settings, "train", [*words.split(), "--cutout=3"], RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochen: 3", "epochen is no setting"),
+        ("training: {width: 3}", "width is no setting"),
+        ("network: {epochs: 3}", "epochs is no setting"),
+        ("network: {deep: {epochs: 3}}", "deep is no setting"),
+        ("flip: maybe", "flip=maybe must be true or false"),
+        ("width: true", "width=True must be a text, a number or an array"),
+        ("width: {a: 1}", "width={'a': 1} must be"),
+        ("epochs: 0", "epochs=0 must be at least 1"),
+        ("[1, 2]", "it must hold names with values"),
+        ("a: [", "while parsing"),
+        ("[" * 5000, "nested too deeply"),
+    ],
+)
+def test_wrong_config_is_told_in_a_line(tmp_path, capsys, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        parsed(path)
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and len(told.splitlines()) == 1
+    assert message in told
+
+
 def test_flags_of_all_groups_reach_the_settings():
     settings = parse(
         Settings,
@@ -226,10 +291,10 @@ def test_network_honours_each_setting_and_changes_nothing_else(name, value, expe
 
 
 def test_initialisation_and_norm_reach_the_convolutions():
-    network = built(init="torch", norm=True, ranks=(1, 2) * 6)
+    network = built(initialiser="torch", norm=True, ranks=(1, 2) * 6)
     assert network.config.conv.func is CONVS["chansel"]
     assert network.blocks[0].conv2.norm is not None and network.blocks[0].conv2.rank == 2
-    settings = Settings(network=NetworkSettings(init="torch"))
+    settings = Settings(network=NetworkSettings(initialiser="torch"))
     kernel = jax.jit(lambda: build_network(settings, 3).blocks[5].conv2.pointwise[...])()
     # PyTorch: uniform within ± 1 / sqrt(fan_in).
     assert float(jnp.abs(kernel).max()) == pytest.approx(1 / 8, rel=1e-2)
@@ -280,11 +345,13 @@ def test_line_of_an_epoch_has_its_figures_and_the_best_epoch():
 
 @pytest.mark.parametrize("accuracy", [0.05, 0.5, 1.0])
 @pytest.mark.parametrize("epoch", [1, 200])
-def test_line_of_an_epoch_stands_under_its_header(accuracy, epoch):
-    line = printing.epoch_line([row(epoch, 0.5, accuracy)])
-    headings = [m.end() for m in re.finditer(r"\S+(?: \S+)*", printing.EPOCH_HEADER)]
-    figures = [m.end() for m in re.finditer(r"\S+", line)]
-    assert figures[:8] == headings[:8]
+@pytest.mark.parametrize("top5", [False, True])
+def test_line_of_an_epoch_stands_under_its_header(accuracy, epoch, top5):
+    figures = row(epoch, 0.5, accuracy) | ({"val_top5_accuracy": accuracy} if top5 else {})
+    line, header = printing.epoch_line([figures]), printing.epoch_header(top5)
+    headings = [m.end() for m in re.finditer(r"\S+(?: \S+)*", header)]
+    ends = [m.end() for m in re.finditer(r"\S+", line)]
+    assert ends[: 8 + top5] == headings[: 8 + top5] and ("top 5" in header) == top5
 
 
 def test_header_names_devices_versions_and_sizes(console):
@@ -339,3 +406,5 @@ def test_summary_shows_the_row_of_the_table_and_the_folder(console):
     assert "silhouettes, resnet14, chansel" in text
     assert "27,363 0.1235 (train 0.2500, epoch 7) 98.70% (epoch 9) 1.50" in text
     assert text.endswith("written to runs/mine")
+    printing.print_summary(summary | {"best_val_top5_accuracy": 0.875}, Path("runs/mine"), console)
+    assert "top-5" in printed(console) and "87.50%" in printed(console)
