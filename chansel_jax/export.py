@@ -18,6 +18,7 @@ from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
 from chansel_jax.files import replaced
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
 
 
 def to_stablehlo(
@@ -58,13 +59,16 @@ def to_stablehlo(
         raise TypeError(f"module={module!r} must be an nnx.Module")
     if mean is None and std is not None:
         raise ValueError(f"std={std} needs mean")
+    if not platforms or not set(platforms) <= set(KNOWN_PLATFORMS):
+        known = ", ".join(map(repr, KNOWN_PLATFORMS))
+        raise ValueError(f"platforms={tuple(platforms)} must be some of {known}")
     network = nnx.clone(module)
     network.eval()
     for _, layer in nnx.iter_modules(network):
         if isinstance(layer, ChannelSelectionConv | SubKernelConv):
             layer.lowering = "auto"
     graph, state = nnx.split(network)
-    statistics = _statistics(mean, std, shape[-1] if shape else None)
+    sizes, statistics = _sizes(shape, constraints), _statistics(mean, std, shape)
 
     def call(x: jax.Array) -> jax.Array:
         if statistics is not None:
@@ -72,7 +76,7 @@ def to_stablehlo(
         with jax.numpy_dtype_promotion("standard"):  # which Flax needs for several dtypes
             return nnx.merge(graph, state)(x)
 
-    inputs = jax.ShapeDtypeStruct(_sizes(shape, constraints), jnp.dtype(dtype))
+    inputs = jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))
     return jax.export.export(jax.jit(call), platforms=tuple(platforms))(inputs)
 
 
@@ -101,21 +105,25 @@ def load_stablehlo(path: str | Path) -> jax.export.Exported:
 
 
 def _statistics(
-    mean: ArrayLike | None, std: ArrayLike | None, channels: int | str | None
+    mean: ArrayLike | None, std: ArrayLike | None, shape: Sequence[int | str | None]
 ) -> tuple[np.ndarray, np.ndarray] | None:
+    """Mean and standard deviation, of as many axes as `shape` has; None if there is no mean."""
     if mean is None:
         return None
+    channels, others = shape[-1], (1,) * (len(shape) - 1)
     mean, std = (np.asarray(values, np.float32) for values in (mean, 1 if std is None else std))
     for name, values in (("mean", mean), ("std", std)):
         if values.shape not in ((), (1,), (channels,)):
-            raise ValueError(f"{name}={values} must be of shape ({channels},), that of the channels")
+            raise ValueError(f"{name}={values} must be one number for each channel: ({channels},)")
     if not (std > 0).all():
         raise ValueError(f"std={std} must be above 0")
-    return mean, std
+    return mean.reshape(*others, -1), std.reshape(*others, -1)
 
 
 def _sizes(shape: Sequence[int | str | None], constraints: Sequence[str]) -> tuple:
     """`shape` as JAX takes it, with a name for each None."""
+    if not shape:
+        raise ValueError("shape=() must have at least one size")
     for size in shape:
         if not (size is None or isinstance(size, str) or (isinstance(size, int) and size > 0)):
             raise ValueError(

@@ -107,7 +107,7 @@ def _safetensors_code(run: Run) -> str:
     mean, std = (", ".join(map(str, values)) for values in (run.mean, run.std))
     return f"""\
 {imported}    import jax
-    import jax.numpy as jnp
+    import numpy as np
     from flax import nnx
     from chansel_jax import {conv}, make_network
     from chansel_jax.torch_weights import load_safetensors
@@ -118,7 +118,7 @@ def _safetensors_code(run: Run) -> str:
     )
     load_safetensors(network, "model.safetensors")
     network.eval()
-    mean, std = jnp.array([{mean}]), jnp.array([{std}])
+    mean, std = np.float32([{mean}]), np.float32([{std}])
     probabilities = jax.nn.softmax(network((images - mean) / std))
     """
 
