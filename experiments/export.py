@@ -97,7 +97,9 @@ def check_packages(formats: tuple[Name, ...]) -> None:
 
 def compare(name: Name, path: Path, trained: Run) -> None:
     """Raises `CommandError` if what the file predicts is not what the network of the run does."""
-    images = np.random.default_rng(0).integers(0, 256, (3, *trained.image_shape), np.uint8)
+    rng = np.random.default_rng(0)
+    images = rng.normal(trained.mean, trained.std, (3, *trained.image_shape))
+    images = images.clip(0, 255).astype(np.uint8)
     predict, expected = FORMATS[name].load(trained, path), predict_of(trained, trained.network)
     for few in (images, images[:1]):
         difference = np.abs(predict(few) - expected(few)).max()
