@@ -75,6 +75,15 @@ def test_state_dicts_are_those_of_torch(preset, options, kind):
     chex.assert_trees_all_equal({n: twin.state_dict()[n].numpy() for n in expected}, values)
 
 
+@pytest.mark.parametrize("kind", ["chansel", "subspace"])
+def test_norms_between_the_parts_are_those_of_torch(kind):
+    network = small(conv=functools.partial(CONVS[kind], norm=True))
+    theirs = torch_twin(kind, network.config).state_dict()
+    expected = {name: tuple(a.shape) for name, a in theirs.items() if "batches" not in name}
+    assert "layer1.0.conv1.bn.running_var" in expected
+    assert {name: array.shape for name, array in to_numpy(network).items()} == expected
+
+
 def test_layouts():
     network = small(rank=2)
     values = numbered(network)

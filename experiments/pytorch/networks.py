@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -141,7 +141,7 @@ class TorchResNet(nn.Module):
     """`chansel_jax.ResNet`, for images `(N, 3, H, W)`.
 
     `kind` is one of `KINDS`; the rest is as in `chansel_jax.ResNetConfig`, where a rank of 0 is an
-    ordinary convolution too.
+    ordinary convolution too; `norm` is that of every channel selection.
     """
 
     def __init__(
@@ -159,6 +159,7 @@ class TorchResNet(nn.Module):
         rank: int | Sequence[int] = 1,
         use_bias: bool = False,
         dropout_rate: float = 0.0,
+        norm: bool = False,
     ):
         super().__init__()
         channels, preactivation = stem_width or width, block == "preactivation"
@@ -166,10 +167,11 @@ class TorchResNet(nn.Module):
         point = "subkernel" if replaced != "all" else kind
         ranks = itertools.repeat(rank) if isinstance(rank, int) else iter(rank)
         self.data_bn = nn.BatchNorm2d(3) if input_norm else nn.Identity()
-        bias = use_bias or stem == "plain"
+        options = {"bias": use_bias, "norm": norm}
+        of_stem = {**options, "bias": use_bias or stem == "plain"}
         large = {"kernel_size": 7, "stride": 2} if stem == "pooled" else {"kernel_size": 3}
         stem_rank = 1 if in_stem == "subkernel" else next(ranks)
-        self.conv1 = _conv(in_stem, 3, channels, rank=stem_rank, bias=bias, **large)
+        self.conv1 = _conv(in_stem, 3, channels, rank=stem_rank, **of_stem, **large)
         alone = stem == "small" and preactivation
         self.bn1 = nn.Identity() if alone or stem == "plain" else nn.BatchNorm2d(channels)
         self.relu = nn.Identity() if alone else nn.ReLU()
@@ -180,7 +182,7 @@ class TorchResNet(nn.Module):
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
                 sizes = channels, outputs, stride
-                made.append(_block(block, (kind, point), sizes, ranks, use_bias))
+                made.append(_block(block, (kind, point), sizes, ranks, options))
                 channels = outputs
             self.add_module(f"layer{stage + 1}", made)
         self.stages = len(blocks)
@@ -216,7 +218,9 @@ NETWORK_ARGUMENTS = (
 
 def torch_twin(kind: str, config: Any) -> TorchResNet:
     """`chansel_jax.ResNet(config)`, whose convolutions are of `kind`."""
-    return TorchResNet(kind, **{name: getattr(config, name) for name in NETWORK_ARGUMENTS})
+    norm = getattr(config.conv, "keywords", {}).get("norm", False)
+    arguments = {name: getattr(config, name) for name in NETWORK_ARGUMENTS}
+    return TorchResNet(kind, **arguments, norm=norm)
 
 
 def _block(
@@ -224,7 +228,7 @@ def _block(
     kinds: tuple[str, str],
     sizes: tuple[int, int, int],
     ranks: Iterator[int],
-    bias: bool,
+    options: Mapping[str, bool],
 ) -> TorchBlock:
     """A block of channels in, channels out and stride, with convolutions of the kinds.
 
@@ -238,14 +242,14 @@ def _block(
     else:
         shapes = ((inputs, outputs, 3, stride), (outputs, outputs, 3, 1))
     convs = [
-        (shape[0], shape[1], _conv(point, *shape, rank=1, bias=bias))
+        (shape[0], shape[1], _conv(point, *shape, rank=1, **options))
         if shape[2] == 1
-        else (shape[0], shape[1], _conv(kind, *shape, rank=next(ranks), bias=bias))
+        else (shape[0], shape[1], _conv(kind, *shape, rank=next(ranks), **options))
         for shape in shapes
     ]
     preactivation, shortcut = block == "preactivation", None
     if stride != 1 or inputs != outputs:
-        shortcut = nn.Sequential(_conv(point, inputs, outputs, 1, stride, rank=1, bias=bias))
+        shortcut = nn.Sequential(_conv(point, inputs, outputs, 1, stride, rank=1, **options))
         if not preactivation:
             shortcut.append(nn.BatchNorm2d(outputs))
     return (TorchPreactivationBlock if preactivation else TorchBlock)(convs, shortcut)
@@ -260,10 +264,11 @@ def _conv(
     *,
     rank: int,
     bias: bool,
+    norm: bool,
 ) -> nn.Module:
     sizes = in_channels, out_channels, kernel_size
     window = {"stride": stride, "padding": kernel_size // 2, "bias": bias}
     if kind == "subkernel" or rank == 0:
         return nn.Conv2d(*sizes, **window)
     layer = {"chansel": WeightedSumConv2d, "subspace": SubspaceConv2d}[kind]
-    return layer(*sizes, **window, rank=min(rank, in_channels, kernel_size**2))
+    return layer(*sizes, **window, rank=min(rank, in_channels, kernel_size**2), norm=norm)

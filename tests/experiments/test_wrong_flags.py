@@ -16,7 +16,7 @@ from commands import environment
 from experiments.cli import command as cli_command
 
 COMMANDS = (
-    *("train", "compare", "evaluate", "predict", "study", "compress"),
+    *("train", "compare", "evaluate", "predict", "study", "compress", "export"),
     *("benchmark", "profile", "scaling", "tune"),
 )
 # What a command cannot do without; RUN and DENSE are runs, IMAGES theirs.
@@ -24,6 +24,7 @@ REQUIRED = {
     "evaluate": ["--workdir=RUN", "--data-dir=IMAGES"],
     "predict": ["--workdir=RUN", "--images=IMAGES"],
     "compress": ["--workdir=DENSE", "--data-dir=IMAGES"],
+    "export": ["--workdir=RUN"],
     "study": ["rank"],
 }
 FOLDER = "--dataset=folder --data-dir=IMAGES "
@@ -189,6 +190,14 @@ WRONG = [
     ),
     ("compress", "--temperature=0", "--temperature=0.0 must be positive and finite"),
     ("compress", "--epoch=9", "no checkpoint of epoch 9, only 2, 3"),
+    ("export", "--workdir=NONE", "--workdir=NONE holds no run"),
+    ("export", "--format=pickle", "pickle"),
+    ("export", "--format=", "--format= must be different formats, at least one"),
+    ("export", "--format=onnx,onnx", "--format=onnx,onnx must be different formats"),
+    ("export", "--epoch=9", "no checkpoint of epoch 9, only 2, 3"),
+    ("export", "--output=FILE", "--output=FILE is a file, not a folder"),
+    ("export", "--output=FILE/new", "--output=FILE/new"),
+    ("export", "--output=IMAGES/new", "--output=IMAGES/new lies within the images of IMAGES"),
     ("benchmark", "--batch-size=0", "--batch-size=0 must be at least 1"),
     ("benchmark", "--image-size=0", "--image-size=0 must be at least 1"),
     ("benchmark", "--what=layer --shapes=8x8", "--shapes=8x8 must be "),

@@ -1,0 +1,1 @@
+"""What `python -m experiments.export` is made of."""

@@ -1,0 +1,115 @@
+"""The model card beside exported files: a README.md as Hugging Face's hub has them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.exporting.formats import FORMATS, Name, code
+from experiments.studies.runs import Record
+from experiments.training.load import Run
+
+# What the card calls the convolutions.
+CONVOLUTIONS = {
+    "chansel": "channel selection (BSConv-U)",
+    "subspace": "channel selection from a subspace (BSConv-S)",
+    "subkernel": "the ordinary, dense convolution",
+}
+
+
+def model_card(run: Run, record: Record, written: Sequence[Name]) -> str:
+    """What the network is, what it was trained on, how good it is, and how each file is loaded.
+
+    Args:
+        run: the trained network.
+        record: what is kept of that run.
+        written: the formats of the files beside the card.
+
+    Raises:
+        ValueError: if the record has no epoch of the run's checkpoint.
+    """
+    found = figures(run, record)
+    settings, (height, width, _) = run.settings, run.image_shape
+    name = f"{settings.network.model}-{settings.conv}"
+    head = {
+        "library_name": "chansel_jax",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "jax", "flax", *written],
+        "metrics": ["accuracy"],
+        "model-index": [{"name": name, "results": _results(settings.data.dataset, found)}],
+    }
+    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
+    classes = "\n".join(f"{i}. {json.dumps(each)}" for i, each in enumerate(run.class_names))
+    rows = "\n".join(f"| {label} | {value} |" for label, value in _table(run, record, found))
+    files = "\n\n".join(
+        f"## {FORMATS[each].file}\n\n{FORMATS[each].described}\n\n```python\n{code(each, run)}\n```"
+        for each in written
+    )
+    return f"""---
+{front}
+---
+
+# {name}
+
+This network tells the class of an image. It is the residual network `{settings.network.model}` of
+chansel_jax, whose convolution is {_conv(run)}.
+It was trained with `python -m experiments.train` on the data set `{settings.data.dataset}`, from
+the seed {settings.seed}.
+
+| | |
+| --- | ---: |
+{rows}
+
+The images that it takes are arrays `images` `(N, {height}, {width}, 3)` of uint8, red, green and
+blue from 0 to 255. What it gives are the probabilities `(N, {len(run.class_names)})` of these
+classes, in float32:
+
+{classes}
+
+{files}
+"""
+
+
+def figures(run: Run, record: Record) -> dict[str, Mapping[str, Any]]:
+    """The loss and accuracy of the run's checkpoint, by split, as far as they were measured."""
+    rows = [row for row in record.metrics if row["epoch"] == run.epoch]
+    if not rows:
+        raise ValueError(f"metrics.jsonl of {run.workdir} has no epoch {run.epoch}")
+    found = {"validation": {"loss": rows[0]["val_loss"], "accuracy": rows[0]["val_accuracy"]}}
+    if record.evaluations.get("test", {}).get("epoch") == run.epoch:
+        found["test"] = record.evaluations["test"]
+    return found
+
+
+def _results(dataset: str, found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What a card's `model-index` says of the figures."""
+    return [
+        {
+            "task": {"type": "image-classification"},
+            "dataset": {"name": dataset, "type": dataset, "split": split},
+            "metrics": [{"type": kind, "value": of_split[kind]} for kind in ("accuracy", "loss")],
+        }
+        for split, of_split in found.items()
+    ]
+
+
+def _table(
+    run: Run, record: Record, found: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[str, str]]:
+    summary = record.summary
+    rows = [
+        ("parameters", f"{summary['parameters']:,}"),
+        ("multiply-adds an image", f"{summary['multiply_adds']:,}"),
+        ("training images", f"{summary['images']['train']:,}"),
+        ("epochs trained", f"{run.epoch}"),
+    ]
+    for split, of_split in found.items():
+        rows.append((f"{split} loss", f"{of_split['loss']:.4f}"))
+        rows.append((f"{split} accuracy", f"{of_split['accuracy']:.2%}"))
+    return rows
+
+
+def _conv(run: Run) -> str:
+    network, told = run.settings.network, CONVOLUTIONS[run.settings.conv]
+    if network.ranks:
+        return f"{told} of the ranks {', '.join(map(str, network.ranks))}"
+    return told if network.rank == 1 else f"{told} of rank {network.rank}"
