@@ -68,7 +68,8 @@ def _called(equation: JaxprEqn) -> Iterator[Jaxpr]:
 
 
 def _devices(params: dict[str, Any]) -> int:
-    return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+    axes = params.get("newly_manual_axes", params.get("manual_axes"))  # its name until jax 0.10.1
+    return math.prod(params["mesh"].shape[axis] for axis in axes)
 
 
 TRIPS: dict[str, Callable[[dict[str, Any]], int]] = {
