@@ -68,7 +68,7 @@ def _called(equation: JaxprEqn) -> Iterator[Jaxpr]:
 
 
 def _devices(params: dict[str, Any]) -> int:
-    axes = params.get("newly_manual_axes", params.get("manual_axes"))  # its name until jax 0.10.1
+    axes = params.get("newly_manual_axes", params.get("manual_axes"))  # so in jax 0.10.0
     return math.prod(params["mesh"].shape[axis] for axis in axes)
 
 
