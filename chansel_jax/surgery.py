@@ -19,6 +19,7 @@ from jax import lax
 from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
 from chansel_jax.decomposition import component_energies, factorize_kernel
 from chansel_jax.ops.window import positive
+from chansel_jax.tables import aligned
 
 DenseConv = nnx.Conv | SubKernelConv
 Where = Callable[[str, DenseConv], bool]
@@ -74,8 +75,7 @@ class Report:
         lines.append(("these layers", *_with_commas(before, after), "", ""))
         whole = _with_commas(self.parameters_before, self.parameters_after)
         lines.append(("all parameters", *whole, "", ""))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(_table_line(line, widths) for line in lines)
+        return "\n".join(aligned(lines, left=1))
 
 
 def replace_convs(
@@ -297,11 +297,3 @@ def _exchanged(root: Any, new: Mapping[int, ChannelSelectionConv]) -> Any:
 
 def _with_commas(*numbers: int) -> list[str]:
     return [f"{number:,}" for number in numbers]
-
-
-def _table_line(words: tuple[str, ...], widths: list[int]) -> str:
-    first, *others = (
-        word.rjust(width) if number else word.ljust(width)
-        for number, (word, width) in enumerate(zip(words, widths, strict=True))
-    )
-    return "  ".join((first, *others)).rstrip()

@@ -41,6 +41,17 @@ def normal(*shapes, dtype=jnp.float32):
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
 
 
+def with_random_norms(module):
+    """`module` of PyTorch, its BatchNorms with other values than the initial zeros and ones."""
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
+            torch.nn.init.normal_(layer.bias, std=0.3)
+            layer.running_mean.normal_(std=0.3)
+            layer.running_var.uniform_(0.5, 2)
+    return module
+
+
 def in_torch(*operands, strides, padding, dilation):
     """The output and the gradients that PyTorch computes in float64.
 

@@ -13,6 +13,7 @@ import torch
 from bsconv.pytorch import BSConvS, BSConvS_Replacer, BSConvU, BSConvU_Replacer
 from bsconv.pytorch.resnet import build_resnet
 from flax import nnx
+from layers import with_random_norms
 
 from chansel_jax import (
     ChannelSelectionConv,
@@ -268,13 +269,7 @@ def test_of_many_problems_the_first_are_told_and_all_counted():
 def randomised(module):
     """`module` in evaluation, its BatchNorms with other values than the initial zeros and ones."""
     torch.manual_seed(0)
-    for layer in module.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
-            torch.nn.init.normal_(layer.bias, std=0.3)
-            layer.running_mean.normal_(std=0.3)
-            layer.running_var.uniform_(0.5, 2)
-    return module.eval()
+    return with_random_norms(module).eval()
 
 
 REPLACERS = {

@@ -22,6 +22,7 @@ from chansel_jax.counting.scopes import (
     set_place,
 )
 from chansel_jax.ops.lowerings import by_definition
+from chansel_jax.tables import aligned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +81,8 @@ class Count:
             output = "" if row.output is None else " × ".join(map(str, row.output)) or "scalar"
             lines.append((row.path, row.kind, output, *_figures(row)))
         lines.append(("total", "", "", *_figures(self)))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        rule = ["─" * width for width in widths]
-        lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
-        aligned = [
-            [f"{cell:{'<' if i < 3 else '>'}{widths[i]}}" for i, cell in enumerate(line)]
-            for line in lines
-        ]
-        return "\n".join("  ".join(line) for line in aligned)
+        rule = ["─" * max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(aligned([lines[0], rule, *lines[1:-1], rule, lines[-1]], left=3))
 
 
 def _figures(counted: Row | Count) -> tuple[str, str]:

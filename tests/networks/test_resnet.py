@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from layers import with_random_norms
 
 from chansel_jax import (
     ChannelSelectionConv,
@@ -43,14 +44,7 @@ def unset(kind):
 
 def randomised(twin):
     """`twin` in float64, its BatchNorms with other values than the initial zeros and ones."""
-    twin.double()
-    for module in twin.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias, std=0.3)
-            module.running_mean.normal_(std=0.3)
-            module.running_var.uniform_(0.5, 2)
-    return twin
+    return with_random_norms(twin.double())
 
 
 def carried(network, twin):
