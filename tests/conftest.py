@@ -7,6 +7,8 @@ import signal
 import tempfile
 from pathlib import Path
 
+gc.disable()  # until all is imported
+
 # What a script starts in the background ignores Ctrl-C, and under `nohup` the end of a terminal: so
 # would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -57,6 +59,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    # What is imported stays: to look through it for garbage took a tenth of a short command's time.
+    # What is imported stays: to look through it for garbage, again and again, takes long.
     gc.freeze()
     gc.set_threshold(50_000)
+    gc.enable()

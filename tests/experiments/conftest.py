@@ -3,11 +3,15 @@
 import contextlib
 import dataclasses
 import io
+import json
+import os
+import shutil
 import types
 
 import numpy as np
 import pytest
 from commands import Command
+from filelock import FileLock
 from PIL import Image
 from rich.console import Console
 
@@ -25,9 +29,31 @@ COLOURS = {"blue": (60, 90, 200), "green": (60, 200, 90), "red": (200, 60, 60)}
 
 
 @pytest.fixture(scope="session")
-def images(tmp_path_factory):
+def made_once(tmp_path_factory):
+    """Makes a folder for all processes of the session, by a function of its path."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # which the processes share
+
+    def made(name, make):
+        made_by_all = root / "shared" / name
+        made_by_all.parent.mkdir(exist_ok=True)
+        with FileLock(f"{made_by_all}.lock"):
+            if not made_by_all.exists():
+                make(made_by_all)
+        return made_by_all
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def images(made_once):
     """A folder of noisy squares of three colours: 3 × 60 for training, 3 × 9 for validation."""
-    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    return made_once("images", draw_images)
+
+
+def draw_images(root):
+    rng = np.random.default_rng(0)
     for split, count in (("train", 60), ("validation", 9)):
         for name, colour in COLOURS.items():
             folder = root / split / name
@@ -35,7 +61,6 @@ def images(tmp_path_factory):
             for i in range(count):
                 pixels = rng.normal(colour, 20, (8, 8, 3)).clip(0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -77,19 +102,23 @@ def settings(images, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def whole(settings):
+def whole(made_once, settings):
     """That run, uninterrupted: its summary and what was printed."""
-    return trained(settings)
+    trained = made_once("whole", lambda folder: train(folder, settings))
+    shutil.copytree(trained / "run", settings.workdir)
+    summary = json.loads((trained / "run" / "summary.json").read_text())
+    return summary, (trained / "printed").read_text()
 
 
 @pytest.fixture(scope="session")
-def dense(settings, tmp_path_factory):
+def dense(made_once, settings, tmp_path_factory):
     """The folder of a run of the dense network."""
-    workdir = tmp_path_factory.mktemp("dense") / "run"
-    trained(dataclasses.replace(settings, conv="subkernel", workdir=workdir))
-    return workdir
+    of_dense = dataclasses.replace(settings, conv="subkernel")
+    trained = made_once("dense", lambda folder: train(folder, of_dense))
+    return shutil.copytree(trained / "run", tmp_path_factory.mktemp("dense") / "run")
 
 
-def trained(settings):
+def train(folder, settings):
     console = Console(file=io.StringIO(), width=120)
-    return run.train_and_evaluate(settings, console), console.file.getvalue()
+    run.train_and_evaluate(dataclasses.replace(settings, workdir=folder / "run"), console)
+    (folder / "printed").write_text(console.file.getvalue())
