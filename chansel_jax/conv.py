@@ -538,9 +538,9 @@ def _fastest_lowering(layer: SubKernelConv | ChannelSelectionConv, dtype: Dtype)
         if layer._by_its_function:
             return "lax"
         return dense.fastest(here(), jax.ShapeDtypeStruct(layer.kernel.shape, dtype), *how)
-    if layer.norm is not None:
-        return depthwise.fastest(here(), *how)
     x = jax.ShapeDtypeStruct((1, *layer.kernel_size, layer._selected_from), dtype)
+    if layer.norm is not None:
+        return depthwise.fastest(here(), x, *how)
     return selection.fastest(here(), x, layer.depthwise, *how)
 
 

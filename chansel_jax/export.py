@@ -16,6 +16,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
 from chansel_jax.files import replaced
+from chansel_jax.ops.lowerings import NATIVE
+from chansel_jax.ops.window import is_int
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
@@ -65,7 +67,7 @@ def to_stablehlo(
     network = nnx.clone(module)
     network.eval()
     for _, layer in nnx.iter_modules(network):
-        if isinstance(layer, ChannelSelectionConv | SubKernelConv):
+        if isinstance(layer, ChannelSelectionConv | SubKernelConv) and layer.lowering in NATIVE:
             layer.lowering = "auto"
     graph, state = nnx.split(network)
     sizes, statistics = _sizes(shape, constraints), _statistics(mean, std, shape)
@@ -74,7 +76,7 @@ def to_stablehlo(
         if statistics is not None:
             x = (x.astype(jnp.float32) - statistics[0]) / statistics[1]
         with jax.numpy_dtype_promotion("standard"):  # which Flax needs for several dtypes
-            return nnx.merge(graph, state)(x)
+            return nnx.merge(graph, state, copy=True)(x)  # a copy, whose variables may be written
 
     inputs = jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))
     return jax.export.export(jax.jit(call), platforms=tuple(platforms))(inputs)
@@ -125,7 +127,7 @@ def _sizes(shape: Sequence[int | str | None], constraints: Sequence[str]) -> tup
     if not shape:
         raise ValueError("shape=() must have at least one size")
     for size in shape:
-        if not (size is None or isinstance(size, str) or (isinstance(size, int) and size > 0)):
+        if not (size is None or isinstance(size, str) or (is_int(size) and size > 0)):
             raise ValueError(
                 f"shape={tuple(shape)} must have sizes above 0, None, or texts as '8*h'"
             )

@@ -63,8 +63,20 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: bytes | str) -> Any:
-    """What JSON says; raises ValueError for all that is none, and for what nests too deeply."""
+    """What JSON says.
+
+    Raises:
+        ValueError: for all that is none, nests too deeply, or has a name twice.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_of_different_names)
     except RecursionError as error:
         raise ValueError("its brackets nest too deeply") from error
+
+
+def _of_different_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is given twice")
+    return found

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from chansel_jax.conv import SubspaceChannelSelectionConv
@@ -15,6 +16,16 @@ def network_tree(network: nnx.Module) -> dict[str, Tree]:
     """The `params` and `batch_stats` of `network`, as nested dicts."""
     _, params, batch_stats, _ = nnx.split(network, nnx.Param, nnx.BatchStat, ...)
     return {"params": nnx.to_pure_dict(params), "batch_stats": nnx.to_pure_dict(batch_stats)}
+
+
+def not_finite_in(tree: Tree) -> list[str]:
+    """The paths of the arrays of `tree`, `"params.classifier.bias"`, with an infinity or NaN."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+    return [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, leaf in leaves
+        if not np.isfinite(leaf).all()
+    ]
 
 
 def apply_function(network: nnx.Module, *, train: bool) -> Callable:

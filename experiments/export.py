@@ -16,7 +16,7 @@ from experiments.cli.command import make_output, run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
 from experiments.exporting.card import model_card
-from experiments.exporting.formats import FORMATS, Name, code, in_float32, predict_of
+from experiments.exporting.formats import FORMATS, Name, Predict, code, in_float32, predict_of
 from experiments.studies.runs import record_of
 from experiments.training.load import Checkpoint, Run, data_settings, load_run, readable
 from experiments.training.workdir import refuse_among_images
@@ -66,18 +66,27 @@ def export(settings: Settings, console: Console) -> None:
             f"workdir={workdir} holds a run that is not finished: there is no summary.json; "
             "experiments.train with the run's flags goes on with it"
         )
-    trained = in_float32(load_run(workdir, settings.epoch, console.print))
+    run = load_run(workdir, settings.epoch, console.print)
+    trained = in_float32(run)
     output = settings.output or workdir / "export"
     refuse_among_images("output", output, data_settings(trained, None))
     with readable(f"the run in {workdir}"):
         card = model_card(trained, record_of(workdir), settings.format)
     make_output(output)
+    if trained is not run:
+        difference = predictions_differ(
+            predict_of(trained, trained.network), predict_of(run, run.network), trained
+        )
+        console.print(
+            f"the run computes in {run.settings.network.dtype}, and what is exported in float32: "
+            f"probabilities of three random images differ by up to {difference:.1e}"
+        )
     for name in settings.format:
         path = output / FORMATS[name].file
         with replaced(path) as partial:  # a file that differs does not get there
             FORMATS[name].save(trained, partial)
             compare(name, partial, trained)
-        console.print(f"{path}: {path.stat().st_size:,} bytes; it predicts as the run does")
+        console.print(f"{path}: {path.stat().st_size:,} bytes; it predicts as the run's network")
         console.print(textwrap.indent(code(name, trained), "    "), markup=False, highlight=False)
     with replaced(output / CARD) as partial:
         partial.write_text(card, encoding="utf-8")
@@ -97,17 +106,20 @@ def check_packages(formats: tuple[Name, ...]) -> None:
 
 def compare(name: Name, path: Path, trained: Run) -> None:
     """Raises `CommandError` if what the file predicts is not what the network of the run does."""
-    rng = np.random.default_rng(0)
-    images = rng.normal(trained.mean, trained.std, (3, *trained.image_shape))
-    images = images.clip(0, 255).astype(np.uint8)
     predict, expected = FORMATS[name].load(trained, path), predict_of(trained, trained.network)
-    for few in (images, images[:1]):
-        difference = np.abs(predict(few) - expected(few)).max()
-        if not difference <= TOLERANCE:
-            raise CommandError(
-                f"format={name}: the file's probabilities differ by {difference:.1e} from those of "
-                f"the run's network, more than {TOLERANCE:.0e}; it is not written"
-            )
+    difference = predictions_differ(predict, expected, trained)
+    if not difference <= TOLERANCE:
+        raise CommandError(
+            f"format={name}: the file's probabilities differ by {difference:.1e} from those of "
+            f"the run's network, more than {TOLERANCE:.0e}; it is not written"
+        )
+
+
+def predictions_differ(predict: Predict, expected: Predict, run: Run) -> float:
+    """The largest difference between probabilities, of three random images at once and of one."""
+    rng = np.random.default_rng(0)
+    images = rng.normal(run.mean, run.std, (3, *run.image_shape)).clip(0, 255).astype(np.uint8)
+    return max(np.abs(predict(few) - expected(few)).max() for few in (images, images[:1]))
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def time_shape(title: str, shape: Shape, dtype: str, settings: Settings) -> Resu
             arguments, chosen = (x, pointwise, kernel), lowerings.fastest_layer(place, x, kernel)
         case "depthwise part":
             arguments = selection.weighted_sums(x, pointwise), kernel
-            chosen = lowerings.fastest_depthwise(place)
+            chosen = lowerings.fastest_depthwise(place, x)
         case _:
             arguments = x, selection.composed_kernel(pointwise, kernel)
             chosen = lowerings.fastest_dense(place, arguments[1])

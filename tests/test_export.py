@@ -1,5 +1,7 @@
 """Modules as programs, read again from their bytes."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,19 @@ class UNet(nnx.Module):
         return self.up(jnp.concatenate([x, y], axis=-1))
 
 
+class Counting(nnx.Module):
+    """A recurrent network, dropout that stays, and a count of the calls: variables are written."""
+
+    def __init__(self, rngs):
+        self.rnn = nnx.RNN(nnx.GRUCell(3, 4, rngs=rngs))
+        self.dropout = nnx.Dropout(0.5, deterministic=False, rngs=rngs)
+        self.calls = nnx.Intermediate(jnp.int32(0))
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        return self.dropout(self.rnn(x))
+
+
 def reloaded(program, path):
     save_stablehlo(program, path)
     return load_stablehlo(path)
@@ -48,6 +63,31 @@ def test_a_network_that_is_not_ours_for_images_of_any_even_size(tmp_path):
         program.call(np.zeros((1, 5, 4, 3), np.uint8))
 
 
+def test_a_module_that_writes_variables_is_exported_and_stays_as_it_is():
+    network, x = Counting(nnx.Rngs(0)), jnp.ones((2, 5, 3))
+    program = to_stablehlo(network, (None, 5, 3), platforms=("cpu",))
+    assert network.calls[...] == 0 and not network.dropout.deterministic
+    network.eval()
+    np.testing.assert_allclose(program.call(x), network(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_deep_networks_are_exported_for_images_of_any_size(norm):
+    """After each further layer JAX took ten times as long to compare what sizes may be."""
+    rngs, channels = nnx.Rngs(0), [3, 4, 4, 4, 4, 4]
+    network = nnx.Sequential(
+        *[
+            ChannelSelectionConv(i, o, (3, 3), strides=2, padding=1, norm=norm, rngs=rngs)
+            for i, o in itertools.pairwise(channels)
+        ]
+    )
+    program = to_stablehlo(network, (None, None, None, 3), platforms=("cpu",))
+    network.eval()
+    for shape in ((2, 40, 33, 3), (1, 5, 64, 3)):
+        x = jax.random.normal(jax.random.key(0), shape)
+        np.testing.assert_allclose(program.call(x), network(x), rtol=0, atol=1e-5)
+
+
 class Doubled(nnx.Module):
     def __call__(self, x):
         return 2 * x
@@ -63,13 +103,13 @@ class Doubled(nnx.Module):
     ],
 )
 def test_normalisation_by_hand(given, expected):
-    program = to_stablehlo(Doubled(), (None, 2), platforms=("cpu",), **given)
+    program = to_stablehlo(Doubled(), (None, np.int64(2)), platforms=("cpu",), **given)
     found = program.call(np.array([[3, 4]], np.float32))
     assert found.dtype == jnp.float32 and found.tolist() == expected
 
 
 @pytest.mark.parametrize("lowering", ["auto", *runnable(LOWERINGS)])
-def test_layers_that_ask_for_a_lowering_are_exported_without_it(lowering):
+def test_layers_that_ask_for_a_lowering_are_exported_without_what_is_in_cpp(lowering):
     layer = ChannelSelectionConv(2, 4, (3, 3), lowering=lowering, rngs=nnx.Rngs(0))
     program = to_stablehlo(layer, (1, 4, 4, 2))
     assert "custom_call" not in program.mlir_module() and layer.lowering == lowering
@@ -86,6 +126,7 @@ def test_layers_that_ask_for_a_lowering_are_exported_without_it(lowering):
         ((None, 2), {"mean": [1, 2, 3]}, r"mean=\[1. 2. 3.\] must be one number for each channel"),
         ((None, 2), {"mean": 1, "std": [1, 0]}, r"std=\[1. 0.\] must be above 0"),
         ((None, 2), {"platforms": ("gpu",)}, r"platforms=\('gpu',\) must be some of 'cpu'"),
+        ((None, True), {}, r"shape=\(None, True\) must have sizes above 0"),
         ((), {}, r"shape=\(\) must have at least one size"),
     ],
 )

@@ -93,10 +93,10 @@ def _compute(function: late.Function, lowering: str, x: jax.Array, kernel: jax.A
     return depthwise_shifted(x, kernel, window)
 
 
-def _choose(function: late.Function, place: Place, _: jax.Array, kernel: jax.Array) -> str:
-    return fastest(place, function.window, function.options)
+def _choose(function: late.Function, place: Place, x: jax.Array, _: jax.Array) -> str:
+    return fastest(place, x, function.window, function.options)
 
 
-def fastest(place: Place, window: Window, options: Options = DEFAULT) -> str:
+def fastest(place: Place, x: jax.Array, window: Window, options: Options = DEFAULT) -> str:
     """What `"auto"` takes: the fastest lowering, or `"grouped"` where that one lacks something."""
-    return first_able((fastest_depthwise(place), "grouped"), window, options)
+    return first_able((fastest_depthwise(place, x), "grouped"), window, options)

@@ -106,6 +106,8 @@ def fastest_layer(place: Place, x: jax.Array, depthwise: jax.Array) -> str:
     """
     if place.platform != "cpu":
         return "composed"  # 1.04 to 1.09 times the dense step on an H100; others not measured yet
+    if _symbolic(x):
+        return "composed"
     if not _native_runs(place, x.dtype):
         return "shifted"
     in_channels, (rank, out_channels) = x.shape[-1], depthwise.shape[-2:]
@@ -115,10 +117,19 @@ def fastest_layer(place: Place, x: jax.Array, depthwise: jax.Array) -> str:
     return "native" if narrow else "shifted"
 
 
-def fastest_depthwise(place: Place) -> str:
-    """The lowering that `depthwise_conv` takes for `"auto"`."""
+def fastest_depthwise(place: Place, x: jax.Array) -> str:
+    """The lowering that `depthwise_conv` takes for `"auto"`, of images `(N, *spatial, C)`."""
     # Other backends have kernels for grouped convolutions; what they take was not measured yet.
-    return "shifted" if place.platform == "cpu" else "grouped"
+    return "shifted" if place.platform == "cpu" and not _symbolic(x) else "grouped"
+
+
+def _symbolic(x: jax.Array) -> bool:
+    """Whether the program is to be exported for images `x` of any size.
+
+    What cuts them up would have JAX compare expressions of their sizes, which after a few layers
+    takes minutes.
+    """
+    return not all(isinstance(size, int) for size in x.shape[1:-1])
 
 
 def fastest_dense(place: Place, kernel: jax.Array) -> str:

@@ -94,13 +94,14 @@ class Totals:
 
 
 def in_top5(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Whether each label `(N,)` has one of the five largest of its logits `(N, C)`, one of equals.
+    """Whether each label `(N,)` has one of the five largest of its logits `(N, C)`.
 
-    It has none where they are not numbers.
+    Of equal ones the first is the larger, as for `argmax`. None is where they are not numbers.
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    above = jnp.sum(~(logits <= own), axis=-1, dtype=jnp.int32)
-    return above < 5
+    earlier = jnp.arange(logits.shape[-1])[None] < labels[:, None]
+    larger = ~(logits <= own) | ((logits == own) & earlier)
+    return jnp.sum(larger, axis=-1, dtype=jnp.int32) < 5
 
 
 def init_state(

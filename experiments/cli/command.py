@@ -96,7 +96,10 @@ def make_output(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except FileExistsError as error:
-        raise CommandError(f"output={folder} is a file, not a folder") from error
+        what = (
+            "a link that leads nowhere" if folder.is_symlink() and not folder.exists() else "a file"
+        )
+        raise CommandError(f"output={folder} is {what}, not a folder") from error
     except OSError as error:
         raise CommandError(f"output={folder}: {error.strerror or error}") from error
     finally:

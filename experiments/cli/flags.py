@@ -271,7 +271,11 @@ def _with_config(
         return arguments
     try:
         path = _path(text)
-        flags = dict(_flags_of(read_config(path), settings_type))
+        flags = {}
+        for name, flag in _flags_of(read_config(path), settings_type):
+            if name in flags:
+                raise ValueError(f"{name} is given twice")
+            flags[name] = flag
     except (OSError, ValueError) as error:
         told = error.strerror if isinstance(error, OSError) else error
         print_error(f"--config={text} cannot be taken: {told} ({program} --help explains)")
@@ -307,6 +311,8 @@ def _flags_of(values: Mapping[str, Any], settings_type: type) -> Iterator[tuple[
             yield name, flag if value else f"--no-{name.replace('_', '-')}"
         elif isinstance(value, Mapping | bool):
             raise ValueError(f"{key}={value} must be a text, a number or an array")
+        elif isinstance(value, list) and not all(type(each) in (str, int, float) for each in value):
+            raise ValueError(f"{key}={value} must be an array of texts or numbers")
         else:
             yield name, f"{flag}={_text(tuple(value) if isinstance(value, list) else value)}"
 

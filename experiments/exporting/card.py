@@ -70,13 +70,18 @@ classes, in float32:
 
 
 def figures(run: Run, record: Record) -> dict[str, Mapping[str, Any]]:
-    """The loss and accuracy of the run's checkpoint, by split, as far as they were measured."""
+    """The loss and accuracy of the run's checkpoint, by split, as far as they were measured.
+
+    Those of test images count only if they are the run's own.
+    """
     rows = [row for row in record.metrics if row["epoch"] == run.epoch]
     if not rows:
         raise ValueError(f"metrics.jsonl of {run.workdir} has no epoch {run.epoch}")
     found = {"validation": {"loss": rows[0]["val_loss"], "accuracy": rows[0]["val_accuracy"]}}
-    if record.evaluations.get("test", {}).get("epoch") == run.epoch:
-        found["test"] = record.evaluations["test"]
+    test = record.evaluations.get("test")
+    digest = record.data["digests"].get("test")
+    if test and (test["epoch"], test["images_sha256"]) == (run.epoch, digest):
+        found["test"] = test
     return found
 
 
@@ -102,6 +107,8 @@ def _table(
         ("training images", f"{summary['images']['train']:,}"),
         ("epochs trained", f"{run.epoch}"),
     ]
+    if (dtype := run.settings.network.dtype) != "float32":
+        rows.append(("computes in", f"float32; for the figures below, in {dtype}"))
     for split, of_split in found.items():
         rows.append((f"{split} loss", f"{of_split['loss']:.4f}"))
         rows.append((f"{split} accuracy", f"{of_split['accuracy']:.2%}"))

@@ -186,7 +186,7 @@ def finished(
         OneLineError: as `train_and_evaluate` and `measure`, also for a refused setting; or if the
             run is there with other settings, images or parameters, or its line cannot be read, or
             the checkpoint that is to be measured.
-        DivergedError: if a loss is not finite.
+        DivergedError: if a loss or a parameter is not finite.
     """
     path, workdir = output / RUNS, output / "runs" / name
     recorded = read_records(path).get(name)

@@ -70,7 +70,7 @@ def run_all(
         wanted: scores of each run.
 
     Returns:
-        What came out, and a line for each training that is left out: its loss was not finite.
+        What came out, and a line for each training that is left out: it diverged.
 
     Raises:
         OneLineError: as `finished`, or if an entry has wrong settings, or no loss was finite.

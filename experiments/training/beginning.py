@@ -5,6 +5,7 @@ from pathlib import Path
 
 import safetensors
 
+from chansel_jax.functional import network_tree, not_finite_in
 from chansel_jax.networks.resnet import ResNet
 from chansel_jax.torch_weights import load_safetensors
 from experiments.cli.errors import CommandError
@@ -25,10 +26,20 @@ def read_beginning(
 
     Raises:
         CommandError: if there is neither a run nor a file of weights, or it cannot be read or is of
-            another network.
+            another network, or has values that are not finite.
         CheckpointError: if the run's checkpoint cannot be restored.
     """
     path = settings.init
+    network, class_names = _read(path, settings, report)
+    if found := not_finite_in(network_tree(network)):
+        more = f" and {len(found) - 1} others" if found[1:] else ""
+        raise CommandError(f"init={path} has values that are not finite in {found[0]}{more}")
+    return network, class_names
+
+
+def _read(
+    path: Path, settings: Settings, report: Callable[[str], object]
+) -> tuple[ResNet, Sequence[str] | None]:
     if (path / "config.json").is_file():
         run = load_run(path, "best", lambda line: report(f"{path}: {line}"))
         return run.network, run.class_names

@@ -11,6 +11,17 @@ from experiments.training.settings import in_todays_names
 from experiments.training.workdir import DATA_DIR
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML's own takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"{key} is given twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_config(path: Path) -> Mapping[str, Any]:
     """The settings in `path`, by name, or nested as in the `config.json` of a run.
 
@@ -21,7 +32,10 @@ def read_config(path: Path) -> Mapping[str, Any]:
         ValueError: if it is neither JSON, of a file of that name, nor YAML, or holds no settings.
     """
     try:
-        content = read_json(path) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+        if path.suffix == ".json":
+            content = read_json(path)
+        else:
+            content = yaml.load(path.read_bytes(), _Loader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     except RecursionError as error:

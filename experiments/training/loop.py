@@ -13,6 +13,7 @@ from typing import NotRequired, TypedDict
 import jax
 from rich.console import Console
 
+from chansel_jax.functional import not_finite_in
 from chansel_jax.memory import hand_back_memory
 from chansel_jax.training import checkpoint, step
 from chansel_jax.training.processes import together
@@ -30,7 +31,7 @@ from experiments.training.workdir import WorkdirError
 
 
 class DivergedError(CommandError):
-    """A loss is not finite."""
+    """A loss or a parameter is not finite."""
 
 
 class Saved(TypedDict):
@@ -63,7 +64,7 @@ def train(experiment: Experiment, workdir: Path, console: Console) -> Progress:
     Raises:
         CheckpointError: if there are checkpoints, and none can be restored.
         WorkdirError: if the run is finished, but its checkpoints have been deleted.
-        DivergedError: if a loss is not finite; earlier checkpoints stay.
+        DivergedError: if a loss or a parameter is not finite; earlier checkpoints stay.
         Interrupted: after SIGINT or SIGTERM, when all is saved.
     """
     epochs = experiment.settings.training.epochs
@@ -168,7 +169,7 @@ def train_epoch(
         progress = Progress(state, progress.history, totals, time.perf_counter() - start)
         if taken < steps:
             between_steps(taken, progress)
-    check_finite(progress.totals, epoch)
+    check_finite(progress, epoch)
     seconds = time.perf_counter() - start
     totals, validation = jax.device_get((progress.totals, feed.evaluate(progress.state)))
     row = summarise_epoch(experiment, epoch, totals, validation)
@@ -207,7 +208,7 @@ def save_or_stop(
     """Saves `progress` within an epoch if it is time to, or a signal has come; then it stops.
 
     Raises:
-        DivergedError: if a loss was not finite; nothing is saved then.
+        DivergedError: if a loss or a parameter is not finite; nothing is saved then.
         Interrupted: if a signal has come.
     """
     every = experiment.settings.save_every_steps
@@ -215,7 +216,7 @@ def save_or_stop(
     if received is None and (every is None or taken % every):
         return
     epoch = len(progress.history) + 1
-    check_finite(progress.totals, epoch)
+    check_finite(progress, epoch)
     record = {"history": progress.history, "seconds": progress.seconds}
     checkpoint.save_unfinished(checkpoints, progress.state, progress.totals, record)
     if received is not None:
@@ -241,11 +242,18 @@ def place(experiment: Experiment, progress: Progress) -> str:
     return f"step {taken} of {steps} of epoch {epochs + 1}"
 
 
-def check_finite(totals: step.Totals, epoch: int) -> None:
-    """Raises `DivergedError` if a loss in `totals` was not finite; waits for the last step."""
-    bad_step = int(totals.bad_step)
+def check_finite(progress: Progress, epoch: int) -> None:
+    """Raises `DivergedError` if a loss or a parameter is not finite; waits for the last step.
+
+    XLA makes ReLU's NaN zeros on some devices, so that a loss may be finite of parameters that are
+    not.
+    """
+    bad_step = int(progress.totals.bad_step)
     if bad_step != step.NO_STEP:
         raise DivergedError(not_finite("training loss", bad_step, epoch))
+    state = progress.state
+    if not_finite_in({"params": state.params, "batch_stats": state.batch_stats}):
+        raise DivergedError(not_finite("network", int(state.step) - 1, epoch))
 
 
 def not_finite(what: str, step: int, epoch: int) -> str:

@@ -48,7 +48,7 @@ def train_and_evaluate(
         ValueError: if a setting is wrong, naming it and its value.
         OneLineError: if the data is wrong, the workdir holds another run, no checkpoint can be
             restored, nothing can be written, or another process could not go on.
-        DivergedError: if a loss is not finite.
+        DivergedError: if a loss or a parameter is not finite.
         Interrupted: after SIGINT or SIGTERM, when all is saved.
     """
     workdir = settings.workdir or Path("runs", run_name(settings))

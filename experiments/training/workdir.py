@@ -146,7 +146,7 @@ def _lock(workdir: Path, locks: contextlib.ExitStack) -> None:
             locks.enter_context(lock)
         except Timeout as error:
             raise WorkdirError(
-                f"another process is at work in {workdir}: take another --workdir, or wait for it"
+                f"another process is at work in {workdir}: take another folder, or wait for it"
             ) from error
 
 

@@ -27,7 +27,9 @@ from chansel_jax.torch_weights import save_safetensors
 from experiments import export, predict
 from experiments.cli.errors import CommandError
 from experiments.exporting import formats
+from experiments.exporting.card import figures
 from experiments.pytorch.networks import torch_twin
+from experiments.studies.runs import record_of
 from experiments.training.load import load_run
 
 RELOADED = """
@@ -144,6 +146,17 @@ def test_card_and_what_is_printed(exported, settings, whole):
         assert code(folder, name.file).splitlines()[-1] in text
 
 
+def test_card_has_no_figures_of_other_test_images(settings, whole):
+    run, record = load_run(settings.workdir), record_of(settings.workdir)
+    measured = {"epoch": run.epoch, "images_sha256": "a", "loss": 0.5, "accuracy": 0.75}
+    data = {**record.data, "digests": {**record.data["digests"], "test": "a"}}
+    own = dataclasses.replace(record, evaluations={"test": measured}, data=data)
+    assert figures(run, own)["test"]["accuracy"] == 0.75
+    for changed in ({"images_sha256": "b"}, {"epoch": run.epoch + 1}):
+        others = dataclasses.replace(own, evaluations={"test": measured | changed})
+        assert "test" not in figures(run, others)
+
+
 def test_run_in_bfloat16_is_exported_in_float32(settings, whole):
     run = load_run(settings.workdir)
     config = dataclasses.replace(run.network.config, dtype=jnp.bfloat16)
@@ -156,6 +169,8 @@ def test_run_in_bfloat16_is_exported_in_float32(settings, whole):
     )
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-7)
     assert np.abs(narrow - expected).max() > 1e-7
+    predicts = [formats.predict_of(run, each) for each in (network, wide)]
+    assert export.predictions_differ(*predicts, run) > 1e-7
 
 
 # What is refused

@@ -561,6 +561,21 @@ def test_must_resume_needs_a_run(settings, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_network_that_is_not_finite_stops_though_its_loss_is(settings, tmp_path, monkeypatch):
+    """As XLA lets ReLU make zeros of NaN; here of statistics, which no loss of training sees."""
+    train_epoch = loop.train_epoch
+
+    def with_nan(experiment, progress, *arguments):
+        statistics = jax.tree.map(lambda leaf: leaf * np.nan, progress.state.batch_stats)
+        state = dataclasses.replace(progress.state, batch_stats=statistics)
+        return train_epoch(experiment, dataclasses.replace(progress, state=state), *arguments)
+
+    monkeypatch.setattr(loop, "train_epoch", with_nan)
+    with pytest.raises(CommandError, match=r"the network is not finite at step 10 \(epoch 1\)"):
+        run(variant(settings, tmp_path / "run"))
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(settings, tmp_path):
     explosive = OptimizerSettings(
         optimizer="sgd", schedule="constant", learning_rate=1e30, warmup_fraction=0

@@ -13,7 +13,9 @@ import pytest
 import safetensors.numpy
 from commands import environment
 
+from chansel_jax.torch_weights import save_safetensors
 from experiments.cli import command as cli_command
+from experiments.training.load import load_run
 
 COMMANDS = (
     *("train", "compare", "evaluate", "predict", "study", "compress", "export"),
@@ -91,8 +93,8 @@ WRONG = [
     ("train", "--crop-padding=-1", "--crop-padding=-1 must not be negative"),
     ("train", FOLDER + "--cutout=8", "--cutout=8 must be less than the 8 pixels"),
     ("train", "--cutout=-1", "--cutout=-1 must not be negative"),
-    ("train", "--mixup=-1", "--mixup=-1.0 must not be negative"),
-    ("train", "--cutmix=inf", "--cutmix=inf must be finite"),
+    ("train", "--mixup=1e-46", "--mixup=1e-46 must be 0, or from 1e-30 to 1e30"),
+    ("train", "--cutmix=inf", "--cutmix=inf must be 0, or from"),
     ("train", "--epochs=0", "--epochs=0 must be at least 1"),
     ("train", "--batch-size=0", "--batch-size=0 must be at least 1"),
     ("train", FOLDER + "--batch-size=182", "--batch-size=182 must be at most the 180"),
@@ -196,6 +198,12 @@ WRONG = [
     ("export", "--format=onnx,onnx", "--format=onnx,onnx must be different formats"),
     ("export", "--epoch=9", "no checkpoint of epoch 9, only 2, 3"),
     ("export", "--output=FILE", "--output=FILE is a file, not a folder"),
+    ("export", "--output=LINK", "--output=LINK is a link that leads nowhere, not a folder"),
+    (
+        "train",
+        FOLDER + "--blocks=1 --width=4 --init=INFINITE",
+        "--init=INFINITE has values that are not finite in params.classifier.bias and 1 others",
+    ),
     ("export", "--output=FILE/new", "--output=FILE/new"),
     ("export", "--output=IMAGES/new", "--output=IMAGES/new lies within the images of IMAGES"),
     ("benchmark", "--batch-size=0", "--batch-size=0 must be at least 1"),
@@ -309,6 +317,11 @@ def places(settings, whole, dense, tmp_path_factory):
     safetensors.numpy.save_file({"a": np.zeros(1)}, root / "other.safetensors")
     (root / "config.yaml").write_text("epochs: 3\nnetwork: {widht: 3}\n")
     (root / "empty").mkdir()
+    (root / "link").symlink_to("nowhere")
+    network = load_run(settings.workdir).network
+    network.classifier.bias[...] *= np.inf
+    network.stem.conv.kernel[...] *= np.nan
+    save_safetensors(network, root / "infinite.safetensors")
     return {
         "RUN": settings.workdir,
         "DENSE": dense,
@@ -317,6 +330,8 @@ def places(settings, whole, dense, tmp_path_factory):
         "FILE": root / "file",
         "YAML": root / "config.yaml",
         "DAMAGED": root / "damaged.safetensors",
+        "INFINITE": root / "infinite.safetensors",
+        "LINK": root / "link",
         "OTHER": root / "other.safetensors",
         "EMPTY": root / "empty",
         "NONE": root / "none",

@@ -243,7 +243,7 @@ def test_what_auto_chooses_on_a_cpu(monkeypatch, instructions, widest):
         fits = channels <= widest
         assert layer_choice(channels) == ("native" if fits else "shifted")
         assert layer_choice(channels, dtype="float16") == "shifted"
-        assert fastest_depthwise(here()) == "shifted"
+        assert fastest_depthwise(here(), shapes(channels)[0]) == "shifted"
         dense = "native" if instructions in ("avx2", "avx512") else "lax"
         assert fastest_dense(here(), shapes(channels)[2]) == (dense if channels <= 128 else "lax")
         assert fastest_dense(here(), shapes(channels, dtype="float16")[2]) == "lax"
@@ -270,7 +270,7 @@ def test_what_auto_chooses_of_many_ranks(monkeypatch, channels, rank, chosen):
 def test_what_auto_chooses_on_other_devices(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert layer_choice(16) == "composed"
-    assert fastest_depthwise(here()) == "grouped"
+    assert fastest_depthwise(here(), shapes(16)[0]) == "grouped"
 
 
 def test_compiled_wherever_there_is_a_compiler():

@@ -302,6 +302,8 @@ def test_accuracy_among_five_is_that_of_pytorch(classes):
 def test_five_largest_by_hand():
     logits = jnp.array([[6.0, 5, 4, 3, 2, 1]] * 3 + [[jnp.nan] * 6])
     assert in_top5(logits, jnp.array([0, 4, 5, 0])).tolist() == [True, True, False, False]
+    among_equals = in_top5(jnp.zeros((7, 7)), jnp.arange(7))
+    assert among_equals.tolist() == [True] * 5 + [False] * 2
 
 
 def test_averages_follow_the_steps_and_are_evaluated(split, run):

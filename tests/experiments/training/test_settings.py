@@ -222,6 +222,12 @@ def test_config_in_yaml_is_flat_or_nested(tmp_path):
         ("[1, 2]", "it must hold names with values"),
         ("a: [", "while parsing"),
         ("[" * 5000, "nested too deeply"),
+        ("epochs: 3\nepochs: 4", "epochs is given twice"),
+        ("network: {width: 3, width: 4}", "width is given twice"),
+        ("epochs: 3\ntraining: {epochs: 4}", "epochs is given twice"),
+        ("batch-size: 3\nbatch_size: 4", "batch_size is given twice"),
+        ("classes: [cat, no]", "classes=['cat', False] must be an array of texts or numbers"),
+        ("classes: [cat, null]", "classes=['cat', None] must be"),
     ],
 )
 def test_wrong_config_is_told_in_a_line(tmp_path, capsys, text, message):
@@ -232,6 +238,21 @@ def test_wrong_config_is_told_in_a_line(tmp_path, capsys, text, message):
     told = capsys.readouterr().err
     assert stopped.value.code == 2 and len(told.splitlines()) == 1
     assert message in told
+
+
+def test_wrong_config_of_a_run_is_told_in_a_line(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text('{"epochs": 3, "epochs": 4}')
+    with pytest.raises(SystemExit):
+        parsed(path)
+    assert "config.json cannot be taken: epochs is given twice" in capsys.readouterr().err
+
+
+def test_config_is_read_as_utf_8_whatever_the_locale_says(tmp_path, monkeypatch):
+    path = tmp_path / "mine.yaml"
+    path.write_text("classes: [hündin, кот]\n", encoding="utf-8")
+    monkeypatch.setattr(io, "text_encoding", lambda *_: "latin-1")  # what `open` asks
+    assert parsed(path).data.classes == ("hündin", "кот")
 
 
 def test_flags_of_all_groups_reach_the_settings():
