@@ -13,19 +13,21 @@ import scipy.stats
 import torch
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from chansel_jax.training import augmentation as functions
 from chansel_jax.training.augmentation import (
     Augmentation,
-    augmented,
     box_weights,
-    cutout,
-    mixed,
     normalise,
-    random_crop_flip,
-    random_parts,
     random_resized_crop,
-    resized_parts,
     with_reversed,
 )
+
+# A program each: one operation after the other, dozens would be compiled.
+augmented, mixed = (jax.jit(f, static_argnums=0) for f in (functions.augmented, functions.mixed))
+cutout = jax.jit(functions.cutout, static_argnames="size")
+random_crop_flip = jax.jit(functions.random_crop_flip, static_argnames=("padding", "flip"))
+random_parts = jax.jit(functions.random_parts, static_argnums=2)
+resized_parts = jax.jit(functions.resized_parts)
 
 COUNT, PADDING = 1024, 2
 

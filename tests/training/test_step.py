@@ -256,7 +256,8 @@ def test_step_follows_mixed_targets(run, mixing_run):
     _, steps_key = jax.random.split(jax.random.wrap_key_data(state.key))
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(steps_key, 0))
     images = normalise(batch.images, mean, std)
-    images, share = mixed(MIXED, jax.random.fold_in(augment_key, 4), images)
+    mix = jax.jit(mixed, static_argnums=0)
+    images, share = mix(MIXED, jax.random.fold_in(augment_key, 4), images)
     assert 0.02 < share < 0.98
     own, other = (np.eye(3)[each] * 0.9 + 0.1 / 3 for each in (batch.labels, batch.labels[::-1]))
     targets = share * own + (1 - share) * other
