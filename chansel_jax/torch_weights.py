@@ -472,8 +472,8 @@ def _in_torch(
             *holders, attribute = leaf.variable.split(".")
             holder = operator.attrgetter(*holders)(layer) if holders else layer
             variable = getattr(holder, attribute, None)
-            if variable is None:
-                continue
+            if not isinstance(variable, nnx.Variable):
+                continue  # None mostly
             layout = leaf.layout(layer, variable.shape)
             if len(layout.shape) == len(layout.axes):
                 yield path, leaf.name, _Entry(variable, layout)
