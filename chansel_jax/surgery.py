@@ -88,9 +88,10 @@ def replace_convs(
 ) -> tuple[nnx.Module, Report]:
     """A copy of `module` in which channel selection takes the place of dense convolutions.
 
-    Every `nnx.Conv` and `SubKernelConv` is replaced whose kernel has more than one element, and
-    which has more than one input channel for each group: the 1 × 1 and the depthwise ones stay.
-    So do subclasses of the two that define `__call__` themselves. The new layer has the same
+    Every `nnx.Conv` and `SubKernelConv` is replaced but the 1 × 1 and the depthwise ones, which
+    have several groups, each of one input channel. An ordinary convolution of one input channel is
+    replaced, though its channel selection is the larger: `where` may leave it out. What stays too
+    are subclasses of the two that define `__call__` themselves. The new layer has the same
     channels, kernel size, window, groups, dtypes and metadata, and keeps the bias as it is; of
     `SubKernelConv` it has the lowering (`"lax"` becomes `"composed"`, which is of `lax` too). A
     layer that several modules share is replaced once and stays shared. A `ResNet` keeps its
@@ -191,13 +192,13 @@ def parameter_count(module: nnx.Module) -> int:
 
 
 def _layers(module: nnx.Module) -> list[tuple[str, DenseConv]]:
-    """The dense convolutions with a spatial kernel, each once, with its path."""
+    """The dense convolutions with a spatial kernel and channels to sum, by path, each once."""
     return [
         (".".join(map(str, path)), layer)
         for path, layer in nnx.iter_graph(module, graph=True)
         if _is_dense_conv(layer)
         and math.prod(layer.kernel_size) > 1
-        and layer.in_features // layer.feature_group_count > 1
+        and not 1 < layer.feature_group_count == layer.in_features
     ]
 
 

@@ -315,27 +315,62 @@ def test_counts_are_those_of_its_replacer(stem):
     assert type(network.stem.conv) is (ChannelSelectionConv if stem == "plain" else SubKernelConv)
 
 
-def test_counts_of_other_kernels_and_groups():
-    layers = [
-        torch.nn.Conv2d(6, 8, 5),
-        torch.nn.Conv2d(8, 8, 3, groups=2),
-        torch.nn.Conv2d(8, 4, (3, 5), bias=False),
-        torch.nn.Conv2d(4, 4, 3, groups=4),
-        torch.nn.Conv2d(4, 9, 3, bias=False),
-    ]
+def twins(*layers):
+    """Convolutions of PyTorch one after the other, and the same of Flax."""
     ours = nnx.Sequential(
         *(
             conv(
                 each.in_channels,
                 each.out_channels,
                 each.kernel_size,
+                strides=each.stride,
                 feature_group_count=each.groups,
                 use_bias=each.bias is not None,
             )
             for each in layers
         )
     )
+    return torch.nn.Sequential(*layers), ours
+
+
+@pytest.mark.parametrize(
+    ("layers", "replaced"),
+    [
+        (
+            [
+                torch.nn.Conv2d(6, 8, 5),
+                torch.nn.Conv2d(8, 8, 3, groups=2),
+                torch.nn.Conv2d(8, 4, (3, 5), bias=False),
+                torch.nn.Conv2d(4, 4, 3, groups=4),
+                torch.nn.Conv2d(4, 9, 3, bias=False),
+            ],
+            ["layers.0", "layers.4"],
+        ),
+        (
+            [
+                torch.nn.Conv2d(1, 8, 3),
+                torch.nn.Conv2d(8, 16, 5, stride=2),
+                torch.nn.Conv2d(16, 16, 3, groups=4),
+                torch.nn.Conv2d(16, 16, (3, 5)),
+            ],
+            ["layers.0", "layers.1"],
+        ),
+    ],
+)
+def test_counts_of_other_kernels_and_groups(layers, replaced):
+    theirs, ours = twins(*layers)
     _, report = replace_convs(ours, where=by_its_rule)
-    theirs = bsconv.pytorch.BSConvU_Replacer().apply(torch.nn.Sequential(*layers))
+    theirs = bsconv.pytorch.BSConvU_Replacer().apply(theirs)
     assert report.parameters_after == sum(p.numel() for p in theirs.parameters())
-    assert [row.path for row in report.rows] == ["layers.0", "layers.4"]
+    assert [row.path for row in report.rows] == replaced
+
+
+@pytest.mark.parametrize("size", [(3,), (3, 3), (2, 2, 2)])
+def test_one_input_channel_is_replaced_exactly(size):
+    layer = conv(1, 5, size)
+    new, report = replace_convs(layer, rank=4)
+    np.testing.assert_allclose(new.composed_kernel(), layer.kernel[...], rtol=1e-5, atol=1e-6)
+    (row,) = report.rows
+    # The bias, a weight and a kernel for each output.
+    assert row.rank == 1 and row.energy == pytest.approx(1)
+    assert row.parameters_after == 5 + 5 + 5 * np.prod(size)
