@@ -523,6 +523,13 @@ def subspace_size(in_features: int, share: float) -> int:
     return min(in_features, max(4, math.ceil(share * in_features)))
 
 
+def unwrapped(conv: Callable[..., nnx.Module]) -> Callable[..., nnx.Module]:
+    """What a `functools.partial`, or one of one, in the end calls."""
+    while isinstance(conv, functools.partial):
+        conv = conv.func
+    return conv
+
+
 def lowerings_taken(module: nnx.Module, dtype: Dtype) -> dict[type[nnx.Module], list[str]]:
     """What `"auto"` takes here for the layers of `module`, by their kind, if they have `dtype`."""
     found = collections.defaultdict(set)

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chansel_jax.conv import ChannelSelectionConv
+from chansel_jax.conv import ChannelSelectionConv, unwrapped
 from chansel_jax.decomposition import component_energies, factorize_kernel
-from chansel_jax.networks.resnet import DENSE, ResNet, ResNetConfig, unwrapped
+from chansel_jax.networks.resnet import DENSE, ResNet, ResNetConfig
 from chansel_jax.ops.window import positive
 from chansel_jax.surgery import (
     DenseConv,

@@ -16,7 +16,13 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
+from chansel_jax.conv import (
+    ChannelSelectionConv,
+    SubKernelConv,
+    SubspaceChannelSelectionConv,
+    subspace_size,
+    unwrapped,
+)
 from chansel_jax.decomposition import component_energies, factorize_kernel
 from chansel_jax.ops.window import positive
 from chansel_jax.tables import aligned
@@ -28,6 +34,7 @@ _SAME = (
     *("strides", "padding", "input_dilation", "kernel_dilation", "feature_group_count"),
     *("dtype", "param_dtype", "precision", "promote_dtype", "preferred_element_type"),
 )
+_OWN = ("norm", "lowering", "kernel_init", "pointwise_init", "depthwise_init")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,19 +89,22 @@ def replace_convs(
     module: nnx.Module,
     *,
     rank: int | Mapping[str, int] = 1,
+    conv: Callable[..., ChannelSelectionConv] = ChannelSelectionConv,
     where: Where | None = None,
     from_weights: bool = True,
     rngs: nnx.Rngs | None = None,
 ) -> tuple[nnx.Module, Report]:
     """A copy of `module` in which channel selection takes the place of dense convolutions.
 
-    Every `nnx.Conv` and `SubKernelConv` is replaced whose kernel has more than one element, and
-    which has more than one input channel for each group: the 1 × 1 and the depthwise ones stay.
-    So do subclasses of the two that define `__call__` themselves. The new layer has the same
+    Every `nnx.Conv` and `SubKernelConv` is replaced but the 1 × 1 and the depthwise ones, which
+    have several groups, each of one input channel. An ordinary convolution of one input channel is
+    replaced, though its channel selection is the larger: `where` may leave it out. What stays too
+    are subclasses of the two that define `__call__` themselves. The new layer has the same
     channels, kernel size, window, groups, dtypes and metadata, and keeps the bias as it is; of
-    `SubKernelConv` it has the lowering (`"lax"` becomes `"composed"`, which is of `lax` too). A
-    layer that several modules share is replaced once and stays shared. A `ResNet` keeps its
-    `config`, which says what it was built from; `chansel_jax.factorize` brings it along.
+    `SubKernelConv` it has the lowering, unless `conv` brings one (`"lax"` becomes `"composed"`, or
+    `"grouped"` with `norm`, which are of `lax` too). A layer that several modules share is replaced
+    once and stays shared. A `ResNet` keeps its `config`, which says what it was built from;
+    `chansel_jax.factorize` brings it along.
 
     Args:
         module: of layers in attributes, `nnx.List`, `nnx.Dict`, `nnx.Sequential` or containers of
@@ -102,12 +112,16 @@ def replace_convs(
         rank: of every channel selection, or the highest the layer can have, min(C_in/G, K), if that
             is less. Default 1. A mapping has a rank for each path; layers that it does not name
             stay.
+        conv: what takes the place of a dense convolution: `ChannelSelectionConv` (the default),
+            `SubspaceChannelSelectionConv`, or a `functools.partial` of one with some of `norm`,
+            `share`, `lowering`, `kernel_init`, `pointwise_init` and `depthwise_init`. A subspace,
+            normalisation and initialisers need `from_weights=False`; BatchNorm begins in the mode
+            of training.
         where: is called with the path of a layer (as in `"blocks.0.conv1"`; a shared layer has the
             first one) and with the layer; those for which it returns False stay. By default none
             does.
         from_weights: whether the new layers approximate the kernels as well as their rank allows
-            (see `chansel_jax.decomposition`), or are initialised as `ChannelSelectionConv` is.
-            Default True.
+            (see `chansel_jax.decomposition`), or are initialised as `conv` is. Default True.
         rngs: the stream `params` initialises the new layers; only needed without `from_weights`.
 
     Returns:
@@ -115,25 +129,27 @@ def replace_convs(
 
     Raises:
         ValueError: if a rank is not an integer of at least 1 or is that of a path where nothing can
-            be replaced, `rngs` is missing, or a layer that is to be replaced has a mask or a
-            `conv_general_dilated` of its own, is stacked by `nnx.vmap` or `nnx.scan`, shares its
-            kernel with another module, is normalised by `nnx.WeightNorm` or `nnx.SpectralNorm`, has
-            an argument that channel selection does not, or has weights that are no finite real
-            numbers. The layer is named by its path.
+            be replaced, `conv` is another layer or brings another argument, `rngs` is missing, or a
+            layer that is to be replaced has a mask or a `conv_general_dilated` of its own, is
+            stacked by `nnx.vmap` or `nnx.scan`, shares its kernel with another module, is
+            normalised by `nnx.WeightNorm` or `nnx.SpectralNorm`, has an argument that channel
+            selection does not, or has weights that are no finite real numbers. The layer is named
+            by its path.
     """
     if not from_weights and rngs is None:
         raise ValueError("rngs=None must be given with from_weights=False, to initialise layers")
     if not isinstance(module, nnx.Module):
         raise ValueError(f"module of type {type(module).__name__} must be an nnx.Module")
+    _check_conv(conv, from_weights)
     chosen = dense_convs(module, where)
-    ranks = _ranks(rank, chosen)
+    ranks = _ranks(rank, chosen, _share(conv))
     copy = nnx.clone(module, graph=True)
     copied = {path: layer for path, layer in _layers(copy) if path in ranks}
     new, rows = {}, []
     for path, layer in copied.items():
         try:
             new[id(layer)], row = _replaced(
-                path, layer, ranks[path], None if from_weights else rngs
+                path, layer, conv, ranks[path], None if from_weights else rngs
             )
         except ValueError as error:
             raise ValueError(f"{path or 'module'}: {error}") from error
@@ -169,6 +185,39 @@ def dense_convs(module: nnx.Module, where: Where | None = None) -> dict[str, Den
     return found
 
 
+def _check_conv(conv: Any, from_weights: bool) -> None:
+    """Raises `ValueError` if `conv` cannot take the place of a dense convolution."""
+    kind, given = unwrapped(conv), getattr(conv, "keywords", {})
+    if not (isinstance(kind, type) and issubclass(kind, ChannelSelectionConv)):
+        raise ValueError(
+            f"conv={conv!r} must be ChannelSelectionConv, SubspaceChannelSelectionConv or a "
+            "functools.partial of one"
+        )
+    own = (*_OWN, "share") if issubclass(kind, SubspaceChannelSelectionConv) else _OWN
+    if others := [*map(repr, getattr(conv, "args", ())), *sorted(given.keys() - set(own))]:
+        raise ValueError(
+            f"conv brings {', '.join(others)}; what it may bring is {', '.join(own)}, and the "
+            "dense layer or another argument decides the rest"
+        )
+    if not from_weights:
+        return
+    if kind is not ChannelSelectionConv:
+        raise ValueError(
+            f"conv={kind.__name__} can only be initialised anew: give from_weights=False"
+        )
+    if useless := sorted(name for name in given.keys() - {"lowering"} if given[name]):
+        raise ValueError(
+            f"conv brings {', '.join(useless)}, which only layers that are initialised have: give "
+            "from_weights=False"
+        )
+
+
+def _share(conv: Any) -> float:
+    """The share of a group's channels that `conv` selects from."""
+    of_subspace = issubclass(unwrapped(conv), SubspaceChannelSelectionConv)
+    return getattr(conv, "keywords", {}).get("share", 0.25) if of_subspace else 1.0
+
+
 def _holders(module: nnx.Module) -> dict[int, list[str]]:
     """The paths of the modules that hold each variable, by its id."""
     found = collections.defaultdict(list)
@@ -191,13 +240,13 @@ def parameter_count(module: nnx.Module) -> int:
 
 
 def _layers(module: nnx.Module) -> list[tuple[str, DenseConv]]:
-    """The dense convolutions with a spatial kernel, each once, with its path."""
+    """The dense convolutions with a spatial kernel and channels to sum, by path, each once."""
     return [
         (".".join(map(str, path)), layer)
         for path, layer in nnx.iter_graph(module, graph=True)
         if _is_dense_conv(layer)
         and math.prod(layer.kernel_size) > 1
-        and layer.in_features // layer.feature_group_count > 1
+        and not 1 < layer.feature_group_count == layer.in_features
     ]
 
 
@@ -220,7 +269,9 @@ def _check_replaceable(path: str, layer: DenseConv) -> None:
         )
 
 
-def _ranks(rank: int | Mapping[str, int], chosen: Mapping[str, DenseConv]) -> dict[str, int]:
+def _ranks(
+    rank: int | Mapping[str, int], chosen: Mapping[str, DenseConv], share: float
+) -> dict[str, int]:
     """The rank of each layer that is to be replaced."""
     if not isinstance(rank, Mapping):
         given = dict.fromkeys(chosen, positive("rank", rank))
@@ -230,54 +281,77 @@ def _ranks(rank: int | Mapping[str, int], chosen: Mapping[str, DenseConv]) -> di
         if path not in chosen:
             there = ", ".join(map(repr, chosen)) or "none"
             raise ValueError(f"rank[{path!r}] is of no layer that is replaced; these are: {there}")
-    return {path: min(value, max_rank(chosen[path])) for path, value in given.items()}
+    return {path: min(value, max_rank(chosen[path], share)) for path, value in given.items()}
 
 
-def max_rank(layer: DenseConv) -> int:
-    """min(C_in/G, K), at which channel selection is exact."""
-    return min(layer.in_features // layer.feature_group_count, math.prod(layer.kernel_size))
+def max_rank(layer: DenseConv, share: float = 1.0) -> int:
+    """min(C_in/G, K), at which channel selection is exact; from a subspace min(M, K)."""
+    channels = subspace_size(layer.in_features // layer.feature_group_count, share)
+    return min(channels, math.prod(layer.kernel_size))
 
 
 def _replaced(
-    path: str, layer: DenseConv, rank: int, rngs: nnx.Rngs | None
+    path: str,
+    layer: DenseConv,
+    conv: Callable[..., ChannelSelectionConv],
+    rank: int,
+    rngs: nnx.Rngs | None,
 ) -> tuple[ChannelSelectionConv, Replacement]:
     """What takes the place of `layer`: from its weights, or initialised by `rngs`."""
-    parts, energy, kind = {}, None, type(layer.kernel)
-    if rngs is None:
-        if isinstance(layer.kernel.get_value(), jax.ShapeDtypeStruct):
-            raise ValueError("its kernel has a shape and no values, as nnx.eval_shape makes it")
-        if isinstance(layer.kernel.get_value(), jax.core.Tracer):
-            raise ValueError(
-                "its kernel has no values while JAX traces: replace outside of jax.jit"
-            )
-        if not jnp.issubdtype(layer.kernel.dtype, jnp.floating):
-            raise ValueError(f"its kernel is of {layer.kernel.dtype}, factors are real numbers")
-        kernel = np.asarray(layer.kernel[...])
-        energy = min(1.0, float(component_energies(kernel)[:rank].sum()))
-        factors = factorize_kernel(kernel, rank)
-        pointwise, depthwise = (jnp.asarray(factor, kernel.dtype) for factor in factors)
-        parts = {"pointwise_init": lambda *_: pointwise, "depthwise_init": lambda *_: depthwise}
-    lowering = getattr(layer, "lowering", "auto")  # nnx.Conv has none,
-    of_an_integer = getattr(layer, "kernel_size_is_integer", False)  # and any batch axes
-    new = ChannelSelectionConv(
+    parts, energy = ({}, None) if rngs else _factors(layer, rank)
+    new = conv(
         layer.in_features,
         layer.out_features,
-        layer.kernel_size[0] if of_an_integer else layer.kernel_size,
+        layer.kernel_size[0] if _of_an_integer(layer) else layer.kernel_size,
         **{name: getattr(layer, name) for name in _SAME},
         use_bias=False,
         rank=rank,
-        lowering="composed" if lowering == "lax" else lowering,
         kernel_metadata=layer.kernel.get_metadata(),
+        **_lowering(layer, getattr(conv, "keywords", {})),
         **parts,
         rngs=rngs or nnx.Rngs(0),
     )
     new.use_bias, new.bias = layer.use_bias, nnx.data(layer.bias)
-    for name in ("pointwise", "depthwise"):
+    kind = type(layer.kernel)
+    for name in {"subspace", "pointwise", "depthwise"} & vars(new).keys():
         part = getattr(new, name)
         if type(part) is not kind:  # a kernel that was frozen, or marked otherwise, stays so
             setattr(new, name, kind(part[...], **part.get_metadata()))
-    sizes = (sum(leaf.size for leaf in jax.tree.leaves(nnx.state(each))) for each in (layer, new))
+    learnt = nnx.Not(nnx.BatchStat)
+    states = (nnx.state(each, learnt) for each in (layer, new))
+    sizes = (sum(leaf.size for leaf in jax.tree.leaves(state)) for state in states)
     return new, Replacement(path, *sizes, rank, energy)
+
+
+def _factors(layer: DenseConv, rank: int) -> tuple[dict[str, nnx.Initializer], float]:
+    """What initialises both parts by the kernel's factors, and the energy that they keep."""
+    if isinstance(layer.kernel.get_value(), jax.ShapeDtypeStruct):
+        raise ValueError("its kernel has a shape and no values, as nnx.eval_shape makes it")
+    if isinstance(layer.kernel.get_value(), jax.core.Tracer):
+        raise ValueError("its kernel has no values while JAX traces: replace outside of jax.jit")
+    if not jnp.issubdtype(layer.kernel.dtype, jnp.floating):
+        raise ValueError(f"its kernel is of {layer.kernel.dtype}, factors are real numbers")
+    kernel = np.asarray(layer.kernel[...])
+    energy = min(1.0, float(component_energies(kernel)[:rank].sum()))
+    factors = factorize_kernel(kernel, rank)
+    pointwise, depthwise = (jnp.asarray(factor, kernel.dtype) for factor in factors)
+    inits = {"pointwise_init": lambda *_: pointwise, "depthwise_init": lambda *_: depthwise}
+    return inits, energy
+
+
+def _of_an_integer(layer: DenseConv) -> bool:
+    """Whether it refuses several batch axes; `nnx.Conv` takes them whatever its kernel's size."""
+    return getattr(layer, "kernel_size_is_integer", False)
+
+
+def _lowering(layer: DenseConv, given: Mapping[str, Any]) -> dict[str, str]:
+    """The lowering that the new layer has of `layer`, unless it was `given` another."""
+    lowering = getattr(layer, "lowering", "auto")  # nnx.Conv has none
+    if "lowering" in given:
+        return {}
+    if lowering == "lax":
+        lowering = "grouped" if given.get("norm") else "composed"
+    return {"lowering": lowering}
 
 
 def _exchanged(root: Any, new: Mapping[int, ChannelSelectionConv]) -> Any:

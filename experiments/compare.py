@@ -34,6 +34,7 @@ from experiments.training.settings import Settings as TrainSettings
 PLAIN, MIRRORED = Wanted("validation"), Wanted("validation", flip_average=True)
 
 SECONDS = "seconds an epoch"
+TOP5 = "highest validation top-5 accuracy of all epochs"
 # From the PyTorch write-up, https://www.kaggle.com/competitions/dog-vs-cat-vs-bird.
 PUBLISHED = {
     "chansel": {
@@ -158,6 +159,7 @@ def column(outcome: Outcome) -> dict[str, str]:
     """The figures of one network: mean ± standard deviation over its seeds."""
     first = outcome.runs[0].summary
     turns = [overfitting_epoch(run.metrics) for run in outcome.runs]
+    of_many = all("best_val_top5_accuracy" in run.summary for run in outcome.runs)
     return {
         "parameters": f"{first['parameters']:,}",
         "multiply-adds": f"{first['multiply_adds']:,}",
@@ -172,6 +174,7 @@ def column(outcome: Outcome) -> dict[str, str]:
         ),
         "validation accuracy, last epoch": outcome.spread("final_val_accuracy", ".2%"),
         "highest validation accuracy of all epochs": outcome.spread("best_val_accuracy", ".2%"),
+        TOP5: outcome.spread("best_val_top5_accuracy", ".2%") if of_many else "",
         "score in the competition": "",
         SECONDS: outcome.spread("seconds_per_epoch", ".2f"),
     }

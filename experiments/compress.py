@@ -18,13 +18,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from chansel_jax.conv import unwrapped
 from chansel_jax.counting import count_network
 from chansel_jax.data import Split
 from chansel_jax.decomposition import component_energies
 from chansel_jax.digest import digest
 from chansel_jax.factorize import factorizable, factorize, highest_rank, recalibrate
 from chansel_jax.functional import network_tree
-from chansel_jax.networks.resnet import DENSE, ResNet, unwrapped
+from chansel_jax.networks.resnet import DENSE, ResNet
 from chansel_jax.training.augmentation import normalise
 from chansel_jax.training.distillation import Distillation, Teacher
 from chansel_jax.training.optimizer import OptimizerSettings

@@ -109,6 +109,7 @@ def others():
         plane=conv(12, 10, (3, 3), feature_group_count=2),
         volume=nnx.List([conv(7, 5, (2, 3, 2)), conv(5, 5, (1, 1, 1))]),
         small=conv(2, 3, 2),  # one rank's factors are as large as its kernel
+        grey=conv(1, 4, (3, 3)),  # they are larger
         linear=nnx.Linear(3, 3, rngs=nnx.Rngs(0)),
     )
 
@@ -120,7 +121,7 @@ def ranks_of(module):
 
 def test_what_would_be_larger_stays_dense():
     # K·I / (K + I) is 40 / 13 for the line, 54 / 15 for a group of the plane, 84 / 19.
-    highest = {"line": 3, "plane": 3, "volume.0": 4, "small": 0}
+    highest = {"line": 3, "plane": 3, "volume.0": 4, "small": 0, "grey": 0}
     assert {p: highest_rank(layer) for p, layer in factorizable(others()).items()} == highest
     kept = {path: rank for path, rank in highest.items() if rank}
     assert ranks_of(factorize(others(), rank=3)) == kept | {"volume.0": 3}

@@ -11,7 +11,7 @@ import torch
 from flax import nnx
 from jax import lax
 
-from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
+from chansel_jax.conv import ChannelSelectionConv, SubKernelConv, SubspaceChannelSelectionConv
 from chansel_jax.networks.resnet import ResNet, ResNetConfig
 from chansel_jax.surgery import parameter_count, replace_convs
 from experiments.pytorch.networks import torch_twin
@@ -111,6 +111,44 @@ def test_initialised_anew():
     assert report.rows[0].energy is None and (new.bias[...] == 1).all()
     with pytest.raises(ValueError, match="rngs=None must be given with from_weights=False"):
         replace_convs(layer, from_weights=False)
+
+
+def test_another_layer_takes_the_place():
+    layer = conv(8, 6, kind=SubKernelConv, bias_init=nnx.initializers.ones, lowering="lax")
+    given = {"share": 0.75, "depthwise_init": nnx.initializers.ones, "norm": True}
+    anew = {"rank": 9, "from_weights": False, "rngs": nnx.Rngs(7)}
+    subspace = functools.partial(SubspaceChannelSelectionConv, **given)
+    new, report = replace_convs(layer, conv=subspace, **anew)
+    same = SubspaceChannelSelectionConv(8, 6, (3, 3), rank=6, **given, rngs=nnx.Rngs(7))
+    for name in ("subspace", "pointwise", "depthwise"):
+        np.testing.assert_array_equal(getattr(new, name)[...], getattr(same, name)[...])
+    (row,) = report.rows
+    # 6 of 8 channels are the subspace, from which each of 6 outputs has 6 sums.
+    assert row.parameters_after == 8 * 6 + 6 * 36 + 9 * 36 + 6 + 2 * (6 + 36)
+    assert (row.rank, row.energy, new.lowering) == (6, None, "grouped")
+    assert (new.bias[...] == 1).all() and new.use_bias
+    shifted = functools.partial(ChannelSelectionConv, norm=False, lowering="shifted")
+    new, report = replace_convs(layer, rank=8, conv=shifted)
+    assert new.lowering == "shifted" and report.rows[0].energy == pytest.approx(1)
+    np.testing.assert_allclose(new.composed_kernel(), layer.kernel[...], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "from_weights", "message"),
+    [
+        (nnx.Conv, {}, True, "conv=.*Conv.* must be ChannelSelectionConv, Subspace"),
+        (lambda *_, **__: None, {}, False, "conv=<function .* must be ChannelSelectionConv"),
+        (ChannelSelectionConv, {"strides": 2, "rank": 3}, False, "conv brings rank, strides; what"),
+        (ChannelSelectionConv, {"share": 0.5}, False, "conv brings share; what it may bring is"),
+        (ChannelSelectionConv, {"norm": True}, True, "conv brings norm, which .*from_weights=Fal"),
+        (SubspaceChannelSelectionConv, {}, True, "conv=SubspaceChannelSelectionConv can only be"),
+        (SubspaceChannelSelectionConv, {"share": 2}, False, r"share=2 must be in \(0, 1\]"),
+    ],
+)
+def test_what_cannot_take_the_place(kind, given, from_weights, message):
+    other = functools.partial(kind, **given) if given else kind
+    with pytest.raises(ValueError, match=message):
+        replace_convs(conv(), conv=other, from_weights=from_weights, rngs=nnx.Rngs(0))
 
 
 # Networks
@@ -315,27 +353,89 @@ def test_counts_are_those_of_its_replacer(stem):
     assert type(network.stem.conv) is (ChannelSelectionConv if stem == "plain" else SubKernelConv)
 
 
-def test_counts_of_other_kernels_and_groups():
-    layers = [
-        torch.nn.Conv2d(6, 8, 5),
-        torch.nn.Conv2d(8, 8, 3, groups=2),
-        torch.nn.Conv2d(8, 4, (3, 5), bias=False),
-        torch.nn.Conv2d(4, 4, 3, groups=4),
-        torch.nn.Conv2d(4, 9, 3, bias=False),
-    ]
+def twins(*layers):
+    """Convolutions of PyTorch one after the other, and the same of Flax."""
     ours = nnx.Sequential(
         *(
             conv(
                 each.in_channels,
                 each.out_channels,
                 each.kernel_size,
+                strides=each.stride,
                 feature_group_count=each.groups,
                 use_bias=each.bias is not None,
             )
             for each in layers
         )
     )
+    return torch.nn.Sequential(*layers), ours
+
+
+@pytest.mark.parametrize(
+    ("layers", "replaced"),
+    [
+        (
+            [
+                torch.nn.Conv2d(6, 8, 5),
+                torch.nn.Conv2d(8, 8, 3, groups=2),
+                torch.nn.Conv2d(8, 4, (3, 5), bias=False),
+                torch.nn.Conv2d(4, 4, 3, groups=4),
+                torch.nn.Conv2d(4, 9, 3, bias=False),
+            ],
+            ["layers.0", "layers.4"],
+        ),
+        (
+            [
+                torch.nn.Conv2d(1, 8, 3),
+                torch.nn.Conv2d(8, 16, 5, stride=2),
+                torch.nn.Conv2d(16, 16, 3, groups=4),
+                torch.nn.Conv2d(16, 16, (3, 5)),
+            ],
+            ["layers.0", "layers.1"],
+        ),
+    ],
+)
+def test_counts_of_other_kernels_and_groups(layers, replaced):
+    theirs, ours = twins(*layers)
     _, report = replace_convs(ours, where=by_its_rule)
-    theirs = bsconv.pytorch.BSConvU_Replacer().apply(torch.nn.Sequential(*layers))
+    theirs = bsconv.pytorch.BSConvU_Replacer().apply(theirs)
     assert report.parameters_after == sum(p.numel() for p in theirs.parameters())
-    assert [row.path for row in report.rows] == ["layers.0", "layers.4"]
+    assert [row.path for row in report.rows] == replaced
+
+
+@pytest.mark.parametrize("size", [(3,), (3, 3), (2, 2, 2)])
+def test_one_input_channel_is_replaced_exactly(size):
+    layer = conv(1, 5, size)
+    new, report = replace_convs(layer, rank=4)
+    np.testing.assert_allclose(new.composed_kernel(), layer.kernel[...], rtol=1e-5, atol=1e-6)
+    (row,) = report.rows
+    # The bias, a weight and a kernel for each output.
+    assert row.rank == 1 and row.energy == pytest.approx(1)
+    assert row.parameters_after == 5 + 5 + 5 * np.prod(size)
+
+
+@pytest.mark.parametrize(
+    ("conv", "replacer"),
+    [
+        (
+            functools.partial(ChannelSelectionConv, norm=True),
+            bsconv.pytorch.BSConvU_Replacer(with_bn=True),
+        ),
+        (SubspaceChannelSelectionConv, bsconv.pytorch.BSConvS_Replacer()),
+        (
+            functools.partial(SubspaceChannelSelectionConv, share=0.5, norm=True),
+            bsconv.pytorch.BSConvS_Replacer(p=0.5, with_bn=True),
+        ),
+    ],
+)
+def test_counts_with_norm_and_from_a_subspace(conv, replacer):
+    layers = torch.nn.Conv2d(1, 20, 5), torch.nn.Conv2d(20, 30, 3, bias=False)
+    theirs, ours = twins(*layers, torch.nn.Conv2d(30, 6, 3, groups=6))
+    anew = {"from_weights": False, "rngs": nnx.Rngs(0)}
+    new, report = replace_convs(ours, conv=conv, where=by_its_rule, **anew)
+    theirs = replacer.apply(theirs)
+    assert report.parameters_after == sum(p.numel() for p in theirs.parameters())
+    for row, layer, twin in zip(report.rows, new.layers, theirs, strict=False):
+        assert row.parameters_after == sum(p.numel() for p in twin.parameters())
+        assert (layer.norm is None) == ("norm" not in getattr(conv, "keywords", {}))
+    assert type(new.layers[2]) is nnx.Conv

@@ -8,8 +8,8 @@ import math
 
 from flax import nnx
 
-from chansel_jax.conv import SubspaceChannelSelectionConv, subspace_size
-from chansel_jax.networks.resnet import CONVS, DENSE, Layer, ResNetConfig, unwrapped
+from chansel_jax.conv import SubspaceChannelSelectionConv, subspace_size, unwrapped
+from chansel_jax.networks.resnet import CONVS, DENSE, Layer, ResNetConfig
 from chansel_jax.ops.window import Pair, per_axis
 
 

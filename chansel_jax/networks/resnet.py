@@ -22,6 +22,7 @@ from chansel_jax.conv import (
     ChannelSelectionConv,
     SubKernelConv,
     SubspaceChannelSelectionConv,
+    unwrapped,
 )
 from chansel_jax.ops.window import positive
 
@@ -35,13 +36,6 @@ DENSE = (SubKernelConv, nnx.Conv)
 he_normal = nnx.initializers.he_normal()  # for convolutions that ReLU follows
 
 Make = Callable[..., nnx.Module]  # a layer's constructor; what it lacks is `rngs`
-
-
-def unwrapped(conv: Callable[..., nnx.Module]) -> Callable[..., nnx.Module]:
-    """What a `functools.partial`, or one of one, in the end calls."""
-    while isinstance(conv, functools.partial):
-        conv = conv.func
-    return conv
 
 
 @dataclasses.dataclass(frozen=True)

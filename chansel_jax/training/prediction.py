@@ -75,6 +75,9 @@ class Scores:
     Attributes:
         loss: mean cross-entropy, in nats.
         accuracy: share of the images whose most probable class is theirs.
+        top5_accuracy: share of the images whose class is among the five most probable ones; of
+            classes that are equally probable the first counts as the more probable, as it does in
+            `accuracy`.
         confusion: `(C, C)` int64; images of class i (row) taken for class j (column).
         precision: `(C,)` float64; of the images taken for a class, the share that are of it; NaN
             where none is.
@@ -83,6 +86,7 @@ class Scores:
 
     loss: float
     accuracy: float
+    top5_accuracy: float
     confusion: np.ndarray
     precision: np.ndarray
     recall: np.ndarray
@@ -104,13 +108,17 @@ def scores(probabilities: np.ndarray, labels: np.ndarray) -> Scores:
     confusion = np.bincount(labels * classes + taken_for, minlength=classes**2)
     confusion = confusion.reshape(classes, classes)
     correct = confusion.diagonal()
+    own = probabilities[np.arange(count), labels]
+    equal_before = (probabilities == own[:, None]) & (np.arange(classes) < labels[:, None])
+    more_probable = (~(probabilities <= own[:, None]) | equal_before).sum(axis=1)  # NaN are too
     # The smallest float32, as the probability of what underflowed.
-    likelihoods = np.maximum(probabilities[np.arange(count), labels], np.finfo(np.float32).tiny)
+    likelihoods = np.maximum(own, np.finfo(np.float32).tiny)
     with np.errstate(invalid="ignore"):
         precision, recall = correct / confusion.sum(axis=0), correct / confusion.sum(axis=1)
     return Scores(
         loss=float(-np.log(likelihoods.astype(np.float64)).mean()),
         accuracy=float(correct.sum() / count),
+        top5_accuracy=float((more_probable < 5).mean()),
         confusion=confusion,
         precision=precision,
         recall=recall,

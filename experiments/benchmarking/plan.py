@@ -7,8 +7,9 @@ from typing import Any, get_args
 from flax import nnx
 
 from chansel_jax import data
+from chansel_jax.conv import unwrapped
 from chansel_jax.errors import OneLineError
-from chansel_jax.networks.resnet import CONVS, PRESETS, unwrapped
+from chansel_jax.networks.resnet import CONVS, PRESETS
 from chansel_jax.training.optimizer import OptimizerSettings
 from experiments.benchmarking.cases import (
     Case,

@@ -93,10 +93,11 @@ def _load_safetensors(run: Run, path: Path) -> Predict:
 
 def _safetensors_code(run: Run) -> str:
     conv = CONVS[run.settings.conv].__name__
-    norm = run.settings.network.norm
-    made = f"functools.partial({conv}, norm=True)" if norm else conv
-    imported = "    import functools\n" if norm else ""
     config, preset = run.network.config, PRESETS[run.settings.network.model]
+    brought = getattr(config.conv, "keywords", {})
+    given = [f", {name}={brought[name]!r}" for name in ("norm", "share") if name in brought]
+    made = f"functools.partial({conv}{''.join(given)})" if given else conv
+    imported = "    import functools\n" if given else ""
     changed = [
         f"{field.name}={getattr(config, field.name)!r}, "
         for field in dataclasses.fields(config)

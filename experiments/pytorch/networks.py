@@ -141,7 +141,8 @@ class TorchResNet(nn.Module):
     """`chansel_jax.ResNet`, for images `(N, 3, H, W)`.
 
     `kind` is one of `KINDS`; the rest is as in `chansel_jax.ResNetConfig`, where a rank of 0 is an
-    ordinary convolution too; `norm` is that of every channel selection.
+    ordinary convolution too; `norm` and `share` are those of every channel selection, the latter
+    if it is from a subspace.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class TorchResNet(nn.Module):
         use_bias: bool = False,
         dropout_rate: float = 0.0,
         norm: bool = False,
+        share: float = 0.25,
     ):
         super().__init__()
         channels, preactivation = stem_width or width, block == "preactivation"
@@ -167,7 +169,7 @@ class TorchResNet(nn.Module):
         point = "subkernel" if replaced != "all" else kind
         ranks = itertools.repeat(rank) if isinstance(rank, int) else iter(rank)
         self.data_bn = nn.BatchNorm2d(3) if input_norm else nn.Identity()
-        options = {"bias": use_bias, "norm": norm}
+        options = {"bias": use_bias, "norm": norm, "share": share}
         of_stem = {**options, "bias": use_bias or stem == "plain"}
         large = {"kernel_size": 7, "stride": 2} if stem == "pooled" else {"kernel_size": 3}
         stem_rank = 1 if in_stem == "subkernel" else next(ranks)
@@ -218,9 +220,10 @@ NETWORK_ARGUMENTS = (
 
 def torch_twin(kind: str, config: Any) -> TorchResNet:
     """`chansel_jax.ResNet(config)`, whose convolutions are of `kind`."""
-    norm = getattr(config.conv, "keywords", {}).get("norm", False)
+    brought = getattr(config.conv, "keywords", {})
+    of_conv = {name: brought[name] for name in ("norm", "share") if name in brought}
     arguments = {name: getattr(config, name) for name in NETWORK_ARGUMENTS}
-    return TorchResNet(kind, **arguments, norm=norm)
+    return TorchResNet(kind, **arguments, **of_conv)
 
 
 def _block(
@@ -228,7 +231,7 @@ def _block(
     kinds: tuple[str, str],
     sizes: tuple[int, int, int],
     ranks: Iterator[int],
-    options: Mapping[str, bool],
+    options: Mapping[str, Any],
 ) -> TorchBlock:
     """A block of channels in, channels out and stride, with convolutions of the kinds.
 
@@ -265,10 +268,13 @@ def _conv(
     rank: int,
     bias: bool,
     norm: bool,
+    share: float,
 ) -> nn.Module:
     sizes = in_channels, out_channels, kernel_size
     window = {"stride": stride, "padding": kernel_size // 2, "bias": bias}
     if kind == "subkernel" or rank == 0:
         return nn.Conv2d(*sizes, **window)
-    layer = {"chansel": WeightedSumConv2d, "subspace": SubspaceConv2d}[kind]
-    return layer(*sizes, **window, rank=min(rank, in_channels, kernel_size**2), norm=norm)
+    options = {"rank": min(rank, in_channels, kernel_size**2), "norm": norm}
+    if kind == "subspace":
+        return SubspaceConv2d(*sizes, **window, **options, share=share)
+    return WeightedSumConv2d(*sizes, **window, **options)

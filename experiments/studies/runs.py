@@ -68,11 +68,15 @@ class Record:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """The summary, with `plain_NAME_loss` and `plain_NAME_accuracy` of each evaluation."""
+        """The summary, with `plain_NAME_loss` and `plain_NAME_accuracy` of each evaluation.
+
+        Where its classes are many there is `plain_NAME_top5_accuracy` too.
+        """
         return {**self.summary} | {
             f"plain_{name}_{figure}": found[figure]
             for name, found in self.evaluations.items()
-            for figure in ("loss", "accuracy")
+            for figure in ("loss", "accuracy", "top5_accuracy")
+            if figure in found
         }
 
     def has(self, wanted: Wanted) -> bool:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from rich.console import Console
@@ -13,6 +13,7 @@ from chansel_jax.files import write_json
 from chansel_jax.networks.resnet import ResNet
 from chansel_jax.training.prediction import Scores, make_predict, predict_all, scores
 from experiments.cli.errors import CommandError
+from experiments.training.compilation import counts_top5
 from experiments.training.load import Checkpoint, Run, load_images
 from experiments.training.typed_json import from_json
 
@@ -30,6 +31,7 @@ class Evaluation(TypedDict):
     precision: Sequence[float | None]
     recall: Sequence[float | None]
     confusion: Sequence[Sequence[int]]
+    top5_accuracy: NotRequired[float]  # where the classes are many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +79,11 @@ def measure(
         console.print(f"note: the {wanted.split} images are not those of the run")
     images = dataset.splits[wanted.split]
     found = scores_of(run.network, run, images, wanted.flip_average)
+    top5 = {"top5_accuracy": found.top5_accuracy} if counts_top5(len(run.class_names)) else {}
     console.print(
         f"{wanted.name}, {len(images.labels):,} images, epoch {run.epoch}: "
         f"loss {found.loss:.4f}, accuracy {found.accuracy:.2%}"
+        + "".join(f", top-5 accuracy {value:.2%}" for value in top5.values())
     )
     content: Evaluation = {
         "split": wanted.split,
@@ -92,6 +96,7 @@ def measure(
         "precision": share_or_none(found.precision),
         "recall": share_or_none(found.recall),
         "confusion": found.confusion.tolist(),
+        **top5,
     }
     write_json(output / f"evaluation-{wanted.name}.json", content)
     return found

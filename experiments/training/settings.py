@@ -65,10 +65,15 @@ class NetworkSettings:
     ranks: tuple[int, ...] = ()
     """These are, in place of --rank, the ranks of the 3 × 3 convolutions in the network's order;
     0 is a dense one."""
+    share: float = 0.25
+    """With --conv=subspace the subspace has this share of the channels, but at least 4 of them."""
     norm: bool = False
-    """BatchNorm stands between the two parts of channel selection."""
+    """BatchNorm stands between the parts of channel selection."""
     use_bias: bool = False
     """The convolutions have a bias before BatchNorm."""
+    input_norm: bool = False
+    """BatchNorm normalises the images; in the models of the package bsconv (cifar_...) it always
+    does."""
     initialiser: Literal["he", "torch"] = "he"
     """The convolutions begin with He's variance, or with PyTorch's default."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -183,7 +188,7 @@ class Settings:
     """Trains a network on images, saves it, and reports."""
 
     conv: Conv = "chansel"
-    """The network has channel selection, the same from a subspace of a quarter of the channels
+    """The network has channel selection (BSConv-U), the same from a subspace of the channels
     (BSConv-S), or the ordinary dense convolution."""
     network: NetworkSettings = NetworkSettings()
     data: DataSettings = DataSettings()
@@ -299,7 +304,14 @@ def network_config(settings: Settings, num_classes: int) -> ResNetConfig:
     network = settings.network
     if network.norm and settings.conv == "subkernel":
         raise ValueError("norm=True: the dense convolution has no two parts")
-    of_conv = {"norm": network.norm or None, "kernel_init": INITIALISERS[network.initialiser]}
+    share = None if network.share == NetworkSettings.share else network.share
+    if share is not None and settings.conv != "subspace":
+        raise ValueError(f"share={share} is for the convolution subspace only")
+    of_conv = {
+        "norm": network.norm or None,
+        "share": share,
+        "kernel_init": INITIALISERS[network.initialiser],
+    }
     of_conv = {name: value for name, value in of_conv.items() if value is not None}
     conv = CONVS[settings.conv]
     given = {
@@ -309,6 +321,7 @@ def network_config(settings: Settings, num_classes: int) -> ResNetConfig:
         "replaced": network.replaced,
         "rank": network.ranks or network.rank,
         "use_bias": network.use_bias,
+        "input_norm": network.input_norm or None,
         "dropout_rate": settings.training.dropout_rate,
         "dtype": jnp.dtype(network.dtype),
     }

@@ -1,5 +1,6 @@
 """`count` against the closed forms, PyTorch's and BSConv's counters, and arithmetic by hand."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -23,7 +24,12 @@ from jax.sharding import AxisType, PartitionSpec
 from torch.utils.flop_counter import FlopCounterMode
 
 import chansel_jax
-from chansel_jax import ChannelSelectionConv, ResNet, SubKernelConv
+from chansel_jax import (
+    ChannelSelectionConv,
+    ResNet,
+    SubKernelConv,
+    SubspaceChannelSelectionConv,
+)
 from chansel_jax.counting import Row, chansel_cost, count, count_network, subkernel_cost
 from chansel_jax.networks.resnet import CONVS, PRESETS
 from chansel_jax.ops.depthwise import depthwise_conv
@@ -259,6 +265,59 @@ def test_against_the_profiler_of_bsconv(padding_mode, strides):
     counted = count(layer, shaped(1, 12, 9, 6))
     assert counted.parameters == profile.total_parameter_count
     assert counted.multiply_adds == profile.total_flop_count
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "image_size", "total"),
+    [
+        ("cifar_resnet20_bsconvu", PRESETS["cifar_resnet20"], 32, 7_850_634),
+        (
+            "cifar_wrn16_1_bsconvs_p1d4",
+            dataclasses.replace(
+                PRESETS["cifar_wrn16_1"],
+                conv=functools.partial(SubspaceChannelSelectionConv, norm=True),
+            ),
+            32,
+            4_013_706,
+        ),
+        (
+            "resnet10",
+            dataclasses.replace(
+                PRESETS["resnet18"],
+                conv=SubKernelConv,
+                blocks=(1, 1, 1, 1),
+                num_classes=10,
+                input_norm=True,
+            ),
+            64,
+            None,
+        ),
+    ],
+)
+def test_networks_against_the_profiler_of_bsconv(name, config, image_size, total):
+    """It counts as much for convolutions without their bias, and counts other layers besides."""
+    twin = bsconv.pytorch.get_model(name, num_classes=10)
+    profile = bsconv.pytorch.ModelProfiler(twin, input_size=(1, 3, image_size, image_size))
+    counted = count(abstract(ResNet, config), shaped(1, image_size, image_size, 3))
+    layers, others = {}, collections.Counter()
+    for path, found in profile.module_results.items():
+        if not found["is_leaf"]:
+            continue
+        others[found["type"]] += found["flop_count"]
+        if found["type"] == "Conv2d":
+            biases = 0 if twin.get_submodule(path).bias is None else found["out_shape"][0]
+            layer = re.sub(r"\.(pw|pw1|pw2|dw)$", "", path)
+            layers[layer] = layers.get(layer, 0) + found["flop_count"] - biases
+    rows = {row.path: row for row in counted.rows}
+    of_config = [rows[each.path] for each in config.layers() if "norm" not in each.path]
+    assert [row.multiply_adds for row in of_config] == list(layers.values())
+    # Two operations for each element that BatchNorm takes, one for each bias of the classifier.
+    norms = [math.prod(row.output) for row in counted.rows if row.kind == "BatchNorm"]
+    assert others["BatchNorm2d"] == 2 * sum(norms)
+    del others["Conv2d"], others["BatchNorm2d"]
+    assert others.keys() <= {"ReLU", "MaxPool2d", "AdaptiveAvgPool2d"}
+    of_both = counted.multiply_adds + 10 + 2 * sum(norms) + sum(others.values())
+    assert profile.total_flop_count == of_both and total in (None, of_both)
 
 
 # Networks of others

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +32,7 @@ from experiments.exporting.card import figures
 from experiments.pytorch.networks import torch_twin
 from experiments.studies.runs import record_of
 from experiments.training.load import load_run
+from experiments.training.settings import NetworkSettings, Settings, network_config
 
 RELOADED = """
 import sys
@@ -155,6 +157,25 @@ def test_card_has_no_figures_of_other_test_images(settings, whole):
     for changed in ({"images_sha256": "b"}, {"epoch": run.epoch + 1}):
         others = dataclasses.replace(own, evaluations={"test": measured | changed})
         assert "test" not in figures(run, others)
+
+
+def test_code_of_the_card_builds_the_network_of_the_settings():
+    network = NetworkSettings(blocks=(1,), width=4, share=0.5, norm=True, input_norm=True)
+    settings = Settings(conv="subspace", network=network)
+    config = network_config(settings, 3)
+    built = types.SimpleNamespace(config=config)
+    run = types.SimpleNamespace(
+        settings=settings, network=built, class_names="abc", mean=[0.5], std=[0.25]
+    )
+    code, _ = formats.code("safetensors", run).split("load_safetensors(network")
+
+    def network_of_code():
+        exec(code, namespace := {})
+        return namespace["network"]
+
+    found = nnx.eval_shape(network_of_code).config
+    assert dataclasses.replace(found, conv=config.conv) == config
+    assert found.conv.func is config.conv.func and found.conv.keywords == config.conv.keywords
 
 
 def test_run_in_bfloat16_is_exported_in_float32(settings, whole):

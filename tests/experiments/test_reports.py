@@ -144,6 +144,33 @@ def test_comparison_of_both_convolutions(settings, dense, tmp_path, console):
     assert "--seeds=0,1" in results["command"] and str(tmp_path) not in results["command"]
 
 
+def measured(**figures):
+    """The record of a run whose shares and losses are one half where no others are given."""
+    summary = dict.fromkeys(
+        (
+            *("best_val_loss", "train_loss_at_best", "val_accuracy_at_best", "final_val_accuracy"),
+            *("best_val_accuracy", "seconds_per_epoch"),
+        ),
+        0.5,
+    )
+    summary |= {"parameters": 1, "multiply_adds": 1, "images": {"train": 1}, "epochs": 1}
+    scores = {"validation-flip-averaged": {"loss": 0.5, "accuracy": 0.5}}
+    metrics = [{"epoch": 1, "val_loss": 0.5}]
+    return runs.Record("", {}, {}, metrics, summary | figures, scores)
+
+
+def test_accuracy_among_five_is_compared_where_it_was_measured():
+    many = [measured(best_val_top5_accuracy=share) for share in (0.75, 0.8)]
+    of_all = sweep.Outcome("all", many), sweep.Outcome("few", many[:1])
+    of_some = sweep.Outcome("some", [many[0], measured()])
+    rows = dict((row[0], row[1:]) for row in compare.table(of_all, ("a", "b"))[1])
+    # The deviation of two is their distance over the root of two.
+    expected = ["77.50% ± 3.54%", "75.00%"]
+    assert rows["highest validation top-5 accuracy of all epochs"] == expected
+    (_, rows) = compare.table([of_some], ("a", "b"))
+    assert not any("top-5" in heading for heading, *_ in rows)
+
+
 @pytest.mark.parametrize(
     ("parameters", "classes", "images", "shown"),
     [
@@ -156,17 +183,7 @@ def test_comparison_of_both_convolutions(settings, dense, tmp_path, console):
 def test_published_figures_stand_beside_the_same_network_and_classes(
     parameters, classes, images, shown
 ):
-    summary = dict.fromkeys(
-        (
-            *("best_val_loss", "train_loss_at_best", "val_accuracy_at_best", "final_val_accuracy"),
-            *("best_val_accuracy", "seconds_per_epoch"),
-        ),
-        0.5,
-    )
-    summary |= {"parameters": parameters, "multiply_adds": 1, "images": {"train": images}}
-    scores = {"validation-flip-averaged": {"loss": 0.5, "accuracy": 0.5}}
-    metrics = [{"epoch": 1, "val_loss": 0.5}]
-    run = runs.Record("", {}, {}, metrics, summary | {"epochs": 1}, scores)
+    run = measured(parameters=parameters, images={"train": images})
     headings, rows = compare.table([sweep.Outcome("chansel", [run])], classes)
     assert headings == ["", "chansel", *["chansel, published"] * shown]
     cells = {row[0]: row[1:] for row in rows}

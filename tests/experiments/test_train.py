@@ -27,10 +27,12 @@ from chansel_jax.training import checkpoint
 from chansel_jax.training.augmentation import Augmentation
 from chansel_jax.training.distillation import Teacher
 from chansel_jax.training.optimizer import OptimizerSettings, make_schedule
+from experiments import evaluate
 from experiments.cli import command
 from experiments.cli.ending import EXIT_SAVED
 from experiments.cli.errors import CommandError, Interrupted
 from experiments.reporting.machine import cpu_name
+from experiments.studies.runs import record_of
 from experiments.training import loop
 from experiments.training import run as runs
 from experiments.training.beginning import read_beginning
@@ -282,7 +284,7 @@ def test_a_stopped_run_with_every_option_ends_like_the_whole(
         tmp_path / "whole",
         init=settings.workdir,
         optimization=dataclasses.replace(settings.training.optimization, clip_norm=0.5),
-        augmentation=Augmentation(cutout=2, mixup=0.4, cutmix=1.0),
+        augmentation=Augmentation(cutout=2, mixup=0.4, cutmix=1.0, resized_crop=True),
         accumulate=2,
         label_smoothing=0.1,
         ema=0.9,
@@ -693,3 +695,10 @@ def test_many_classes_have_their_accuracy_among_five(settings, tmp_path):
     (row,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert row["val_accuracy"] <= row["val_top5_accuracy"] == summary["best_val_top5_accuracy"] <= 1
     assert "top 5" in output and "top-5" in output
+    console = Console(file=io.StringIO(), width=200)
+    evaluate.evaluate(evaluate.Settings(tmp_path / "run"), console)
+    evaluation = json.loads((tmp_path / "run" / "evaluation-validation.json").read_text())
+    assert evaluation["top5_accuracy"] == pytest.approx(row["val_top5_accuracy"])
+    assert f"top-5 accuracy {evaluation['top5_accuracy']:.2%}\n" in console.file.getvalue()
+    found = record_of(tmp_path / "run").figures["plain_validation_top5_accuracy"]
+    assert found == evaluation["top5_accuracy"]

@@ -43,6 +43,8 @@ WRONG = [
     ("train", FOLDER + "--ranks=1,2,3", "--ranks=1,2,3 must be one rank, or one for each of 12"),
     ("train", FOLDER + "--ranks=10,10", "must be at most 9, the elements of a 3 × 3 kernel"),
     ("train", FOLDER + "--conv=subkernel --norm", "--norm: the dense convolution has no two parts"),
+    ("train", FOLDER + "--conv=subspace --share=0", "--share=0.0 must be in (0, 1]"),
+    ("train", FOLDER + "--share=0.5", "--share=0.5 is for the convolution subspace only"),
     ("train", "--dataset=folder --data-dir=NONE", "--data-dir=NONE is no folder"),
     ("train", "--dataset=folder --data-dir=EMPTY", "EMPTY"),
     ("train", FOLDER + "--image-size=0", "--image-size=0 must be at least 1"),

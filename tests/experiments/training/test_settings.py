@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from bsconv.pytorch import get_model
 from flax import nnx
 from rich.console import Console
 
 from chansel_jax import resnet14
-from chansel_jax.counting import LayerCount
+from chansel_jax.counting import LayerCount, count_network
 from chansel_jax.data import DATASETS, Dataset, Split
 from chansel_jax.networks.resnet import CONVS, PRESETS
 from chansel_jax.training.augmentation import Augmentation
@@ -36,6 +38,8 @@ from experiments.training.settings import (
     network_config,
     run_name,
 )
+from experiments.training.typed_json import from_json
+from experiments.training.workdir import filled
 
 
 @functools.cache
@@ -302,6 +306,7 @@ def test_network_is_that_of_its_config():
         ("replaced", "3x3", "3x3"),
         ("rank", 3, 3),
         ("use_bias", True, True),
+        ("input_norm", True, True),
         ("dropout_rate", 0.5, 0.5),
         ("dropout_rate", 0.0, 0.0),
         ("dtype", "bfloat16", jnp.bfloat16),
@@ -320,6 +325,64 @@ def test_initialisation_and_norm_reach_the_convolutions():
     # PyTorch: uniform within ± 1 / sqrt(fan_in).
     assert float(jnp.abs(kernel).max()) == pytest.approx(1 / 8, rel=1e-2)
     assert float(kernel.std()) == pytest.approx(1 / 8 / 3**0.5, rel=0.03)
+
+
+# By the names of the package bsconv, how they are typed.
+ITS_NETWORKS = {
+    "resnet10": "--model=resnet18 --blocks=1,1,1,1 --replaced=3x3 --input-norm",
+    "resnet18": "--model=resnet18 --replaced=3x3 --input-norm",
+    "resnet34": "--model=resnet34 --replaced=3x3 --input-norm",
+    **{f"cifar_resnet{n}": f"--model=cifar_resnet{n}" for n in (20, 56, 110)},
+    **{f"cifar_wrn{n}": f"--model=cifar_wrn{n}" for n in ("16_1", "16_2", "40_1", "28_2", "28_10")},
+    "cifar_wrn40_4": "--model=cifar_wrn40_1 --width=64",
+}
+ITS_CONVS = {
+    "": "--conv=subkernel",
+    "_bsconvu": "--conv=chansel",
+    "_bsconvs_p1d2": "--conv=subspace --share=0.5 --norm",
+    "_bsconvs_p1d4": "--conv=subspace --norm",
+}
+
+
+@pytest.mark.parametrize("name", ITS_NETWORKS)
+@pytest.mark.parametrize("variant", ITS_CONVS)
+def test_flags_give_the_networks_of_bsconv(name, variant):
+    with torch.device("meta"):
+        expected = sum(p.numel() for p in get_model(name + variant, num_classes=10).parameters())
+    words = f"{ITS_NETWORKS[name]} {ITS_CONVS[variant]}".split()
+    config = network_config(parse(Settings, "train", words), 10)
+    assert sum(row.parameters for row in count_network(config, 32)) == expected
+
+
+def test_norm_of_the_images_by_hand():
+    """BatchNorm of three channels has a scale and a bias for each."""
+    counts = [
+        sum(row.parameters for row in count_network(network_config(settings, 1000), 224))
+        for settings in (
+            Settings(network=NetworkSettings(model="resnet18", replaced="3x3", input_norm=norm))
+            for norm in (False, True)
+        )
+    ]
+    assert counts == [1_959_208, 1_959_208 + 2 * 3]
+
+
+def test_share_is_that_of_the_subspaces():
+    network = built(conv="subspace", share=0.5, width=20)
+    assert network.blocks[0].conv1.subspace.shape == (20, 10)
+    assert network.blocks[0].conv1.norm is None
+    assert built(conv="subspace").config.conv is CONVS["subspace"]
+    for conv in ("chansel", "subkernel"):
+        with pytest.raises(ValueError, match="share=0.5 is for the convolution subspace only"):
+            built(conv=conv, share=0.5)
+
+
+def test_config_of_a_run_from_before_a_setting_has_its_default():
+    settings = Settings(conv="subspace", network=NetworkSettings(norm=True))
+    stored = decisive(settings)
+    for name in ("share", "input_norm"):
+        del stored["network"][name]
+    assert from_json(Settings, stored) == settings
+    assert filled(stored, decisive(Settings())) == decisive(settings)
 
 
 def test_seed_decides_the_initial_parameters():
