@@ -681,7 +681,8 @@ def _check_shape(
             f"write kernel_size=({size}, {size}) for images, or ({size},) for several batch axes"
         )
     if len(shape) < axes or shape[-1] != layer.in_features:
-        first = len(shape) >= axes and shape[-axes] == layer.in_features
+        others = shape[-axes + 1 :]
+        first = len(shape) >= axes and shape[-axes] == layer.in_features not in others
         hint = "; these seem to have the channels first" if first else ""
         raise ValueError(
             f"inputs of shape {shape} must be (*batch, {axis_names(axes - 1)}, C_in) with "

@@ -101,10 +101,8 @@ def factorizable(module: nnx.Module, where: Where | None = None) -> dict[str, De
     """
     parts = [part for _, part in nnx.iter_graph(module, graph=True) if isinstance(part, ResNet)]
     stems = {id(part.stem.conv) for part in parts if part.config.stem == "plain"}
-    found = dense_convs(
-        module,
-        lambda path, layer: id(layer) not in stems and (where is None or where(path, layer)),
-    )
+    convs = dense_convs(module, where)
+    found = {path: layer for path, layer in convs.items() if id(layer) not in stems}
     if not found:
         raise ValueError(f"module of type {type(module).__name__} has no convolution to factorise")
     return found
@@ -133,8 +131,10 @@ def recalibrate(module: nnx.Module, batches: Iterable[Any]) -> nnx.Module:
             arguments.
 
     Raises:
-        ValueError: if there is no batch.
+        ValueError: if there is no batch, or `batches` is one array.
     """
+    if hasattr(batches, "ndim"):
+        raise ValueError(f"batches is one array of shape {batches.shape}: write [images]")
     graph, statistics, rest = nnx.split(_estimating(module), nnx.BatchStat, ..., graph=True)
 
     @jax.jit

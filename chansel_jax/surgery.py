@@ -162,8 +162,11 @@ def dense_convs(module: nnx.Module, where: Where | None = None) -> dict[str, Den
     """The layers of `module`, by path, that `replace_convs` replaces.
 
     Raises:
-        ValueError: naming the path of a layer that is to be replaced and cannot be.
+        ValueError: naming the path of a layer that is to be replaced and cannot be, or `where`, if
+            it is no function.
     """
+    if where is not None and not callable(where):
+        raise ValueError(f"where={where!r} must be a function of a path and a layer")
     found, holders = {}, _holders(module)
     normalised = {
         id(part): type(node).__name__

@@ -6,8 +6,8 @@ traces some steps of experiments.train with `jax.profiler`, on random images, an
 kind of operation and each layer took. With --layer it traces one layer alone.
 """
 
-import contextlib
 import dataclasses
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -29,6 +29,7 @@ from experiments.benchmarking.settings import parse_shape
 from experiments.benchmarking.trace import Profile, by_kind, by_layer, operations, times
 from experiments.cli.command import make_output, run
 from experiments.cli.console import make_console
+from experiments.cli.errors import CommandError
 from experiments.cli.flags import typed
 from experiments.reporting import machine
 from experiments.reporting.report import print_table
@@ -74,8 +75,8 @@ class Settings:
 def main(settings: Settings) -> None:
     """Profiles every convolution's network and prints a table of each."""
     console = make_console()
-    if settings.output is not None:
-        make_output(settings.output)
+    for conv in settings.convs if settings.output is not None else ():
+        make_output(settings.output / conv)
     device = jax.devices()[0]
     what = settings.layer and f"layer {parse_shape(settings.layer)}"
     console.print(
@@ -86,12 +87,10 @@ def main(settings: Settings) -> None:
         console.print(f"native: {native.why_not()}")
     profiles = {}
     for conv in settings.convs:
-        with contextlib.ExitStack() as stack:
-            if settings.output is None:
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            else:
-                folder = settings.output / conv
-            profiles[conv] = profile_step(settings, conv, folder)
+        with tempfile.TemporaryDirectory() as folder:  # which holds no earlier trace
+            profiles[conv] = profile_step(settings, conv, Path(folder))
+            if settings.output is not None:
+                shutil.copytree(folder, settings.output / conv, dirs_exist_ok=True)
         print_profile(conv, profiles[conv], console)
     if settings.output is not None:
         write_json(settings.output / "profile.json", as_json(settings, profiles))
@@ -115,9 +114,13 @@ def profile_step(settings: Settings, conv: str, folder: Path) -> Profile:
 
     take_steps(WARM_UP_STEPS)
     untraced = take_steps(settings.steps)
-    with jax.profiler.trace(folder):
-        # Of steps in flight, one would be charged with waiting for the other.
-        take_steps(settings.steps, one_at_a_time=True)
+    try:
+        with jax.profiler.trace(folder):
+            # Of steps in flight, one would be charged with waiting for the other.
+            take_steps(settings.steps, one_at_a_time=True)
+    except jax.errors.JaxRuntimeError as error:  # as of a full disk
+        told = str(error).splitlines()[0]
+        raise CommandError(f"no trace can be written below {folder.parent}: {told}") from error
     op_names = operations(compiled)
     milliseconds = times(folder, op_names, settings.steps)
     taken = lowerings_taken(module, getattr(jnp, settings.dtype))

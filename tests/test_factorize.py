@@ -184,6 +184,7 @@ def test_higher_ranks_are_nearer_and_the_dense_network_stays():
         ({"energy": math.nan}, "energy=nan must be"),
         ({"parameter_budget": 0.5}, "parameter_budget=0.5 must be an integer"),
         ({"rank": 1, "where": lambda path, layer: False}, "module of type Dict has no convolution"),
+        ({"rank": 1, "where": "stem"}, "where='stem' must be a function of a path and a layer"),
     ],
 )
 def test_wrong_arguments(given, message):
@@ -272,6 +273,11 @@ def test_what_is_not_called_in_training_keeps_its_statistics():
     found = recalibrate(TwoHeads(), [x])
     assert jnp.all(found.other.mean[...] == 7) and jnp.all(found.fixed.mean[...] == 7)
     np.testing.assert_allclose(found.called.mean[...], x.mean(0) - 7, rtol=1e-4)
+
+
+def test_one_array_is_no_list_of_batches():
+    with pytest.raises(ValueError, match=r"one array of shape \(4, 8, 8, 3\): write \[images\]"):
+        recalibrate(others(), np.zeros((4, 8, 8, 3)))
 
 
 def test_without_batches_and_without_batch_norm():

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -110,11 +110,17 @@ class ResNetConfig:
     in_channels: int = 3
 
     def __post_init__(self):
+        if not callable(self.conv):
+            raise ValueError(f"conv={self.conv!r} must be a layer that is called as nnx.Conv is")
         for name in ("num_classes", "width", "in_channels"):
             positive(name, getattr(self, name))
+        try:
+            jnp.dtype(self.dtype)
+        except TypeError as error:
+            raise ValueError(f"dtype={self.dtype!r} must be a dtype") from error
         if self.stem_width is not None:
             positive("stem_width", self.stem_width)
-        if not self.blocks:
+        if not isinstance(self.blocks, Sequence) or not self.blocks:
             raise ValueError(f"blocks={self.blocks!r} must name at least one stage")
         for count in self.blocks:
             positive("blocks", count)
@@ -137,7 +143,10 @@ class ResNetConfig:
             raise ValueError(f"rank={self.rank}: the dense convolution has no rank")
         count = self._spatial_convs
         if isinstance(self.rank, tuple) and len(self.rank) != count:
-            raise ValueError(f"rank={self.rank} must be one rank, or one for each of {count} convs")
+            raise ValueError(
+                f"rank={self.rank} must have a rank for each of {count} convolutions; an integer "
+                "is the rank of all"
+            )
 
     @property
     def _spatial_convs(self) -> int:

@@ -42,10 +42,10 @@ def operations(compiled: str) -> dict[str, str]:
 
 
 def times(folder: Path, names: Iterable[str], steps: int) -> dict[str, float]:
-    """Milliseconds a step of the operations `names` in the trace that `folder` holds."""
-    newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    """Milliseconds a step of the operations `names` in the one trace that `folder` holds."""
+    (path,) = folder.rglob("*.xplane.pb")
     known, total = set(names), collections.Counter()
-    trace = jax.profiler.ProfileData.from_file(str(newest))
+    trace = jax.profiler.ProfileData.from_file(str(path))
     for plane in trace.planes:
         for line in plane.lines:
             for event in line.events:

@@ -103,7 +103,9 @@ def parse(
     program = f"python -m experiments.{name}"
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     default, description = None, inspect.cleandoc(settings_type.__doc__)
+    file = None
     if read_config is not None:
+        file, _ = _take(program, arguments, "config")
         arguments = _with_config(program, arguments, settings_type, read_config)
         description += (
             "\n\n--config=FILE takes the settings that no other flag gives from a file: the "
@@ -146,6 +148,7 @@ def parse(
         if said := framed.getvalue():
             said = in_flags(_without_frame(said), settings_type)
             said += _hint(said, arguments, settings_type)
+            said += f"; --config={file} gives flags too" if file else ""
             print_error(f"{said} ({program} --help explains)")
         raise
 
@@ -400,7 +403,10 @@ def _comma_separated(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None
     convert = str if choices else CONVERTED.get(element, element)
 
     def instance_from_str(word: str) -> tuple[Any, ...]:
-        values = tuple(convert(text.strip()) for text in word.split(",") if text.strip())
+        texts = [text.strip() for text in word.split(",")] if word.strip() else []
+        if not all(texts):
+            raise ValueError(f"{word} has an empty place between commas")
+        values = tuple(map(convert, texts))
         for value in values:
             if choices and value not in choices:
                 raise ValueError(f"{value!r} is none of {', '.join(choices)}")

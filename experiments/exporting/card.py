@@ -105,7 +105,7 @@ def _table(
         ("parameters", f"{summary['parameters']:,}"),
         ("multiply-adds an image", f"{summary['multiply_adds']:,}"),
         ("training images", f"{summary['images']['train']:,}"),
-        ("epochs trained", f"{run.epoch}"),
+        ("epoch", f"{run.epoch} of {summary['epochs']}"),
     ]
     if (dtype := run.settings.network.dtype) != "float32":
         rows.append(("computes in", f"float32; for the figures below, in {dtype}"))

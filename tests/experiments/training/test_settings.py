@@ -230,6 +230,7 @@ def test_config_in_yaml_is_flat_or_nested(tmp_path):
         ("network: {width: 3, width: 4}", "width is given twice"),
         ("epochs: 3\ntraining: {epochs: 4}", "epochs is given twice"),
         ("batch-size: 3\nbatch_size: 4", "batch_size is given twice"),
+        ("epochs: sixty", "sixty is no integer; --config="),
         ("classes: [cat, no]", "classes=['cat', False] must be an array of texts or numbers"),
         ("classes: [cat, null]", "classes=['cat', None] must be"),
     ],
