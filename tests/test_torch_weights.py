@@ -194,7 +194,7 @@ def test_a_name_that_ends_as_one_of_the_network_by_chance_is_no_prefix():
     given = {"deep.bn1.weight": np.zeros(4), "conv9.weight": np.zeros(4)}
     with pytest.raises(ValueError, match="2 unexpected") as refused:
         from_torch(small(), given)
-    assert "\nconv1.weight is missing" in str(refused.value)
+    assert "\nlayer1.0.conv1.fc.weight is missing" in str(refused.value)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.net."])

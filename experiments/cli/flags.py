@@ -403,7 +403,8 @@ def _comma_separated(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None
     convert = str if choices else CONVERTED.get(element, element)
 
     def instance_from_str(word: str) -> tuple[Any, ...]:
-        texts = [text.strip() for text in word.split(",")] if word.strip() else []
+        *texts, last = (text.strip() for text in word.split(","))
+        texts += [last] if last else []  # a comma may be the last
         if not all(texts):
             raise ValueError(f"{word} has an empty place between commas")
         values = tuple(map(convert, texts))
