@@ -75,8 +75,9 @@ class Settings:
 def main(settings: Settings) -> None:
     """Profiles every convolution's network and prints a table of each."""
     console = make_console()
-    for conv in settings.convs if settings.output is not None else ():
-        make_output(settings.output / conv)
+    if settings.output is not None:
+        for folder in (settings.output, *(settings.output / conv for conv in settings.convs)):
+            make_output(folder)
     device = jax.devices()[0]
     what = settings.layer and f"layer {parse_shape(settings.layer)}"
     console.print(

@@ -82,19 +82,26 @@ def _call(main: Callable[[Settings], object], settings: Settings) -> None:
         sys.exit(EXIT_ERROR)
 
 
+RESULTS = (".json", ".jsonl", ".md", ".html", ".png")  # end the names of all that is written
+
+
 def make_output(folder: Path) -> None:
     """Makes the folder of --output, before anything long begins.
 
     If nothing is written to it, it is removed when the process ends.
 
     Raises:
-        CommandError: if it is a file or cannot be made or written to.
+        CommandError: if it is a file, cannot be made or written to, or holds a folder that is
+            called as a file of results is.
     """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        for path in folder.iterdir():
+            if path.suffix in RESULTS and path.is_dir():
+                raise CommandError(f"output={folder}: {path.name} is a folder, where files are put")
     except FileExistsError as error:
         what = (
             "a link that leads nowhere" if folder.is_symlink() and not folder.exists() else "a file"

@@ -202,6 +202,10 @@ WRONG = [
     ("export", "--format=onnx,onnx", "--format=onnx,onnx must be different formats"),
     ("export", "--epoch=9", "no checkpoint of epoch 9, only 2, 3"),
     ("export", "--output=FILE", "--output=FILE is a file, not a folder"),
+    ("export", "--output=TAKEN", "--output=TAKEN: README.md is a folder, where files are put"),
+    ("benchmark", "--output=TAKEN", "--output=TAKEN: README.md is a folder, where files are put"),
+    ("compare", FOLDER + "--output=TAKEN", "--output=TAKEN: README.md is a folder, where files"),
+    ("profile", "--output=TAKEN", "--output=TAKEN: README.md is a folder, where files are put"),
     ("export", "--output=LINK", "--output=LINK is a link that leads nowhere, not a folder"),
     (
         "train",
@@ -322,6 +326,7 @@ def places(settings, whole, dense, tmp_path_factory):
     (root / "config.yaml").write_text("epochs: 3\nnetwork: {widht: 3}\n")
     (root / "empty").mkdir()
     (root / "link").symlink_to("nowhere")
+    (root / "taken" / "README.md").mkdir(parents=True)
     network = load_run(settings.workdir).network
     network.classifier.bias[...] *= np.inf
     network.stem.conv.kernel[...] *= np.nan
@@ -336,6 +341,7 @@ def places(settings, whole, dense, tmp_path_factory):
         "DAMAGED": root / "damaged.safetensors",
         "INFINITE": root / "infinite.safetensors",
         "LINK": root / "link",
+        "TAKEN": root / "taken",
         "OTHER": root / "other.safetensors",
         "EMPTY": root / "empty",
         "NONE": root / "none",
