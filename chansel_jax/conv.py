@@ -31,6 +31,8 @@ zeros = nnx.initializers.zeros_init()
 
 BatchNorm = functools.partial(nnx.BatchNorm, momentum=0.9)  # PyTorch writes this momentum as 0.1
 
+SHARE = 0.25  # of the input channels, that BSConv-S has by default in its subspace
+
 Metadata = Mapping[str, Any]
 NO_METADATA: Metadata = MappingProxyType({})
 
@@ -400,7 +402,7 @@ class SubspaceChannelSelectionConv(ChannelSelectionConv):
         lowering: str = "auto",
         pointwise_metadata: Metadata = NO_METADATA,
         depthwise_metadata: Metadata = NO_METADATA,
-        share: float = 0.25,
+        share: float = SHARE,
     ):
         in_features, _, groups = _checked_channels(in_features, out_features, feature_group_count)
         selected_from = in_features // groups

@@ -17,6 +17,7 @@ from flax import nnx
 from jax import lax
 
 from chansel_jax.conv import (
+    SHARE,
     ChannelSelectionConv,
     SubKernelConv,
     SubspaceChannelSelectionConv,
@@ -218,7 +219,7 @@ def _check_conv(conv: Any, from_weights: bool) -> None:
 def _share(conv: Any) -> float:
     """The share of a group's channels that `conv` selects from."""
     of_subspace = issubclass(unwrapped(conv), SubspaceChannelSelectionConv)
-    return getattr(conv, "keywords", {}).get("share", 0.25) if of_subspace else 1.0
+    return getattr(conv, "keywords", {}).get("share", SHARE) if of_subspace else 1.0
 
 
 def _holders(module: nnx.Module) -> dict[int, list[str]]:

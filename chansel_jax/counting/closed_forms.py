@@ -8,7 +8,7 @@ import math
 
 from flax import nnx
 
-from chansel_jax.conv import SubspaceChannelSelectionConv, subspace_size, unwrapped
+from chansel_jax.conv import SHARE, SubspaceChannelSelectionConv, subspace_size, unwrapped
 from chansel_jax.networks.resnet import CONVS, DENSE, Layer, ResNetConfig
 from chansel_jax.ops.window import Pair, per_axis
 
@@ -138,6 +138,6 @@ def _count_layer(layer: Layer, image_size: Pair) -> LayerCount:
     else:
         options |= {"rank": given.get("rank", 1), "norm": given.get("norm", False)}
         kind = "subspace" if make is SubspaceChannelSelectionConv else "chansel"
-        options |= {"share": given.get("share", 0.25)} if kind == "subspace" else {}
+        options |= {"share": given.get("share", SHARE)} if kind == "subspace" else {}
         cost = chansel_cost(*layer.make.args, input_size=size, **options)
     return LayerCount(layer.path, kind, (*output_size, layer.make.args[1]), *cost)

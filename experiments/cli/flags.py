@@ -105,8 +105,7 @@ def parse(
     default, description = None, inspect.cleandoc(settings_type.__doc__)
     file = None
     if read_config is not None:
-        file, _ = _take(program, arguments, "config")
-        arguments = _with_config(program, arguments, settings_type, read_config)
+        file, arguments = _with_config(program, arguments, settings_type, read_config)
         description += (
             "\n\n--config=FILE takes the settings that no other flag gives from a file: the "
             "config.json of a run, or YAML."
@@ -264,14 +263,14 @@ def _with_config(
     arguments: Sequence[str],
     settings_type: type,
     read_config: Callable[[Path], Mapping[str, Any]],
-) -> list[str]:
-    """`arguments`, after the flags that stand for the file of `--config`, if there is one.
+) -> tuple[str | None, list[str]]:
+    """The file of `--config`, if there is one, and `arguments` after the flags it stands for.
 
     Where the arguments choose a recipe, the file's settings of training do not count.
     """
     text, arguments = _take(program, arguments, "config")
     if text is None:
-        return arguments
+        return None, arguments
     try:
         path = _path(text)
         flags = {}
@@ -286,7 +285,7 @@ def _with_config(
     if any(each.partition("=")[0] == "--recipe" for each in arguments):
         of_training = {"recipe", *(name for name, _ in _leaves(settings_type.training))}
         flags = {name: flag for name, flag in flags.items() if name not in of_training}
-    return [*flags.values(), *arguments]
+    return text, [*flags.values(), *arguments]
 
 
 def _flags_of(values: Mapping[str, Any], settings_type: type) -> Iterator[tuple[str, str]]:
