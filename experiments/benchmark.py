@@ -21,7 +21,7 @@ from experiments.benchmarking.rounds import run_case
 from experiments.benchmarking.settings import Settings
 from experiments.benchmarking.survey import Survey, survey
 from experiments.benchmarking.work import work_of
-from experiments.cli.command import make_output, run
+from experiments.cli.command import check_output, run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import typed
@@ -42,11 +42,11 @@ def benchmark(settings: Settings, console: Console) -> dict[str, Any]:
         OneLineError: if settings do not fit the machine, outputs differ, or nothing could run.
     """
     if settings.output:
-        make_output(settings.output)
+        check_output(settings.output)
     train_images = plan.load_train_images(settings)
     surveyed = survey(settings, console)
     output = settings.output or default_output(settings, surveyed)
-    make_output(output)
+    check_output(output)
     cases = run_cases(settings, surveyed, train_images, console)
     results = describe(settings, surveyed) | {"cases": cases}
     if not any(case["contestants"] for case in results["cases"]):
@@ -110,6 +110,7 @@ def default_output(settings: Settings, surveyed: Survey) -> Path:
 
 def write(results: dict[str, Any], output: Path) -> None:
     """Replaces the files in `output`, each at once; the numbers first."""
+    output.mkdir(parents=True, exist_ok=True)
     write_json(output / "results.json", results)
     with replaced(output / "results.md") as partial:
         partial.write_text(report.markdown(results), encoding="utf-8")

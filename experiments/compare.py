@@ -18,7 +18,7 @@ from experiments.cli.command import run
 from experiments.cli.console import make_console
 from experiments.cli.flags import typed
 from experiments.reporting import machine, plots, report
-from experiments.studies.runs import make_folder
+from experiments.studies.runs import check_runs_output
 from experiments.studies.sweep import Outcome, entries, overfitting_epoch, run_all
 from experiments.training.scores import Wanted
 from experiments.training.settings import (
@@ -102,7 +102,7 @@ def compare(settings: Settings, console: Console) -> dict[str, Any]:
         OneLineError: if a setting or the data is wrong, or a training fails.
     """
     output = settings.output or Path("runs", f"compare-{settings.data.dataset}")
-    make_folder(output, settings.data)
+    check_runs_output(output, settings.data)
     base = TrainSettings(
         network=settings.network,
         data=settings.data,

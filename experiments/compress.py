@@ -34,7 +34,7 @@ from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import typed
 from experiments.reporting import machine, report
-from experiments.studies.runs import finished, make_folder
+from experiments.studies.runs import check_runs_output, finished
 from experiments.studies.sweep import folder_name
 from experiments.training.load import Checkpoint, Run, data_settings, load_images, load_run
 from experiments.training.scores import scores_of
@@ -128,7 +128,7 @@ def compress(settings: Settings, console: Console) -> dict[str, Any]:
     if others:
         raise CommandError(f"the {' and '.join(others)} images are not those of the run")
     output = settings.output or settings.workdir / "compressed"
-    make_folder(output, data_settings(dense, settings.data_dir))
+    check_runs_output(output, data_settings(dense, settings.data_dir))
     validation = dataset.splits["validation"]
     whole = scores_of(dense.network, dense, validation).accuracy
     console.print(f"dense network, epoch {dense.epoch}: {whole:.2%} of the validation images")

@@ -10,7 +10,7 @@ from typing import Literal
 from rich.console import Console
 
 from chansel_jax.training.prediction import Scores
-from experiments.cli.command import make_output, run
+from experiments.cli.command import check_output, run
 from experiments.cli.console import make_console
 from experiments.reporting import plots, report
 from experiments.training.load import Checkpoint, Run, data_settings, load_run
@@ -52,7 +52,7 @@ def evaluate(settings: Settings, console: Console) -> Scores:
     trained = load_run(settings.workdir, settings.epoch, console.print)
     output = settings.output or settings.workdir
     refuse_among_images("output", output, data_settings(trained, settings.data_dir))
-    make_output(output)
+    check_output(output)
     wanted = Wanted(settings.split, settings.epoch, settings.flip_average)
     found = measure(trained, wanted, settings.data_dir, output, console)
     print_scores(found, trained, console)

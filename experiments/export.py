@@ -12,10 +12,10 @@ import numpy as np
 from rich.console import Console
 
 from chansel_jax.files import replaced
-from experiments.cli.command import make_output, run
+from experiments.cli.command import check_output, run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
-from experiments.exporting.card import model_card
+from experiments.exporting.card import BEGINNING, model_card
 from experiments.exporting.formats import FORMATS, Name, Predict, code, in_float32, predict_of
 from experiments.studies.runs import record_of
 from experiments.training.load import Checkpoint, Run, data_settings, load_run, readable
@@ -72,7 +72,8 @@ def export(settings: Settings, console: Console) -> None:
     refuse_among_images("output", output, data_settings(trained, None))
     with readable(f"the run in {workdir}"):
         card = model_card(trained, record_of(workdir), settings.format)
-    make_output(output)
+    check_output(output)
+    check_card(output / CARD)
     if trained is not run:
         difference = predictions_differ(
             predict_of(trained, trained.network), predict_of(run, run.network), trained
@@ -81,6 +82,7 @@ def export(settings: Settings, console: Console) -> None:
             f"the run computes in {run.settings.network.dtype}, and what is exported in float32: "
             f"probabilities of three random images differ by up to {difference:.1e}"
         )
+    output.mkdir(parents=True, exist_ok=True)
     for name in settings.format:
         path = output / FORMATS[name].file
         with replaced(path) as partial:  # a file that differs does not get there
@@ -91,6 +93,12 @@ def export(settings: Settings, console: Console) -> None:
     with replaced(output / CARD) as partial:
         partial.write_text(card, encoding="utf-8")
     console.print(f"{output / CARD} says what it is, how good it is, and how to load it")
+
+
+def check_card(path: Path) -> None:
+    """Raises `CommandError` if `path` is there, and no model card of an earlier export."""
+    if path.exists() and not path.read_bytes().startswith(BEGINNING.encode()):
+        raise CommandError(f"{path} is no model card of an earlier export, and is not replaced")
 
 
 def check_packages(formats: tuple[Name, ...]) -> None:

@@ -83,11 +83,13 @@ def predict(settings: Settings, console: Console) -> None:
             replaced(settings.output) as partial,
             partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
         ):
-            writer = csv.writer(file, lineterminator="\n")
+            # For a name that holds a carriage return, which Python 3.11 leaves unquoted.
+            quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+            plain = csv.writer(file, lineterminator="\n")
             by_name = settings.labels == "name"
             classes = list(trained.class_names if by_name else range(len(trained.class_names)))
             headings = [*settings.columns[:1], *classes]
-            writer.writerow(headings if settings.probabilities else settings.columns)
+            plain.writerow(headings if settings.probabilities else settings.columns)
             written = 0
             names, bad = row_names(files, settings.images), []
             for paths, found in predictions(settings, trained, files, bad, console):
@@ -95,6 +97,7 @@ def predict(settings: Settings, console: Console) -> None:
                     cells = [classes[probabilities.argmax()]]
                     if settings.probabilities:
                         cells = [f"{probability:.6f}" for probability in probabilities]
+                    writer = quoted if "\r" in names[path] else plain
                     writer.writerow([names[path], *cells])
                 written += len(paths)
             if not written:

@@ -27,7 +27,7 @@ from chansel_jax.ops import native
 from chansel_jax.training import devices
 from experiments.benchmarking.settings import parse_shape
 from experiments.benchmarking.trace import Profile, by_kind, by_layer, operations, times
-from experiments.cli.command import make_output, run
+from experiments.cli.command import check_output, run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import typed
@@ -77,7 +77,7 @@ def main(settings: Settings) -> None:
     console = make_console()
     if settings.output is not None:
         for folder in (settings.output, *(settings.output / conv for conv in settings.convs)):
-            make_output(folder)
+            check_output(folder)
     device = jax.devices()[0]
     what = settings.layer and f"layer {parse_shape(settings.layer)}"
     console.print(

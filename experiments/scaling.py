@@ -16,7 +16,7 @@ from rich.console import Console
 
 from chansel_jax.files import write_json
 from chansel_jax.networks.resnet import PRESETS, Model
-from experiments.cli.command import make_output, run
+from experiments.cli.command import check_output, run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import typed
@@ -102,7 +102,7 @@ def scale(settings: Settings, console: Console) -> Measured:
     del shared["output"], shared["cluster"]  # in which the processes may differ
     coordination.check_equal("settings", shared)
     counts = device_counts(settings)
-    coordination.first_alone(lambda: make_output(settings.output))
+    coordination.first_alone(lambda: check_output(settings.output))
     console.print(device_names())
     measured = measure(settings, counts, console)
     coordination.first_alone(lambda: write(measured, settings, console))
@@ -112,6 +112,7 @@ def scale(settings: Settings, console: Console) -> Measured:
 def write(measured: Measured, settings: Settings, console: Console) -> None:
     """Writes the results and the report, and prints its tables."""
     command = what_to_type(settings)
+    settings.output.mkdir(parents=True, exist_ok=True)
     write_json(
         settings.output / "results.json",
         {"command": command, "versions": machine.versions(), **dataclasses.asdict(measured)},
@@ -154,14 +155,13 @@ def device_counts(settings: Settings) -> Sequence[int]:
     counts = sorted({1, *(settings.devices or powers)})
     if counts[-1] > there:
         raise CommandError(f"devices={counts[-1]} must be at most the {there} that there are")
+    two = "it takes two to send each other anything"
+    if counts == [1] and settings.devices:
+        raise CommandError(f"devices=1: {two}")
     if there == 1:
-        raise CommandError("there is one device only, and it takes two to send each other anything")
+        raise CommandError(f"there is one device only, and {two}")
     if counts == [1]:
-        raise CommandError(
-            "devices=1: it takes two devices to send each other anything"
-            if settings.devices
-            else f"batch_size={settings.batch_size} must be divisible by 2, the fewest to compare"
-        )
+        raise CommandError(f"batch_size={settings.batch_size} must be divisible by 2: {two}")
     return counts
 
 

@@ -20,7 +20,7 @@ from experiments.cli.errors import CommandError
 from experiments.cli.flags import typed
 from experiments.reporting import machine, report
 from experiments.studies import STUDIES
-from experiments.studies.runs import image_digests, make_folder
+from experiments.studies.runs import check_runs_output, image_digests
 from experiments.studies.study import Study
 from experiments.studies.sweep import Outcome, run_all
 from experiments.training.scores import Wanted
@@ -78,7 +78,7 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
     if not entries:
         raise CommandError(f"only={settings.only} is part of none of: {'; '.join(every)}")
     output = settings.output or Path("runs", f"study-{settings.name}-{data.dataset}")
-    make_folder(output, data)
+    check_runs_output(output, data)
     scored = [split for split in chosen.scored if split in image_digests(data)]
     wanted = [Wanted(split, "last") for split in scored]
     outcomes, diverged = run_all(entries, settings.seeds, output, console, wanted)

@@ -161,14 +161,16 @@ def _check_classes(wanted: Sequence[str], there: Sequence[str], root: Path) -> N
         of_locale = "" if encoding == "utf-8" else f"; or set PYTHONUTF8=1, it is {encoding} now"
         raise DataError(
             f"rename {listed(changed)} in {root}: the name of a class must be UTF-8 without line "
-            f"breaks or other control characters, and neither begin nor end with a blank{of_locale}"
+            "breaks or other characters that are not seen, and neither begin nor end with a blank"
+            f"{of_locale}"
         )
 
 
 def _can_be_kept(name: str) -> bool:
-    """Whether `name` stays what it is as a line of a text file."""
-    kinds = {unicodedata.category(character) for character in name}
-    return name == name.strip() and kinds.isdisjoint(("Cc", "Cs", "Zl", "Zp"))
+    """Whether `name` stays what it is as a line of a text file, and can be told from others."""
+    # Words of Persian hold a character that is not seen, and so do some emoji.
+    kinds = {unicodedata.category(character) for character in set(name) - {"\u200c", "\u200d"}}
+    return name == name.strip() and kinds.isdisjoint(("Cc", "Cf", "Cs", "Zl", "Zp"))
 
 
 def _subfolders(root: Path) -> tuple[str, ...]:

@@ -1,11 +1,10 @@
 """What all commands share: settings from flags, errors as one line, and the folder of --output."""
 
-import atexit
 import contextlib
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,20 +81,25 @@ def _call(main: Callable[[Settings], object], settings: Settings) -> None:
         sys.exit(EXIT_ERROR)
 
 
-RESULTS = (".json", ".jsonl", ".md", ".html", ".png")  # end the names of all that is written
+# They end the names of all that is written.
+RESULTS = {
+    *(".json", ".jsonl", ".md", ".html", ".png"),
+    *(".onnx", ".safetensors", ".stablehlo"),
+}
 
 
-def make_output(folder: Path) -> None:
-    """Makes the folder of --output, before anything long begins.
+def check_output(folder: Path) -> None:
+    """Checks that results can be written to the folder of --output, before anything long begins.
 
-    If nothing is written to it, it is removed when the process ends.
+    It is left as it was: only what has results makes it.
 
     Raises:
         CommandError: if it is a file, cannot be made or written to, or holds a folder that is
             called as a file of results is.
     """
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    new = []
     try:
+        new += [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -110,10 +114,6 @@ def make_output(folder: Path) -> None:
     except OSError as error:
         raise CommandError(f"output={folder}: {error.strerror or error}") from error
     finally:
-        atexit.register(_remove_empty, new)
-
-
-def _remove_empty(folders: Sequence[Path]) -> None:
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        for path in new:
+            with contextlib.suppress(OSError):
+                path.rmdir()

@@ -5,8 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.exporting.formats import FORMATS, Name, code
+from experiments.reporting.report import escape
 from experiments.studies.runs import Record
 from experiments.training.load import Run
+
+# Of every card.
+BEGINNING = """---
+library_name: "chansel_jax"
+"""
 
 # What the card calls the convolutions.
 CONVOLUTIONS = {
@@ -31,21 +37,21 @@ def model_card(run: Run, record: Record, written: Sequence[Name]) -> str:
     settings, (height, width, _) = run.settings, run.image_shape
     name = f"{settings.network.model}-{settings.conv}"
     head = {
-        "library_name": "chansel_jax",
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "jax", "flax", *written],
         "metrics": ["accuracy"],
         "model-index": [{"name": name, "results": _results(settings.data.dataset, found)}],
     }
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
-    classes = "\n".join(f"{i}. {json.dumps(each)}" for i, each in enumerate(run.class_names))
+    classes = "\n".join(
+        f"{i}. {escape(json.dumps(each))}" for i, each in enumerate(run.class_names)
+    )
     rows = "\n".join(f"| {label} | {value} |" for label, value in _table(run, record, found))
     files = "\n\n".join(
         f"## {FORMATS[each].file}\n\n{FORMATS[each].described}\n\n```python\n{code(each, run)}\n```"
         for each in written
     )
-    return f"""---
-{front}
+    return f"""{BEGINNING}{front}
 ---
 
 # {name}

@@ -17,6 +17,7 @@ DPI = 120
 USUAL = "sans-serif"  # the family of the fonts in pictures
 FEW_EPOCHS = 5  # which lines alone would hardly show
 FEW_CLASSES = 20  # of which a picture and a terminal have room for every count
+LONGEST_NAME = 24  # in letters, beside a picture
 MOST_NAMES = 100  # that can be read beside a picture
 
 
@@ -103,10 +104,15 @@ def drawable(class_names: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     families = _families(set("".join(class_names)))
     labels = [
-        name if families.keys() >= set(name) else f"class {number}"
+        shorten(name) if families.keys() >= set(name) else f"class {number}"
         for number, name in enumerate(class_names)
     ]
     return labels, [USUAL, *sorted({*families.values()} - {USUAL})]
+
+
+def shorten(name: str) -> str:
+    """`name`, of which a picture has room for the beginning."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def _families(characters: Set[str]) -> dict[str, str]:

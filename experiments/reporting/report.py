@@ -24,6 +24,8 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 # As much as fits into 80 columns; GAP is the blanks between two of a table's.
 LAYOUT = {"box": SIMPLE, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
 GAP = 2
+# What Markdown would not show as it is; between letters an underscore means nothing to it.
+MARKDOWN = re.compile(r"[\\`*<\[|~]|&(?=[#\w])|(?<![^\W_])_|_(?![^\W_])")
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
@@ -45,7 +47,7 @@ def write(folder: Path, title: str, text: str, pictures: Mapping[str, Figure]) -
     for name, picture in pictures.items():
         plots.save(picture, folder / f"{name}.png")
     for name, content in (
-        ("report.md", f"# {title}\n\n{text}"),
+        ("report.md", f"# {escape(title)}\n\n{text}"),
         ("report.html", page(folder, title, text)),
     ):
         with replaced(folder / name) as partial:
@@ -97,8 +99,13 @@ def page(folder: Path, title: str, text: str) -> str:
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column is of names, the others of numbers."""
     lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    escaped = ([cell.replace("|", r"\|") for cell in line] for line in lines)
+    escaped = (map(escape, line) for line in lines)
     return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
+
+
+def escape(text: str) -> str:
+    """Markdown that shows `text` as it is."""
+    return MARKDOWN.sub(r"\\\g<0>", text)
 
 
 def print_table(

@@ -17,7 +17,7 @@ from chansel_jax.functional import network_tree
 from chansel_jax.networks.resnet import ResNet
 from chansel_jax.training.checkpoint import check_workdir
 from chansel_jax.training.distillation import Teacher
-from experiments.cli.command import make_output
+from experiments.cli.command import check_output
 from experiments.cli.differences import differences
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import refused_value
@@ -88,8 +88,8 @@ class Record:
         return known.items() <= self.evaluations.get(wanted.name, {}).items()
 
 
-def make_folder(output: Path, data: DataSettings) -> None:
-    """Makes the folder of --output, in which runs on `data` will be.
+def check_runs_output(output: Path, data: DataSettings) -> None:
+    """Checks the folder of --output, in which runs on `data` will be.
 
     Raises:
         CheckpointError: if no checkpoints can be kept in it.
@@ -98,7 +98,7 @@ def make_folder(output: Path, data: DataSettings) -> None:
     """
     refuse_among_images("output", output, data)
     check_workdir(output, "output")
-    make_output(output)
+    check_output(output)
 
 
 def record_of(workdir: Path) -> Record:

@@ -98,6 +98,7 @@ def measure(
         "confusion": found.confusion.tolist(),
         **top5,
     }
+    output.mkdir(parents=True, exist_ok=True)
     write_json(output / f"evaluation-{wanted.name}.json", content)
     return found
 

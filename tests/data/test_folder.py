@@ -605,7 +605,9 @@ def test_refused_image_leaves_nothing_and_can_be_replaced(root, write_images, ca
     load("folder", data_dir=root)
 
 
-@pytest.mark.parametrize("name", ["cat ", "\u3000cat", "c\nat", "c\rat", "c\u2028at", "caf\udce9"])
+@pytest.mark.parametrize(
+    "name", ["cat ", "\u3000cat", "c\nat", "c\rat", "c\u2028at", "c\u200bat", "\u202etac"]
+)
 def test_class_names_that_would_be_changed_are_refused(root, write_images, name):
     write_images(root, {"cat": 2, name: 2, f"{name}s": 2})
     told = refusal(root)
@@ -613,7 +615,7 @@ def test_class_names_that_would_be_changed_are_refused(root, write_images, name)
 
 
 def test_class_names_are_kept_as_they_are(root, write_images):
-    names = ("$a_$", "a  b", "caf\xe9", "cafe\u0301", "\u732b", "\U0001f431")
+    names = ("$a_$", "a  b", "caf\xe9", "cafe\u0301", "\u732b", "\U0001f431", "a\u200cb")
     write_images(root, dict.fromkeys(names, 2))
     assert load("folder", data_dir=root).class_names == tuple(sorted(names))
 

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -282,6 +283,15 @@ def test_names_keep_their_extensions_where_they_are_needed(trained, unlabelled, 
         image.save(unlabelled / "000.jpg")
     predict.predict(predict.Settings(trained, unlabelled, tmp_path / "s.csv"), console)
     assert [row[0] for row in rows_of(tmp_path / "s.csv")][1:3] == ["000.jpg", "000.png"]
+
+
+def test_rows_hold_any_name(trained, unlabelled, tmp_path, console):
+    names = ("a\rb", "c\nd", 'e,"f"', " g ")
+    for name in names:
+        shutil.copy(unlabelled / "000.png", unlabelled / f"{name}.png")
+    predict.predict(predict.Settings(trained, unlabelled, tmp_path / "s.csv"), console)
+    found = [row for row in rows_of(tmp_path / "s.csv") if row[1] == "red"]
+    assert found == [[name, "red"] for name in sorted(["000", *names])]
 
 
 def test_files_that_are_no_images_are_named_and_the_rest_predicted(

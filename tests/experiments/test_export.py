@@ -211,9 +211,24 @@ def test_unfinished_run(settings, whole, tmp_path, console):
 
 def test_file_that_cannot_be_written(settings, whole, tmp_path, console):
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(OSError, match="model.safetensors"):
+    with pytest.raises(CommandError, match="model.safetensors is a folder"):
         export.export(exporting(settings, tmp_path), console)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_readme_that_is_no_card_is_not_replaced(settings, whole, tmp_path, console, linked):
+    (tmp_path / "mine.md").write_text("# Mine\n")
+    output = tmp_path / "output"
+    output.mkdir()
+    card = output / "README.md"
+    if linked:
+        card.symlink_to(tmp_path / "mine.md")
+    else:
+        (tmp_path / "mine.md").rename(card)
+    with pytest.raises(CommandError, match=f"^{card} is no model card of an earlier export"):
+        export.export(exporting(settings, output), console)
+    assert card.read_text() == "# Mine\n" and list(output.iterdir()) == [card]
 
 
 def test_package_that_is_missing_is_named_before_anything_is_read(tmp_path, console, monkeypatch):

@@ -1,6 +1,7 @@
 """The commands that train several networks, tiny; and what they write."""
 
 import dataclasses
+import html
 import io
 import json
 import re
@@ -12,6 +13,7 @@ import chex
 import numpy as np
 import pytest
 from flax import nnx
+from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
@@ -68,6 +70,19 @@ def test_page_shows_what_the_markdown_says(tmp_path):
         "report.html",
         "report.md",
     ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["*a*", "<b>", "_a_", "__a__", "a_b_c", "`a`", "[a](b)", "a\\*", "~~a~~", "&lt;", "A & B"],
+)
+def test_names_are_shown_as_they_are(tmp_path, name):
+    report.write(tmp_path, name, report.table(["", name], [[name, "1"]]), {})
+    page = (tmp_path / "report.html").read_text()
+    shown = html.escape(name, quote=False)
+    assert f"<td>{shown}</td>" in page and f">{shown}</th>" in page
+    heading, _ = (tmp_path / "report.md").read_text().split("\n", 1)
+    assert MarkdownIt().render(heading) == f"<h1>{shown}</h1>\n"
 
 
 STUDY_HEADINGS = ["", "parameters", "multiply-adds", "train loss", "highest accuracy", "epochs"]

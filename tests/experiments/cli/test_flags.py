@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Literal
 
@@ -16,8 +15,8 @@ import pytest
 
 import experiments
 from experiments import evaluate, study
-from experiments.cli import command, ending
-from experiments.cli.command import make_output, run
+from experiments.cli import ending
+from experiments.cli.command import check_output, run
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import parse
 from experiments.training import settings as training
@@ -360,25 +359,21 @@ def test_path_of_an_unknown_home_is_refused(capsys):
     assert "--workdir" in told and "~nobody-of-this-name/x" in told and told.count("\n") == 1
 
 
-def test_output_is_made_and_left_empty(tmp_path):
-    make_output(tmp_path / "a" / "b")
-    make_output(tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-
-
-def test_output_that_nothing_was_written_to_goes_at_the_end(tmp_path, monkeypatch):
-    at_end = []
-    fake = types.SimpleNamespace(register=lambda *call: at_end.append(call))
-    monkeypatch.setattr(command, "atexit", fake)
-    make_output(tmp_path / "a" / "empty")
-    make_output(tmp_path / "b" / "written")
-    (tmp_path / "b" / "written" / "results.json").touch()
+def test_output_is_left_as_it_was(tmp_path):
+    check_output(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "there").mkdir()
-    make_output(tmp_path / "there")
-    for function, *arguments in at_end:
-        function(*arguments)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "there"]
-    assert (tmp_path / "b" / "written" / "results.json").exists()
+    check_output(tmp_path / "there")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+
+
+@pytest.mark.parametrize(
+    "suffix", ["html", "json", "jsonl", "md", "onnx", "png", "safetensors", "stablehlo"]
+)
+def test_output_with_a_folder_in_the_place_of_a_file_is_refused(tmp_path, suffix):
+    (tmp_path / f"a.{suffix}").mkdir()
+    with pytest.raises(CommandError, match=f"^output={tmp_path}: a.{suffix} is a folder, where"):
+        check_output(tmp_path)
 
 
 def test_output_that_is_a_file_is_named(tmp_path):
@@ -386,7 +381,7 @@ def test_output_that_is_a_file_is_named(tmp_path):
     path.write_text("kept")
     for folder in (path, path / "below"):
         with pytest.raises(CommandError, match=f"^output={folder}(: | is a file)"):
-            make_output(folder)
+            check_output(folder)
     assert path.read_text() == "kept"
 
 

@@ -22,6 +22,13 @@ def test_names_are_drawn_with_fonts_that_have_them(tmp_path):
         assert image.format == "PNG"
 
 
+def test_long_names_leave_room_for_the_picture(tmp_path):
+    picture = plots.confusion_matrices({"any": np.eye(2, dtype=int)}, ("a" * 200, "b" * 24))
+    plots.save(picture, tmp_path / "confusion.png")  # or it warns
+    labels = [tick.get_text() for tick in picture.axes[0].get_yticklabels()]
+    assert labels == ["a" * 23 + "…", "b" * 24]
+
+
 @pytest.mark.parametrize("name", ["$a_$", "$", "a_b^c", "\\alpha"])
 def test_names_are_no_formulas(tmp_path, name):
     picture = plots.confusion_matrices({"any": np.eye(2, dtype=int)}, (name, "b$"))
