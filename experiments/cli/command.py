@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from chansel_jax.memory import keep_freed_memory
+from experiments.cli.compiled import keep_compiled
 from experiments.cli.console import print_any_character
 from experiments.cli.ending import (
     EXIT_ERROR,
@@ -47,6 +48,7 @@ def run(
         read_config: likewise.
     """
     keep_freed_memory()
+    keep_compiled()
     handle_interrupts()
     print_any_character()
     try:

@@ -80,10 +80,10 @@ def train(experiment: Experiment, workdir: Path, console: Console) -> Progress:
             coordination.first_alone(lambda: records.mend(*files))
             return progress
         coordination.first_alone(lambda: discard_results(workdir, progress))
-        console.print("the steps are compiled …")
+        console.print("the steps are compiled, or read where an earlier start kept them …")
         start = time.perf_counter()
         feed = opened.enter_context(feeds.open_feed(experiment, progress.state))
-        console.print(f"the steps were compiled in {time.perf_counter() - start:.1f} s")
+        console.print(f"the steps are ready after {time.perf_counter() - start:.1f} s")
         record = opened.enter_context(
             records.recorded(workdir, progress.history, title(experiment.settings))
             if coordination.is_first()

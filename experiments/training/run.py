@@ -61,7 +61,7 @@ def train_and_evaluate(
     coordination.check_equal("settings", equal_in_all_processes(settings))
     known = {"settings": decisive(settings)}
     coordination.first_alone(lambda: check(workdir, known, settings.resume, BEFORE_THEY_WERE))
-    console.print(f"the images are loaded ({settings.data.dataset}) …")
+    console.print(f"the images are loaded ({settings.data.dataset}), the network is made …")
     experiment = build(settings, network, teacher, class_names)
     description = experiment.describe()
     coordination.check_equal("images", description)

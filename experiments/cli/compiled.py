@@ -1,0 +1,48 @@
+"""What commands compile is kept for their next start."""
+
+import hashlib
+import platform
+import tempfile
+import warnings
+from pathlib import Path
+
+import jax
+from platformdirs import user_cache_path
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def keep_compiled() -> None:
+    """Has JAX keep what it compiles in the user's cache folder, and read it from there.
+
+    Where JAX's own settings name a folder, it is that one. Where none can be written to, nothing is
+    kept.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = user_cache_path("chansel_jax") / "compiled" / _processor()
+    if not folder.is_absolute():  # the user has no home
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    # What cannot be read is compiled again, and a full disk is met by what matters more.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+
+
+def _processor() -> str:
+    """Changes with what the processor can do: a home may be shared by machines that differ.
+
+    JAX does not tell them apart, and would run instructions that one of them lacks.
+    """
+    described = [platform.machine()]
+    if CPU_INFO.exists():
+        names = ("model name", "flags", "CPU part", "Features")  # the latter two on ARM
+        lines = CPU_INFO.read_text().splitlines()
+        described += sorted({line for line in lines if line.startswith(names)})
+    return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
