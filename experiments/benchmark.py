@@ -42,11 +42,11 @@ def benchmark(settings: Settings, console: Console) -> dict[str, Any]:
         OneLineError: if settings do not fit the machine, outputs differ, or nothing could run.
     """
     if settings.output:
-        check_output(settings.output)
+        check_output(settings.output, "benchmark")
     train_images = plan.load_train_images(settings)
     surveyed = survey(settings, console)
     output = settings.output or default_output(settings, surveyed)
-    check_output(output)
+    check_output(output, "benchmark")
     cases = run_cases(settings, surveyed, train_images, console)
     results = describe(settings, surveyed) | {"cases": cases}
     if not any(case["contestants"] for case in results["cases"]):

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from experiments.cli.command import run
 from experiments.cli.console import make_console
-from experiments.cli.flags import typed
+from experiments.cli.flags import check_different, typed
 from experiments.reporting import machine, plots, report
 from experiments.studies.runs import check_runs_output
 from experiments.studies.sweep import Outcome, entries, overfitting_epoch, run_all
@@ -81,13 +81,11 @@ class Settings:
 
     def __post_init__(self):
         check_seeds(self.seeds)
-        given = ",".join(self.networks)
-        if not self.networks or len(set(self.networks)) < len(self.networks):
-            raise ValueError(f"networks={given} must be different networks, at least one")
+        check_different("networks", self.networks, "networks")
         try:
             entries(self.networks, TrainSettings())
         except ValueError as error:
-            raise ValueError(f"networks={given}: {error}") from error
+            raise ValueError(f"networks={','.join(self.networks)}: {error}") from error
 
 
 def main(settings: Settings) -> None:
@@ -102,7 +100,7 @@ def compare(settings: Settings, console: Console) -> dict[str, Any]:
         OneLineError: if a setting or the data is wrong, or a training fails.
     """
     output = settings.output or Path("runs", f"compare-{settings.data.dataset}")
-    check_runs_output(output, settings.data)
+    check_runs_output(output, settings.data, "compare")
     base = TrainSettings(
         network=settings.network,
         data=settings.data,

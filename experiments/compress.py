@@ -32,7 +32,7 @@ from chansel_jax.training.optimizer import OptimizerSettings
 from experiments.cli.command import run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
-from experiments.cli.flags import typed
+from experiments.cli.flags import check_different, typed
 from experiments.reporting import machine, report
 from experiments.studies.runs import check_runs_output, finished
 from experiments.studies.sweep import folder_name
@@ -94,6 +94,8 @@ class Settings:
     def __post_init__(self):
         if not (self.ranks or self.energies or self.parameter_budgets):
             raise ValueError("ranks=, energies= and parameter_budgets= name nothing to make")
+        for name in ("ranks", "energies", "parameter_budgets"):
+            check_different(name, getattr(self, name))
         for name in ("ranks", "parameter_budgets"):
             for value in getattr(self, name):
                 if value < 1:
@@ -128,7 +130,7 @@ def compress(settings: Settings, console: Console) -> dict[str, Any]:
     if others:
         raise CommandError(f"the {' and '.join(others)} images are not those of the run")
     output = settings.output or settings.workdir / "compressed"
-    check_runs_output(output, data_settings(dense, settings.data_dir))
+    check_runs_output(output, data_settings(dense, settings.data_dir), "compress")
     validation = dataset.splits["validation"]
     whole = scores_of(dense.network, dense, validation).accuracy
     console.print(f"dense network, epoch {dense.epoch}: {whole:.2%} of the validation images")

@@ -15,6 +15,7 @@ from chansel_jax.files import replaced
 from experiments.cli.command import check_output, run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
+from experiments.cli.flags import check_different
 from experiments.exporting.card import BEGINNING, model_card
 from experiments.exporting.formats import FORMATS, Name, Predict, code, in_float32, predict_of
 from experiments.studies.runs import record_of
@@ -42,9 +43,7 @@ class Settings:
     are replaced."""
 
     def __post_init__(self):
-        if not self.format or len(set(self.format)) < len(self.format):
-            given = ",".join(self.format)
-            raise ValueError(f"format={given} must be different formats, at least one")
+        check_different("format", self.format, "formats")
 
 
 def main(settings: Settings) -> None:

@@ -30,7 +30,7 @@ from experiments.benchmarking.trace import Profile, by_kind, by_layer, operation
 from experiments.cli.command import check_output, run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
-from experiments.cli.flags import typed
+from experiments.cli.flags import check_different, typed
 from experiments.reporting import machine
 from experiments.reporting.report import print_table
 from experiments.training.noise import layer_on_noise, training_on_noise
@@ -66,8 +66,7 @@ class Settings:
         for name in ("batch_size", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not self.convs:
-            raise ValueError("convs= must name at least one convolution")
+        check_different("convs", self.convs, "convolutions")
         if self.layer is not None:
             parse_shape(self.layer, "layer")
 

@@ -7,6 +7,7 @@ the bytes that a step sends how it would go on to 1,024.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from chansel_jax.networks.resnet import PRESETS, Model
 from experiments.cli.command import check_output, run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
-from experiments.cli.flags import typed
+from experiments.cli.flags import check_different, typed
 from experiments.cluster import coordination
 from experiments.cluster.joining import ClusterSettings, join
 from experiments.parallelism import report as scaling_report
@@ -62,11 +63,10 @@ class Settings:
         for name in ("batch_size", "rounds", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not self.convs:
-            raise ValueError("convs= must name at least one convolution")
+        check_different("convs", self.convs, "convolutions")
         for name in ("bandwidth", "latency"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0, and finite")
         for name in ("blocks", "devices"):
             for count in getattr(self, name):
                 if count < 1:
@@ -102,7 +102,7 @@ def scale(settings: Settings, console: Console) -> Measured:
     del shared["output"], shared["cluster"]  # in which the processes may differ
     coordination.check_equal("settings", shared)
     counts = device_counts(settings)
-    coordination.first_alone(lambda: check_output(settings.output))
+    coordination.first_alone(lambda: check_output(settings.output, "scaling"))
     console.print(device_names())
     measured = measure(settings, counts, console)
     coordination.first_alone(lambda: write(measured, settings, console))

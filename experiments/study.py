@@ -78,7 +78,7 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
     if not entries:
         raise CommandError(f"only={settings.only} is part of none of: {'; '.join(every)}")
     output = settings.output or Path("runs", f"study-{settings.name}-{data.dataset}")
-    check_runs_output(output, data)
+    check_runs_output(output, data, f"study {settings.name}")
     scored = [split for split in chosen.scored if split in image_digests(data)]
     wanted = [Wanted(split, "last") for split in scored]
     outcomes, diverged = run_all(entries, settings.seeds, output, console, wanted)

@@ -22,6 +22,7 @@ from rich.progress import track
 from chansel_jax.ops import dense, depthwise, lowerings, native, selection
 from experiments.cli.command import run
 from experiments.cli.console import make_console
+from experiments.cli.flags import check_different
 from experiments.reporting.report import table
 
 
@@ -40,8 +41,7 @@ class Settings:
         for name in ("batch_size", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not self.dtypes:
-            raise ValueError("dtypes= must name at least one")
+        check_different("dtypes", self.dtypes, "dtypes")
 
 
 @dataclasses.dataclass(frozen=True)

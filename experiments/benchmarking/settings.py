@@ -7,6 +7,7 @@ from typing import Literal
 
 from chansel_jax.networks.resnet import CONVS, Model
 from experiments.benchmarking.cases import Conv, Dtype, LayerShape, TorchVariant, What
+from experiments.cli.flags import check_different
 
 SHAPE_FORMAT = "SIZExC_INxC_OUTxKERNELxSTRIDE"
 
@@ -97,8 +98,11 @@ class Settings:
             raise ValueError(f"round_seconds={self.round_seconds} must be positive")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be in [0, 2**32)")
-        if not self.convs:
-            raise ValueError("convs= must name at least one convolution")
+        check_different("convs", self.convs, "convolutions")
+        for name in ("shapes", "dtypes", "lowerings", "torch"):
+            check_different(name, getattr(self, name) or ())
+        if self.lowerings == self.torch == ():
+            raise ValueError("lowerings= and torch= leave nothing to be timed")
         known = dict.fromkeys(name for conv in CONVS.values() for name in conv.LOWERINGS)
         unknown = set(self.lowerings or ()) - set(known)
         if unknown:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from chansel_jax.files import read_json
 from chansel_jax.memory import keep_freed_memory
 from experiments.cli.compiled import keep_compiled
 from experiments.cli.console import print_any_character
@@ -90,14 +91,19 @@ RESULTS = {
 }
 
 
-def check_output(folder: Path) -> None:
+def check_output(folder: Path, command: str = "") -> None:
     """Checks that results can be written to the folder of --output, before anything long begins.
 
     It is left as it was: only what has results makes it.
 
+    Args:
+        folder: that is named or the default.
+        command: what writes `results.json` to it, as in `"scaling"` or `"study rank"`; by default
+            nothing does.
+
     Raises:
-        CommandError: if it is a file, cannot be made or written to, or holds a folder that is
-            called as a file of results is.
+        CommandError: if it is a file, cannot be made or written to, holds a folder that is called
+            as a file of results is, or the `results.json` of another command.
     """
     new = []
     try:
@@ -108,6 +114,8 @@ def check_output(folder: Path) -> None:
         for path in folder.iterdir():
             if path.suffix in RESULTS and path.is_dir():
                 raise CommandError(f"output={folder}: {path.name} is a folder, where files are put")
+        if command and (other := _command_of(folder)) and not f"{other} ".startswith(f"{command} "):
+            raise CommandError(f"output={folder} holds the results of another command: {other}")
     except FileExistsError as error:
         what = (
             "a link that leads nowhere" if folder.is_symlink() and not folder.exists() else "a file"
@@ -119,3 +127,11 @@ def check_output(folder: Path) -> None:
         for path in new:
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+def _command_of(folder: Path) -> str:
+    """The command whose `results.json` is in `folder`, with its flags; empty if there is none."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        command = read_json(folder / "results.json").get("command", "")
+        return command.partition("experiments.")[2]
+    return ""

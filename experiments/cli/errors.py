@@ -1,6 +1,8 @@
 """The errors of commands, and what is told of an error in one line."""
 
 import os
+import shutil
+import traceback
 from typing import Any
 
 import jax
@@ -25,13 +27,26 @@ def in_a_line(error: Exception, settings: Any) -> str | None:
         error: what ended the command.
         settings: the command's, of which the error may refuse a value.
     """
+    if isinstance(error, shutil.Error):  # of all that could not be copied
+        _, target, reason = error.args[0][0]
+        return f"{target}: {reason}"
     if isinstance(error, OneLineError | OSError):
         return in_flags(str(error), settings)
     if told := fault_of_machine(error):
         return told
     if "Unable to initialize backend" in str(error) or "Unknown backend" in str(error):
         return f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {str(error).splitlines()[0]}"
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object!r} cannot be encoded: {error.reason}"
+    if isinstance(error, AssertionError) and _is_of_platforms(error):
+        return f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: JAX finds no such devices here"
     return refused_value(error, settings) if isinstance(error, ValueError) else None
+
+
+def _is_of_platforms(error: AssertionError) -> bool:
+    """Whether JAX has found devices of none of the platforms that were asked for by name."""
+    asked = os.environ.get("JAX_PLATFORMS")
+    return bool(asked) and traceback.extract_tb(error.__traceback__)[-1].name == "backends"
 
 
 def fault_of_machine(error: Exception) -> str | None:

@@ -31,6 +31,20 @@ NARROWEST = 40  # columns: in fewer tyro may never end with wrapping its help
 WRITTEN = ("output", "workdir", "resume", "save_every_steps")
 
 
+def check_different(name: str, values: Sequence[Any], kind: str | None = None) -> None:
+    """Raises `ValueError` if two of `values`, those of the setting `name`, are equal.
+
+    Args:
+        name: of the setting.
+        values: which may be none, unless they have a kind.
+        kind: what they are, in the plural.
+    """
+    if len(set(values)) < len(values) or (kind and not values):
+        given = ",".join(map(str, values))
+        asked = f"different {kind}, at least one" if kind else "different values"
+        raise ValueError(f"{name}={given} must be {asked}")
+
+
 def typed(name: str, settings: Any, recipes: Mapping[str, object] | None = None) -> str:
     """What to type for `settings`: all that is not as by default.
 

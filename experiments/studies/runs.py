@@ -88,17 +88,17 @@ class Record:
         return known.items() <= self.evaluations.get(wanted.name, {}).items()
 
 
-def check_runs_output(output: Path, data: DataSettings) -> None:
-    """Checks the folder of --output, in which runs on `data` will be.
+def check_runs_output(output: Path, data: DataSettings, command: str) -> None:
+    """Checks the folder of --output, in which the runs of a command on `data` will be.
 
     Raises:
         CheckpointError: if no checkpoints can be kept in it.
         WorkdirError: if it lies among the images.
-        CommandError: if it is a file or cannot be made or written to.
+        CommandError: as `check_output`.
     """
     refuse_among_images("output", output, data)
     check_workdir(output, "output")
-    check_output(output)
+    check_output(output, command)
 
 
 def record_of(workdir: Path) -> Record:

@@ -38,6 +38,8 @@ def read_config(path: Path) -> Mapping[str, Any]:
             content = yaml.load(path.read_bytes(), _Loader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # as of !!int ""
+        raise ValueError(f"a value is not what its tag says ({error!r})") from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(content, Mapping):

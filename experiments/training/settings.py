@@ -25,6 +25,7 @@ from chansel_jax.networks.resnet import (
 from chansel_jax.training.augmentation import Augmentation
 from chansel_jax.training.optimizer import OptimizerSettings
 from experiments.cli.errors import CommandError
+from experiments.cli.flags import check_different
 from experiments.cluster.joining import ClusterSettings
 
 Conv = Literal["chansel", "subspace", "subkernel"]
@@ -220,9 +221,8 @@ class Settings:
 
 def check_seeds(seeds: Sequence[int]) -> None:
     """Raises `ValueError` if there is no seed, one is none, or two are equal."""
+    check_different("seeds", seeds, "seeds")
     given = ",".join(map(str, seeds))
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={given} must be different seeds, at least one")
     if not all(0 <= seed < 2**32 for seed in seeds):
         raise ValueError(f"seeds={given} must be in [0, 2**32)")
 

@@ -81,7 +81,7 @@ def test_the_report_by_hand():
     [
         ({"rounds": 0}, "rounds=0 must be at least 1"),
         ({"batch_size": -3}, "batch_size=-3 must be at least 1"),
-        ({"dtypes": ()}, "dtypes= must name at least one"),
+        ({"dtypes": ()}, "dtypes= must be different dtypes, at least one"),
     ],
 )
 def test_wrong_settings(settings, message):

@@ -2,8 +2,8 @@
 
 import dataclasses
 import importlib
+import json
 import os
-import types
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -14,7 +14,6 @@ import safetensors.numpy
 from commands import environment
 
 from chansel_jax.torch_weights import save_safetensors
-from experiments.cli import command as cli_command
 from experiments.training.load import load_run
 
 COMMANDS = (
@@ -42,6 +41,7 @@ WRONG = [
     ("train", "--replaced=none", "invalid choice 'none' for argument '--replaced'"),
     ("train", FOLDER + "--ranks=1,2,3", "--ranks=1,2,3 must have a rank for each of 12"),
     ("train", FOLDER + "--ranks=1", "--ranks=1 must have a rank for each of 12 convolutions"),
+    ("train", "--config=TAGGED", "--config=TAGGED cannot be taken: a value is not what its tag"),
     ("train", "--blocks=1,,2", "--blocks: 1,,2 has an empty place between commas"),
     ("train", FOLDER + "--ranks=10,10", "must be at most 9, the elements of a 3 × 3 kernel"),
     ("train", FOLDER + "--conv=subkernel --norm", "--norm: the dense convolution has no two parts"),
@@ -219,9 +219,23 @@ WRONG = [
     ("benchmark", "--what=layer --shapes=8x8", "--shapes=8x8 must be "),
     ("benchmark", "--shapes=8x8x8x3x1", "--shapes=8x8x8x3x1 has no meaning with --what=step"),
     ("benchmark", "--dtypes=tf32", "--dtypes=tf32: TF32 exists on GPUs only"),
-    ("benchmark", "--convs=", "--convs= must name at least one convolution"),
+    ("benchmark", "--convs=", "--convs= must be different convolutions, at least one"),
     ("benchmark", "--lowerings=quick", "--lowerings=quick may name "),
     ("benchmark", "--torch=slow", "--torch: no type matching"),
+    ("benchmark", "--convs=chansel,chansel", "--convs=chansel,chansel must be different"),
+    ("benchmark", "--dtypes=float32,float32", "--dtypes=float32,float32 must be different values"),
+    ("benchmark", "--lowerings=lax,lax", "--lowerings=lax,lax must be different values"),
+    ("benchmark", "--lowerings= --torch=", "--lowerings= and --torch= leave nothing to be timed"),
+    ("benchmark", "--output=COMPARED", "--output=COMPARED holds the results of another command"),
+    ("scaling", "--output=COMPARED", "--output=COMPARED holds the results of another command"),
+    ("compress", "--output=COMPARED", "--output=COMPARED holds the results of another command"),
+    ("compress", "--ranks=1,1", "--ranks=1,1 must be different values"),
+    (
+        "study",
+        FOLDER + "--output=COMPARED",
+        "holds the results of another command: compare --seeds",
+    ),
+    ("study", FOLDER + "--output=WIDTH", "holds the results of another command: study width"),
     ("benchmark", "--rounds=0", "--rounds=0 must be at least 1"),
     ("benchmark", "--round-seconds=0", "--round-seconds=0.0 must be positive"),
     ("benchmark", "--what=epoch --runs=0", "--runs=0 must be at least 1"),
@@ -241,11 +255,11 @@ WRONG = [
     ("profile", "--batch-size=0", "--batch-size=0 must be at least 1"),
     ("profile", "--batch-size=3", "--batch-size=3"),
     ("profile", "--steps=0", "--steps=0 must be at least 1"),
-    ("profile", "--convs=", "--convs= must name at least one convolution"),
+    ("profile", "--convs=", "--convs= must be different convolutions, at least one"),
     ("profile", "--layer=32x16x16x3", "--layer=32x16x16x3 must be SIZE"),
     ("profile", "--output=FILE", "--output=FILE"),
     ("scaling", "--batch-size=0", "--batch-size=0 must be at least 1"),
-    ("scaling", "--convs=", "--convs= must name at least one convolution"),
+    ("scaling", "--convs=", "--convs= must be different convolutions, at least one"),
     ("scaling", "--blocks=0", "--blocks=0 must be at least 1"),
     ("scaling", "--devices=0", "--devices=0"),
     ("scaling", "--devices=1,3", "--batch-size=128 must be divisible by --devices=3"),
@@ -253,10 +267,11 @@ WRONG = [
     ("scaling", "--steps=0", "--steps=0 must be at least 1"),
     ("scaling", "--rounds=0", "--rounds=0 must be at least 1"),
     ("scaling", "--bandwidth=0", "--bandwidth=0.0 must be above 0"),
+    ("scaling", "--bandwidth=inf", "--bandwidth=inf must be above 0, and finite"),
     ("scaling", "--latency=-1", "--latency=-1.0 must be above 0"),
     ("scaling", "--output=FILE", "--output=FILE"),
     ("tune", "--batch-size=0", "--batch-size=0 must be at least 1"),
-    ("tune", "--dtypes=", "--dtypes= must name at least one"),
+    ("tune", "--dtypes=", "--dtypes= must be different dtypes, at least one"),
     ("tune", "--rounds=0", "--rounds=0 must be at least 1"),
 ]
 
@@ -324,7 +339,15 @@ def places(settings, whole, dense, tmp_path_factory):
     (root / "damaged.safetensors").write_bytes(b"{}")
     safetensors.numpy.save_file({"a": np.zeros(1)}, root / "other.safetensors")
     (root / "config.yaml").write_text("epochs: 3\nnetwork: {widht: 3}\n")
+    (root / "tagged.yaml").write_text('epochs: !!int ""\n')
     (root / "empty").mkdir()
+    for name, flags_of_it in (
+        ("compared", "compare --seeds=0"),
+        ("width", "study width --epochs=1"),
+    ):
+        (root / name).mkdir()
+        written = {"command": f"python -m experiments.{flags_of_it}"}
+        (root / name / "results.json").write_text(json.dumps(written))
     (root / "link").symlink_to("nowhere")
     (root / "taken" / "README.md").mkdir(parents=True)
     network = load_run(settings.workdir).network
@@ -341,7 +364,10 @@ def places(settings, whole, dense, tmp_path_factory):
         "DAMAGED": root / "damaged.safetensors",
         "INFINITE": root / "infinite.safetensors",
         "LINK": root / "link",
+        "TAGGED": root / "tagged.yaml",
         "TAKEN": root / "taken",
+        "COMPARED": root / "compared",
+        "WIDTH": root / "width",
         "OTHER": root / "other.safetensors",
         "EMPTY": root / "empty",
         "NONE": root / "none",
@@ -359,12 +385,7 @@ def test_wrong_value_is_named_in_a_line(
         words = [word.replace(f"={name}", f"={path}") for word in words]
         message = message.replace(name, str(path))
     before = sorted(os.listdir(places["RUN"]))
-    at_end = []
-    fake = types.SimpleNamespace(register=lambda *call: at_end.append(call))
-    monkeypatch.setattr(cli_command, "atexit", fake)
     code, errors = refusal(command, words, monkeypatch, capsys)
-    for function, *arguments in at_end:
-        function(*arguments)
     assert code in (1, 2) and message in errors
     assert len(errors.splitlines()) == 1 and errors.startswith("error: ")
     assert sorted(os.listdir(places["RUN"])) == before and not os.listdir(places["EMPTY"])
