@@ -56,7 +56,7 @@ WHEN = {
 RECIPES = {
     "fine-tuning": TrainingSettings(
         optimization=OptimizerSettings(
-            optimizer="sgd", learning_rate=0.01, weight_decay=5e-4, warmup_fraction=0.0
+            optimizer="muon", learning_rate=0.02, weight_decay=5e-4, warmup_fraction=0.0
         ),
         epochs=10,
         label_smoothing=0.1,
