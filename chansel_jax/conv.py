@@ -21,6 +21,7 @@ from flax.nnx.nn.dtypes import promote_dtype as promote_to_one_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
 from jax import lax
 
+from chansel_jax import norm as normalization
 from chansel_jax.ops import dense, depthwise, selection
 from chansel_jax.ops.limits import Options, able
 from chansel_jax.ops.lowerings import defining, here
@@ -29,7 +30,8 @@ from chansel_jax.ops.window import Padding, Window, axis_names, is_int, kernel_s
 lecun_normal = nnx.initializers.lecun_normal()
 zeros = nnx.initializers.zeros_init()
 
-BatchNorm = functools.partial(nnx.BatchNorm, momentum=0.9)  # PyTorch writes this momentum as 0.1
+# PyTorch writes this momentum as 0.1.
+BatchNorm = functools.partial(normalization.BatchNorm, momentum=0.9)
 
 SHARE = 0.25  # of the input channels, that BSConv-S has by default in its subspace
 

@@ -128,7 +128,7 @@ def _count_layer(layer: Layer, image_size: Pair) -> LayerCount:
         weights = in_features * out_features
         return LayerCount(layer.path, "linear", (out_features,), weights + out_features, weights)
     size = tuple(-(-pixels // layer.reduction) for pixels in image_size)
-    if make is nnx.BatchNorm:
+    if issubclass(make, nnx.BatchNorm):
         (channels,) = layer.make.args
         return LayerCount(layer.path, "batch_norm", (*size, channels), 2 * channels, 0)
     output_size = tuple(-(-pixels // given["strides"]) for pixels in size)

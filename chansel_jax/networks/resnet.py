@@ -321,16 +321,16 @@ class ResNet(nnx.Module):
         for number, block in enumerate(self.blocks):
             x = _named(f"blocks.{number}", block, x)
         if self.last_norm is not None:
-            x = nnx.relu(_named("last_norm", self.last_norm, x))
+            x = _named("last_norm", self.last_norm, x, relu=True)
         x = jnp.mean(x, axis=(1, 2))
         x = self.dropout(x, rngs=rngs)
         return _named("classifier", self.classifier, x).astype(jnp.float32)
 
 
-def _named(name: str, layer: nnx.Module, x: jax.Array) -> jax.Array:
-    """`layer(x)`; a profile shows its operations under that name."""
+def _named(name: str, layer: nnx.Module, x: jax.Array, **how: Any) -> jax.Array:
+    """`layer(x, **how)`; a profile shows its operations under that name."""
     with jax.named_scope(name):
-        return layer(x)
+        return layer(x, **how)
 
 
 class Block(nnx.Module):
@@ -353,14 +353,15 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(N, H, W, in_channels)` to `(N, H / strides, W / strides, out_channels)`."""
         y = x
-        for number in range(1, self.depth + 1):
-            y = y if number == 1 else nnx.relu(y)
-            for name in (f"conv{number}", f"norm{number}"):
-                y = _named(name, getattr(self, name), y)
         if self.shortcut is not None:
             x = _named("shortcut", self.shortcut, x)
             x = _named("shortcut_norm", self.shortcut_norm, x)
-        return nnx.relu(x + y)
+        for number in range(1, self.depth + 1):
+            y = _named(f"conv{number}", getattr(self, f"conv{number}"), y)
+            residual = x if number == self.depth else None
+            norm = getattr(self, f"norm{number}")
+            y = _named(f"norm{number}", norm, y, residual=residual, relu=True)
+        return y
 
 
 class PreactivationBlock(Block):
@@ -373,7 +374,7 @@ class PreactivationBlock(Block):
         """`(N, H, W, in_channels)` to `(N, H / strides, W / strides, out_channels)`."""
         y = x
         for number in range(1, self.depth + 1):
-            y = nnx.relu(_named(f"norm{number}", getattr(self, f"norm{number}"), y))
+            y = _named(f"norm{number}", getattr(self, f"norm{number}"), y, relu=True)
             if number == 1 and self.shortcut is not None:
                 x = _named("shortcut", self.shortcut, y)
             y = _named(f"conv{number}", getattr(self, f"conv{number}"), y)
@@ -408,7 +409,7 @@ class SmallStem(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(N, H, W, in_channels)` to `(N, H, W, width)`."""
         x = _named("conv", self.conv, x)
-        return x if self.norm is None else nnx.relu(_named("norm", self.norm, x))
+        return x if self.norm is None else _named("norm", self.norm, x, relu=True)
 
 
 class PooledStem(SmallStem):

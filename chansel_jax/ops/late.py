@@ -350,7 +350,7 @@ def _merged(
 
 def _lowered(primitive: Primitive, compute: Callable, platform: str | None) -> Callable:
     def rule(context: mlir.LoweringRuleContext, *arguments: Any, **how: Any) -> Any:
-        place, devices = _place(context, platform)
+        place, devices = place_of(context, platform)
         lowering = how["function"].lowering
         if lowering in NATIVE and not place.calls:
             raise ValueError(
@@ -373,7 +373,7 @@ def _lowered(primitive: Primitive, compute: Callable, platform: str | None) -> C
     return rule
 
 
-def _place(
+def place_of(
     context: mlir.LoweringRuleContext, platform: str | None
 ) -> tuple[Place, tuple[jax.Device, ...]]:
     """Where the program will run, and the devices if XLA divides it over several."""

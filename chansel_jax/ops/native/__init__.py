@@ -1,4 +1,4 @@
-"""Channel selection and the dense convolution in C++ for CPUs.
+"""Channel selection, the dense convolution and batch normalisation in C++ for CPUs.
 
 A small library of XLA custom calls, compiled when the package is installed where a C++ compiler is
 at hand. Of channel selection, each image's weighted sums stay in cache: forward reads the input and
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
@@ -86,6 +87,65 @@ def dense_conv(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     return _dense_conv(window, x, kernel)
 
 
+def batch_norm(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    residual: jax.Array | None = None,
+    *,
+    relu: bool,
+    epsilon: float,
+) -> list[jax.Array]:
+    """`chansel_jax.ops.norm.batch_norm` in C++, without any derivative.
+
+    `scale` and `bias` are of the dtype of the statistics, that of `x` one of `DTYPES`.
+    """
+    results = [_like(x), _like(scale), _like(scale)]
+    call = jax.ffi.ffi_call("chansel_norm_forward", results)
+    residual = _nothing(x) if residual is None else residual
+    return call(x, scale, bias, residual, epsilon=np.float64(epsilon), relu=relu)
+
+
+def batch_norm_gradients(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    y: jax.Array,
+    mean: jax.Array,
+    variance: jax.Array,
+    dy: jax.Array,
+    *,
+    relu: bool,
+    epsilon: float,
+    residual: bool,
+) -> list[jax.Array]:
+    """The gradients of `batch_norm` by `x`, `scale`, `bias` and, if it has one, `residual`.
+
+    Args:
+        y: its output, `mean` and `variance` beside it.
+        dy: the gradient by `y`.
+        residual: whether it had one.
+    """
+    if residual and not relu:  # then it is dy, which is not copied
+        found = batch_norm_gradients(
+            x, scale, bias, y, mean, variance, dy, relu=False, epsilon=epsilon, residual=False
+        )
+        return [*found, dy]
+    results = [_like(x), _like(scale), _like(scale), _like(x if residual else _nothing(x))]
+    call = jax.ffi.ffi_call("chansel_norm_backward", results)
+    y = y if residual else _nothing(x)
+    found = call(x, scale, bias, y, mean, variance, dy, epsilon=np.float64(epsilon), relu=relu)
+    return found if residual else found[:3]
+
+
+def _nothing(x: jax.Array) -> jax.Array:
+    return jnp.zeros(0, x.dtype)
+
+
+def _like(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
 def _canonical(
     x: jax.Array, kernels: tuple[jax.Array, ...], channels: Pair, window: Window
 ) -> tuple[jax.Array, Window]:
@@ -155,7 +215,7 @@ def _forward(name: str, window: Window, x: jax.Array, *kernels: jax.Array) -> ja
 def _call(name: str, window: Window, like: Any) -> Callable:
     """The handler `name`, whose results have the shapes and dtypes of the tree `like`."""
     (top, _), (left, _) = window.padding
-    results = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), like)
+    results = jax.tree.map(_like, like)
     return functools.partial(
         jax.ffi.ffi_call(name, results, vmap_method="sequential"),
         strides=np.array(window.strides, np.int64),
@@ -201,6 +261,8 @@ def _library() -> ctypes.CDLL | str:
         ("chansel_dense_forward", library.ChanselDenseForward),
         ("chansel_dense_data_gradient", library.ChanselDenseDataGradient),
         ("chansel_dense_kernel_gradient", library.ChanselDenseKernelGradient),
+        ("chansel_norm_forward", library.ChanselNormForward),
+        ("chansel_norm_backward", library.ChanselNormBackward),
     ):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
     return library

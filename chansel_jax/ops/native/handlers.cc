@@ -1,8 +1,9 @@
-// XLA custom calls on CPUs: channel selection and the dense convolution, forward and backward. See
-// selection.h and dense.h.
+// XLA custom calls on CPUs: channel selection, the dense convolution and batch normalisation, each
+// forward and backward. See selection.h, dense.h and norm.h.
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
@@ -11,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <numeric>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -128,6 +130,15 @@ C* Grow(std::vector<C>& buffer, int64_t count) {
   return buffer.data();
 }
 
+// Calls body with both as constants.
+template <typename Body>
+void WithFlags(bool first, bool second, const Body& body) {
+  if (first && second) return body(std::true_type(), std::true_type());
+  if (first) return body(std::true_type(), std::false_type());
+  if (second) return body(std::false_type(), std::true_type());
+  return body(std::false_type(), std::false_type());
+}
+
 // What a thread keeps from one unit of work to the next, so that no memory is asked for in between.
 template <typename C>
 struct Scratch {
@@ -205,6 +216,7 @@ namespace chansel {
 #include "products.h"
 #include "selection.h"
 #include "dense.h"
+#include "norm.h"
 }
 #undef CHANSEL_TARGET
 #undef CHANSEL_VECTOR_BYTES
@@ -218,6 +230,7 @@ namespace chansel {
 #include "products.h"
 #include "selection.h"
 #include "dense.h"
+#include "norm.h"
 }
 #undef CHANSEL_TARGET
 #undef CHANSEL_VECTOR_BYTES
@@ -230,6 +243,7 @@ namespace chansel {
 #include "products.h"
 #include "selection.h"
 #include "dense.h"
+#include "norm.h"
 }
 
 namespace chansel {
@@ -315,7 +329,7 @@ ffi::Error ForDtype(ffi::DataType dtype, const Run& run) {
   } catch (const std::exception&) {
     // No exception may reach XLA. Memory is all that can be wanting: std::bad_alloc, or
     // std::length_error where a buffer would be larger than any can be.
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "the convolution ran out of memory");
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "the computation ran out of memory");
   }
 }
 
@@ -402,7 +416,59 @@ ffi::Error DenseKernelGradientHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ff
   });
 }
 
-// The attributes that every handler takes last.
+constexpr char kNormMisfit[] =
+    "x, and residual where there is one, must be (..., C), scale and bias (C) of the dtype of sums";
+
+bool NormFit(ffi::Span<const int64_t> pixels, const ffi::AnyBuffer& x,
+             std::initializer_list<const ffi::AnyBuffer*> of_channels) {
+  if (pixels.size() == 0 || pixels[pixels.size() - 1] < 1) return false;
+  auto sums = x.element_type() == ffi::BF16 ? ffi::F32 : x.element_type();
+  return std::all_of(of_channels.begin(), of_channels.end(), [&](const ffi::AnyBuffer* each) {
+    return each->element_type() == sums &&
+           int64_t(each->element_count()) == pixels[pixels.size() - 1];
+  });
+}
+
+ffi::Error NormForwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale,
+                              ffi::AnyBuffer bias, ffi::AnyBuffer residual,
+                              ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> mean,
+                              ffi::Result<ffi::AnyBuffer> variance, double epsilon, bool relu) {
+  if (!NormFit(x.dimensions(), x, {&scale, &bias, &*mean, &*variance})) {
+    return ffi::Error::InvalidArgument(kNormMisfit);
+  }
+  int64_t channels = scale.element_count(), pixels = x.element_count() / channels;
+  return ForDtype(x.element_type(), [&](auto storage, auto compute) {
+    using S = decltype(storage);
+    using C = decltype(compute);
+    const S* added = residual.element_count() ? Data<S>(residual) : nullptr;
+    CHANSEL_CALL(NormForward<S, C>(pixels, channels, C(epsilon), relu, Data<S>(x), Data<C>(scale),
+                                   Data<C>(bias), added, Data<S>(*y), Data<C>(*mean),
+                                   Data<C>(*variance), Parallel(pool)));
+  });
+}
+
+ffi::Error NormBackwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale,
+                               ffi::AnyBuffer bias, ffi::AnyBuffer y, ffi::AnyBuffer mean,
+                               ffi::AnyBuffer variance, ffi::AnyBuffer dy,
+                               ffi::Result<ffi::AnyBuffer> dx, ffi::Result<ffi::AnyBuffer> dscale,
+                               ffi::Result<ffi::AnyBuffer> dbias,
+                               ffi::Result<ffi::AnyBuffer> dresidual, double epsilon, bool relu) {
+  if (!NormFit(x.dimensions(), x, {&scale, &bias, &mean, &variance, &*dscale, &*dbias})) {
+    return ffi::Error::InvalidArgument(kNormMisfit);
+  }
+  int64_t channels = scale.element_count(), pixels = x.element_count() / channels;
+  return ForDtype(x.element_type(), [&](auto storage, auto compute) {
+    using S = decltype(storage);
+    using C = decltype(compute);
+    S* to_residual = dresidual->element_count() ? Data<S>(*dresidual) : nullptr;
+    CHANSEL_CALL(NormBackward<S, C>(pixels, channels, C(epsilon), relu, Data<S>(x), Data<C>(scale),
+                                    Data<C>(bias), Data<S>(y), Data<C>(mean), Data<C>(variance),
+                                    Data<S>(dy), Data<S>(*dx), Data<C>(*dscale), Data<C>(*dbias),
+                                    to_residual, Parallel(pool)));
+  });
+}
+
+// The attributes that every handler of a convolution takes last.
 template <typename Binding>
 auto WithWindow(Binding&& binding) {
   return std::forward<Binding>(binding)
@@ -466,3 +532,33 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselDenseKernelGradient, chansel::DenseKernelGr
                                   .Arg<ffi::AnyBuffer>()  // x
                                   .Arg<ffi::AnyBuffer>()  // dy
                                   .Ret<ffi::AnyBuffer>()));  // dkernel
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselNormForward, chansel::NormForwardHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()  // x
+                                  .Arg<ffi::AnyBuffer>()  // scale
+                                  .Arg<ffi::AnyBuffer>()  // bias
+                                  .Arg<ffi::AnyBuffer>()  // residual, or empty
+                                  .Ret<ffi::AnyBuffer>()  // y
+                                  .Ret<ffi::AnyBuffer>()  // mean
+                                  .Ret<ffi::AnyBuffer>()  // variance
+                                  .Attr<double>("epsilon")
+                                  .Attr<bool>("relu"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselNormBackward, chansel::NormBackwardHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()  // x
+                                  .Arg<ffi::AnyBuffer>()  // scale
+                                  .Arg<ffi::AnyBuffer>()  // bias
+                                  .Arg<ffi::AnyBuffer>()  // y
+                                  .Arg<ffi::AnyBuffer>()  // mean
+                                  .Arg<ffi::AnyBuffer>()  // variance
+                                  .Arg<ffi::AnyBuffer>()  // dy
+                                  .Ret<ffi::AnyBuffer>()  // dx
+                                  .Ret<ffi::AnyBuffer>()  // dscale
+                                  .Ret<ffi::AnyBuffer>()  // dbias
+                                  .Ret<ffi::AnyBuffer>()  // dresidual, or empty
+                                  .Attr<double>("epsilon")
+                                  .Attr<bool>("relu"));

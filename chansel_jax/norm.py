@@ -1,0 +1,71 @@
+"""Batch normalisation as a layer that takes `flax.nnx.BatchNorm`'s place."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+
+from chansel_jax.ops.norm import batch_norm
+
+
+class BatchNorm(nnx.BatchNorm):
+    """`flax.nnx.BatchNorm`, that adds a residual and applies ReLU in the same pass.
+
+    It is constructed as that is, and has the same parameters, statistics and modes. While it trains
+    it computes by `chansel_jax.ops.norm.batch_norm`, on CPUs in C++, wherever that has what is
+    asked for: channels last, scale and bias, no `mask`, no `axis_name`, the fast variance and the
+    promotion of dtypes that are the default. For all else, and with running averages, it is Flax's.
+    """
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        residual: jax.Array | None = None,
+        relu: bool = False,
+    ) -> jax.Array:
+        """`(..., C)` to the same, normalised, plus `residual`, then ReLU.
+
+        Args:
+            x: `(..., C)`.
+            use_running_average: takes the place of the layer's own, if it is not None.
+            mask: of the positions that count for the statistics; as Flax's.
+            residual: of the shape of `x`; by default nothing is added.
+            relu: whether ReLU follows. Default False.
+
+        Raises:
+            ValueError: if neither the call nor the layer says whether it uses running averages.
+        """
+        averages = self.use_running_average if use_running_average is None else use_running_average
+        if averages is not None and not averages and mask is None and self._is_usual(x):
+            return self._by_batch(x, residual, relu)
+        y = super().__call__(x, averages, mask=mask)
+        if residual is not None:
+            y = y + residual
+        return nnx.relu(y) if relu else y
+
+    def _is_usual(self, x: jax.Array) -> bool:
+        return (
+            self.axis in (-1, x.ndim - 1)
+            and x.ndim > 1
+            and x.size > 0
+            and self.scale is not None
+            and self.bias is not None
+            and self.axis_name is None
+            and self.use_fast_variance
+            and self.promote_dtype is dtypes.promote_dtype
+            and jnp.issubdtype(jnp.result_type(x, self.scale[...]), jnp.floating)
+        )
+
+    def _by_batch(self, x: jax.Array, residual: jax.Array | None, relu: bool) -> jax.Array:
+        parameters = self.scale[...], self.bias[...]
+        x, scale, bias = self.promote_dtype((x, *parameters), dtype=self.dtype)
+        if residual is not None:
+            residual = residual.astype(x.dtype)
+        y, *found = batch_norm(x, scale, bias, residual, relu=relu, epsilon=self.epsilon)
+        for average, of_batch in zip((self.mean, self.var), found, strict=True):
+            kept = self.momentum * average[...]
+            average[...] = jax.lax.stop_gradient(kept + (1 - self.momentum) * of_batch)
+        return y

@@ -1,0 +1,267 @@
+// Batch normalisation, with the sum and the ReLU that may follow it, for one instruction set; see
+// products.h. Forward reads the pixels twice and writes them once, backward likewise.
+
+namespace CHANSEL_TARGET {
+
+// Pixels (pixels, channels) in units of work, each of whole periods: so many numbers that they are
+// whole pixels, whole vectors, and enough vectors for the sums of one not to wait for those of the
+// one before. The last unit is filled up. Units do not depend on the number of threads.
+template <typename C>
+struct PixelUnits {
+  int64_t total, channels, period, size;
+
+  PixelUnits(int64_t pixels, int64_t channels) : total(pixels * channels), channels(channels) {
+    constexpr int64_t kNumbers = 16 << 10, kFewest = 8 * kLanes<C>;
+    int64_t common = std::lcm(channels, kLanes<C>);
+    period = common * CeilDiv(kFewest, common);
+    size = RoundUp(std::min(kNumbers, total), period);
+  }
+
+  int64_t Count() const { return CeilDiv(total, size); }
+  int64_t Begin(int64_t unit) const { return unit * size; }
+  int64_t Numbers(int64_t unit) const { return std::min(size, total - unit * size); }
+  int64_t Padded(int64_t unit) const { return RoundUp(Numbers(unit), period); }
+
+  // What there is for each channel, for each number of a period.
+  std::vector<C> Repeated(const std::vector<C>& of_channels) const {
+    std::vector<C> of_period(period);
+    for (int64_t i = 0; i < period; ++i) of_period[i] = of_channels[i % channels];
+    return of_period;
+  }
+};
+
+template <typename C>
+struct NormScratch {
+  std::vector<C> x, gradient, other, to, residual;
+};
+
+template <typename C>
+NormScratch<C>& ThreadNormScratch() {
+  static thread_local NormScratch<C> scratch;
+  return scratch;
+}
+
+// `count` numbers as the type of computation, filled up to `padded` by those of a pixel.
+template <typename S, typename C>
+const C* Filled(const S* from, int64_t count, int64_t padded, const std::vector<C>& pixel,
+                std::vector<C>& scratch) {
+  if constexpr (std::is_same_v<S, C>) {
+    if (count == padded) return from;
+  }
+  C* to = Grow(scratch, padded);
+  for (int64_t i = 0; i < count; ++i) to[i] = ToCompute(from[i]);
+  for (int64_t i = count; i < padded; ++i) to[i] = pixel[i % pixel.size()];
+  return to;
+}
+
+// Has write(to) compute `padded` numbers, of which the first `count` are stored.
+template <typename S, typename C, typename Write>
+void WriteFilled(int64_t count, int64_t padded, std::vector<C>& scratch, S* to,
+                 const Write& write) {
+  if constexpr (std::is_same_v<S, C>) {
+    if (count == padded) return write(to);
+  }
+  C* from = Grow(scratch, padded);
+  write(from);
+  for (int64_t i = 0; i < count; ++i) to[i] = ToStorage<S>(from[i]);
+}
+
+// Calls body(number, number of the period) for each vector.
+template <typename C, typename Body>
+CHANSEL_INLINE void ForVectors(int64_t padded, int64_t period, const Body& body) {
+  for (int64_t row = 0; row < padded; row += period) {
+    for (int64_t i = 0; i < period; i += kLanes<C>) body(row + i, i);
+  }
+}
+
+// For each channel, two sums over all pixels: of a unit sum(unit, first, second) computes those for
+// each number of a period. They are added up in a fixed order, in float64.
+template <typename C, typename Sum>
+std::vector<double> TwoSums(const PixelUnits<C>& units, const Parallel& parallel, const Sum& sum) {
+  int64_t channels = units.channels;
+  std::vector<double> of_units(units.Count() * 2 * channels, 0.0);
+  parallel(units.Count(), [&](int64_t unit) {
+    std::vector<C> of_period(2 * units.period, C(0));
+    sum(unit, of_period.data(), of_period.data() + units.period);
+    double* to = of_units.data() + unit * 2 * channels;
+    for (int64_t i = 0; i < 2 * units.period; ++i) {
+      to[i / units.period * channels + i % units.period % channels] += of_period[i];
+    }
+  });
+  std::vector<double> sums(2 * channels, 0.0);
+  for (size_t i = 0; i < of_units.size(); ++i) sums[i % (2 * channels)] += of_units[i];
+  return sums;
+}
+
+// What a pixel is multiplied by when it is normalised.
+template <typename C>
+C Multiplier(C scale, C variance, C epsilon) {
+  return scale / std::sqrt(variance + epsilon);
+}
+
+// y = (x - mean) * multiplier + bias, plus `residual` unless it is null; then ReLU, which leaves
+// what is not a number.
+template <typename S, typename C>
+void NormForward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S* x, const C* scale,
+                 const C* bias, const S* residual, S* y, C* mean, C* variance,
+                 const Parallel& parallel) {
+  PixelUnits<C> units(pixels, channels);
+  // Differences to the first pixel: sums of squares of large numbers that hardly differ would
+  // cancel each other.
+  std::vector<C> first(channels);
+  for (int64_t c = 0; c < channels; ++c) first[c] = ToCompute(x[c]);
+  std::vector<C> shifts = units.Repeated(first);
+  std::vector<double> sums = TwoSums(units, parallel, [&](int64_t unit, C* sum, C* squares) {
+    NormScratch<C>& scratch = ThreadNormScratch<C>();
+    int64_t padded = units.Padded(unit);
+    const C* from = Filled(x + units.Begin(unit), units.Numbers(unit), padded, first, scratch.x);
+    ForVectors<C>(padded, units.period, [&](int64_t at, int64_t i) {
+      Vec<C> value, shift, first_sum, second_sum;
+      Load(from + at, value);
+      Load(shifts.data() + i, shift);
+      Load(sum + i, first_sum);
+      Load(squares + i, second_sum);
+      value -= shift;
+      Store(first_sum + value, sum + i);
+      Store(second_sum + value * value, squares + i);
+    });
+  });
+  std::vector<C> multipliers(channels), biases(bias, bias + channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    double shifted = sums[c] / pixels, squares = sums[channels + c] / pixels;
+    mean[c] = C(first[c] + shifted);
+    variance[c] = C(std::max(0.0, squares - shifted * shifted));
+    if (std::isnan(squares)) variance[c] = C(squares);
+    multipliers[c] = Multiplier(scale[c], variance[c], epsilon);
+  }
+  std::vector<C> means = units.Repeated(std::vector<C>(mean, mean + channels));
+  multipliers = units.Repeated(multipliers);
+  biases = units.Repeated(biases);
+  const std::vector<C> zero(1, C(0));
+  auto normalise = [&](auto has_residual, auto has_relu) {
+    parallel(units.Count(), [&](int64_t unit) {
+      NormScratch<C>& scratch = ThreadNormScratch<C>();
+      int64_t begin = units.Begin(unit), count = units.Numbers(unit), padded = units.Padded(unit);
+      const C* from = Filled(x + begin, count, padded, zero, scratch.x);
+      const C* added = nullptr;
+      if constexpr (decltype(has_residual)::value) {
+        added = Filled(residual + begin, count, padded, zero, scratch.other);
+      }
+      WriteFilled(count, padded, scratch.to, y + begin, [&](C* to) {
+        ForVectors<C>(padded, units.period, [&](int64_t at, int64_t i) {
+          Vec<C> value, center, multiplier, offset;
+          Load(from + at, value);
+          Load(means.data() + i, center);
+          Load(multipliers.data() + i, multiplier);
+          Load(biases.data() + i, offset);
+          value = (value - center) * multiplier + offset;
+          if constexpr (decltype(has_residual)::value) {
+            Load(added + at, center);
+            value += center;
+          }
+          if constexpr (decltype(has_relu)::value) value = value < Vec<C>{} ? Vec<C>{} : value;
+          Store(value, to + at);
+        });
+      });
+    });
+  };
+  WithFlags(residual != nullptr, relu, normalise);
+}
+
+// The gradients of the above by x, scale, bias and, unless `dresidual` is null, residual. What ReLU
+// let through `y` tells where there was a residual, else it is computed again.
+template <typename S, typename C>
+void NormBackward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S* x,
+                  const C* scale, const C* bias, const S* y, const C* mean, const C* variance,
+                  const S* dy, S* dx, C* dscale, C* dbias, S* dresidual,
+                  const Parallel& parallel) {
+  PixelUnits<C> units(pixels, channels);
+  const std::vector<C> zero(1, C(0));
+  std::vector<C> multipliers(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    multipliers[c] = Multiplier(scale[c], variance[c], epsilon);
+  }
+  const std::vector<C> means = units.Repeated(std::vector<C>(mean, mean + channels));
+  const std::vector<C> biases = units.Repeated(std::vector<C>(bias, bias + channels));
+  const std::vector<C> repeated = units.Repeated(multipliers);
+
+  // Has body(number, number of the period, x - mean, what comes back through ReLU) for each vector.
+  auto for_vectors = [&](int64_t unit, auto has_residual, auto has_relu, const auto& body) {
+    constexpr bool kByOutput = decltype(has_relu)::value && decltype(has_residual)::value;
+    constexpr bool kAgain = decltype(has_relu)::value && !decltype(has_residual)::value;
+    NormScratch<C>& scratch = ThreadNormScratch<C>();
+    int64_t begin = units.Begin(unit), count = units.Numbers(unit), padded = units.Padded(unit);
+    const C* from = Filled(x + begin, count, padded, zero, scratch.x);
+    const C* back = Filled(dy + begin, count, padded, zero, scratch.gradient);
+    const C* after = nullptr;
+    if constexpr (kByOutput) after = Filled(y + begin, count, padded, zero, scratch.other);
+    ForVectors<C>(padded, units.period, [&](int64_t at, int64_t i) {
+      Vec<C> value, center, gradient, passed{};
+      Load(from + at, value);
+      Load(means.data() + i, center);
+      Load(back + at, gradient);
+      value -= center;
+      if constexpr (kByOutput) Load(after + at, passed);
+      if constexpr (kAgain) {
+        Vec<C> multiplier, offset;
+        Load(repeated.data() + i, multiplier);
+        Load(biases.data() + i, offset);
+        passed = value * multiplier + offset;
+      }
+      if constexpr (kByOutput || kAgain) gradient = passed > Vec<C>{} ? gradient : Vec<C>{};
+      body(at, i, value, gradient);
+    });
+  };
+
+  auto compute = [&](auto has_residual, auto has_relu) {
+    std::vector<double> sums = TwoSums(units, parallel, [&](int64_t unit, C* sum, C* products) {
+      for_vectors(unit, has_residual, has_relu,
+                  [&](int64_t, int64_t i, const Vec<C>& value, const Vec<C>& gradient) {
+                    Vec<C> first_sum, second_sum;
+                    Load(sum + i, first_sum);
+                    Load(products + i, second_sum);
+                    Store(first_sum + gradient, sum + i);
+                    Store(second_sum + gradient * value, products + i);
+                  });
+    });
+    // dx = multiplier * gradient - offset - (x - mean) * slope
+    std::vector<C> offsets(channels), slopes(channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      double squared = double(variance[c]) + double(epsilon);
+      dbias[c] = C(sums[c]);
+      dscale[c] = C(sums[channels + c] / std::sqrt(squared));
+      offsets[c] = C(multipliers[c] * sums[c] / pixels);
+      slopes[c] = C(multipliers[c] * sums[channels + c] / (squared * pixels));
+    }
+    offsets = units.Repeated(offsets);
+    slopes = units.Repeated(slopes);
+    parallel(units.Count(), [&](int64_t unit) {
+      int64_t begin = units.Begin(unit), count = units.Numbers(unit), padded = units.Padded(unit);
+      NormScratch<C>& scratch = ThreadNormScratch<C>();
+      auto write = [&](C* to, C* residual_to) {
+        for_vectors(unit, has_residual, has_relu,
+                    [&](int64_t at, int64_t i, const Vec<C>& value, const Vec<C>& gradient) {
+                      Vec<C> multiplier, offset, slope;
+                      Load(repeated.data() + i, multiplier);
+                      Load(offsets.data() + i, offset);
+                      Load(slopes.data() + i, slope);
+                      Store(gradient * multiplier - offset - value * slope, to + at);
+                      if constexpr (decltype(has_residual)::value) {
+                        Store(gradient, residual_to + at);
+                      }
+                    });
+      };
+      WriteFilled(count, padded, scratch.to, dx + begin, [&](C* to) {
+        if constexpr (decltype(has_residual)::value) {
+          WriteFilled(count, padded, scratch.residual, dresidual + begin,
+                      [&](C* residual_to) { write(to, residual_to); });
+        } else {
+          write(to, nullptr);
+        }
+      });
+    });
+  };
+  WithFlags(dresidual != nullptr, relu, compute);
+}
+
+}  // namespace CHANSEL_TARGET
