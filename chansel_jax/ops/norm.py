@@ -179,10 +179,12 @@ def _xla_gradients(*arguments: jax.Array, form: Form) -> list[jax.Array]:
     return [dx, dscale, dbias, *([dy] if added else [])]
 
 
+@jax.named_scope("batch_norm")
 def _native_output(*operands: jax.Array, form: Form) -> list[jax.Array]:
     return native.batch_norm(*operands, **form._asdict())
 
 
+@jax.named_scope("batch_norm")
 def _native_gradients(*arguments: jax.Array, form: Form) -> list[jax.Array]:
     *operands, y, mean, variance, dy = arguments
     dx, dscale, dbias, *dresidual = native.batch_norm_gradients(

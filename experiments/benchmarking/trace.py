@@ -61,6 +61,8 @@ def kind_of(op_name: str) -> str:
     for scope in ("augmentation", "optimizer"):
         if scope in op_name:
             return scope
+    if op_name.endswith("/batch_norm/ffi_call"):
+        return "BatchNorm, ReLU, sums in C++"
     # Over several devices what is in C++ is called by a `custom_partitioning`.
     if primitive in ("conv_general_dilated", "dot_general", "ffi_call", "custom_partitioning"):
         return "convolutions, matrix products"

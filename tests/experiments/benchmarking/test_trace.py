@@ -36,6 +36,7 @@ def test_operations_are_those_of_the_entry():
     ("op_name", "kind"),
     [
         ("jit(train_step)/jvp()/ffi_call", "convolutions, matrix products"),
+        ("jit(train_step)/jvp(norm)/batch_norm/ffi_call", "BatchNorm, ReLU, sums in C++"),
         ("jit(train_step)/transpose(jvp())/conv_general_dilated", "convolutions, matrix products"),
         ("jit(train_step)/jvp()/dot_general", "convolutions, matrix products"),
         ("jit(train_step)/jvp()/custom_partitioning", "convolutions, matrix products"),
