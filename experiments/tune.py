@@ -2,9 +2,10 @@
 
     python -m experiments.tune
 
-times one layer, forward and backward, for a list of shapes, its depthwise part alone, and the dense
-convolution. It prints Markdown, as in the tables of `chansel_jax/README.md`. Run it when nothing
-else runs; the lowerings take turns, so that a machine that drifts hits all alike.
+times one layer, forward and backward, for a list of shapes, its depthwise part alone, the dense
+convolution, and what often follows, BatchNorm with a residual and ReLU. It prints Markdown, as in
+the tables of `chansel_jax/README.md`. Run it when nothing else runs; the lowerings take turns, so
+that a machine that drifts hits all alike.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import numpy as np
 from rich.progress import track
 
 from chansel_jax.ops import dense, depthwise, lowerings, native, selection
+from chansel_jax.ops.norm import batch_norm
 from experiments.cli.command import run
 from experiments.cli.console import make_console
 from experiments.cli.flags import check_different
@@ -101,49 +103,83 @@ class Result:
 
 
 def main(settings: Settings) -> None:
-    """Measures as `settings` say, and prints tables: layer, depthwise part, dense convolution."""
+    """Measures as `settings` say, and prints a table of each of `TIMED`."""
     console = make_console()
     device = jax.devices()[0]
     console.print(f"{len(jax.devices())} × {device.device_kind}, jax {jax.__version__}")
     if not native.available():
         console.print(f"native: {native.why_not()}")
     for dtype in settings.dtypes:
-        for title in CONVOLUTIONS:
-            results = [
-                time_shape(title, shape, dtype, settings)
-                for shape in track(LAYERS, title, console=console, transient=True)
-            ]
+        for title, calls_of in TIMED.items():
+            results = []
+            for shape in track(LAYERS, title, console=console, transient=True):
+                calls, arguments, chosen = calls_of(shape, dtype, settings.batch_size)
+                times = time_calls(calls, arguments, settings.rounds)
+                results.append(Result(shape, times, chosen))
             title = f"{title}, {dtype}, forward + backward, ms"
             console.print(report(title, results))
 
 
-CONVOLUTIONS = {
-    "layer": (selection.channel_selection, selection.LOWERINGS),
-    "depthwise part": (depthwise.depthwise_conv, depthwise.LOWERINGS),
-    "dense convolution": (dense.dense_conv, dense.LOWERINGS),
+# What is timed of one layer: a function of each lowering that can run here, what all of them are
+# given, and the name of the one that "auto" takes.
+Calls = tuple[dict[str, Callable[..., jax.Array]], tuple[jax.Array, ...], str]
+
+
+def layer_calls(shape: Shape, dtype: str, batch_size: int) -> Calls:
+    """Channel selection."""
+    x, pointwise, kernel = operands(shape, dtype, batch_size)
+    chosen = lowerings.fastest_layer(lowerings.here(), x, kernel)
+    calls = _in_all(selection.channel_selection, selection.LOWERINGS, shape)
+    return calls, (x, pointwise, kernel), chosen
+
+
+def depthwise_calls(shape: Shape, dtype: str, batch_size: int) -> Calls:
+    """Its depthwise part alone."""
+    x, pointwise, kernel = operands(shape, dtype, batch_size)
+    chosen = lowerings.fastest_depthwise(lowerings.here(), x)
+    calls = _in_all(depthwise.depthwise_conv, depthwise.LOWERINGS, shape)
+    return calls, (selection.weighted_sums(x, pointwise), kernel), chosen
+
+
+def dense_calls(shape: Shape, dtype: str, batch_size: int) -> Calls:
+    """The dense convolution of the same window."""
+    x, pointwise, kernel = operands(shape, dtype, batch_size)
+    composed = selection.composed_kernel(pointwise, kernel)
+    chosen = lowerings.fastest_dense(lowerings.here(), composed)
+    return _in_all(dense.dense_conv, dense.LOWERINGS, shape), (x, composed), chosen
+
+
+def norm_calls(shape: Shape, dtype: str, batch_size: int) -> Calls:
+    """BatchNorm of the layer's output, with a residual and ReLU."""
+    x, _, kernel = operands(shape, dtype, batch_size)
+    pixels, channels = -(-shape.size // shape.strides), kernel.shape[-1]
+    y = jax.random.normal(jax.random.key(0), (len(x), pixels, pixels, channels), x.dtype)
+    ones = jnp.ones(channels)
+    asked_for = {name: "lax" if name == "lax" else "auto" for name in lowerings.runnable(NORMS)}
+    calls = {name: functools.partial(_norm, asked) for name, asked in asked_for.items()}
+    return calls, (y, ones, ones, y), next(iter(calls))
+
+
+NORMS = ("native", "lax")
+TIMED = {
+    "layer": layer_calls,
+    "depthwise part": depthwise_calls,
+    "dense convolution": dense_calls,
+    "BatchNorm": norm_calls,
 }
 
 
-def time_shape(title: str, shape: Shape, dtype: str, settings: Settings) -> Result:
-    """The convolution `title` of one layer in every lowering that can run here."""
-    place, (x, pointwise, kernel) = lowerings.here(), operands(shape, dtype, settings.batch_size)
-    match title:
-        case "layer":
-            arguments, chosen = (x, pointwise, kernel), lowerings.fastest_layer(place, x, kernel)
-        case "depthwise part":
-            arguments = selection.weighted_sums(x, pointwise), kernel
-            chosen = lowerings.fastest_depthwise(place, x)
-        case _:
-            arguments = x, selection.composed_kernel(pointwise, kernel)
-            chosen = lowerings.fastest_dense(place, arguments[1])
-    function, choices = CONVOLUTIONS[title]
+def _in_all(function: Callable, choices: tuple[str, ...], shape: Shape) -> dict[str, Callable]:
+    """The function in every lowering that can run here."""
     window = {"strides": shape.strides, "padding": shape.kernel // 2}
-    calls = {
-        name: functools.partial(function, **window, lowering=name)
-        for name in lowerings.runnable(choices)
-        if name != "auto"
-    }
-    return Result(shape, time_calls(calls, arguments, settings.rounds), chosen)
+    names = (name for name in lowerings.runnable(choices) if name != "auto")
+    return {name: functools.partial(function, **window, lowering=name) for name in names}
+
+
+def _norm(lowering: str, *operands: jax.Array) -> jax.Array:
+    with lowerings.lowering(lowering):
+        y, _, _ = batch_norm(*operands, relu=True)
+    return y
 
 
 def operands(shape: Shape, dtype: str, batch_size: int) -> list[jax.Array]:

@@ -26,12 +26,13 @@ def test_measures_every_lowering_of_every_shape(monkeypatch, capsys):
             ("layer", selection.LOWERINGS),
             ("depthwise part", depthwise.LOWERINGS),
             ("dense convolution", dense.LOWERINGS),
+            ("BatchNorm", ("native", "lax")),
         ):
             table = printed.partition(f"{title}, {dtype}, forward + backward, ms")[2]
             names = [name for name in runnable(choices) if name != "auto"]
             assert "| " + " | ".join(["layer", *names, "fastest", "auto"]) + " |\n" in table
             assert "\n| 6² 3→4, 3×3 |" in table and "\n| 5² 2→3, 1×1 /2 rank 2 |" in table
-    assert len(re.findall(r"auto is the fastest for [0-2] of 2 shapes", printed)) == 6
+    assert len(re.findall(r"auto is the fastest for [0-2] of 2 shapes", printed)) == 8
 
 
 def test_what_is_hopeless_is_timed_once():
