@@ -187,7 +187,8 @@ def text(outcomes: Sequence[Outcome], settings: Settings, shown: report.Table, c
     summaries = (run.summary for outcome in outcomes for run in outcome.runs)
     devices = " and ".join(sorted({each.get("device", "another machine") for each in summaries}))
     return f"""\
-Each network was trained on {images["train"]:,} images for {settings.training.epochs} epochs, from \
+Each network was trained on {images["train"]:,} images for \
+{report.counted(settings.training.epochs, "epoch")}, from \
 the seeds {seeds}, and measured on {images["validation"]:,} validation images after every epoch. \
 The table shows the mean over the seeds ± the standard deviation. The train loss is the mean over \
 the steps of an epoch, with the augmentation and the dropout of the recipe. A network overfits \

@@ -284,8 +284,8 @@ def text(results: Mapping[str, Any], epochs: int) -> str:
 Each row but the first is a network of channel selection, made from the kernels of one trained \
 dense network (epoch {dense["epoch"]}) by singular value decomposition; at rank 0 a convolution \
 has stayed dense. The table shows the accuracy on the validation images as the kernels are cut, \
-with the statistics of BatchNorm estimated anew on the training images, and after {epochs} epochs \
-of fine-tuning{taught}.
+with the statistics of BatchNorm estimated anew on the training images, and after \
+{report.counted(epochs, "epoch")} of fine-tuning{taught}.
 
 {report.table(*accuracy_table(results))}
 

@@ -24,6 +24,7 @@ from chansel_jax.training.prediction import BATCH_SIZE, make_predict
 from experiments.cli.command import run
 from experiments.cli.console import make_console, tracked
 from experiments.cli.errors import CommandError
+from experiments.reporting.report import counted
 from experiments.training.load import Checkpoint, Run, load_run
 
 
@@ -104,7 +105,7 @@ def predict(settings: Settings, console: Console) -> None:
                 raise CommandError(f"images={settings.images} holds no image that can be read")
     except OSError as error:
         raise CommandError(f"output={settings.output}: {error.strerror or error}") from error
-    console.print(f"{written:,} predictions are written to {settings.output}")
+    console.print(f"written to {settings.output}: {counted(written, 'prediction')}")
     if bad:
         names = listed([path.name for path in bad])
         raise CommandError(f"{len(bad)} of {len(files)} files are not predicted: {names}")

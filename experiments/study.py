@@ -137,7 +137,9 @@ def text(
     """The report."""
     runs = [run.summary for outcome in outcomes for run in outcome.runs]
     lengths = sorted({(run["images"]["train"], run["epochs"]) for run in runs})
-    trained = " or ".join(f"on {images:,} images for {epochs} epochs" for images, epochs in lengths)
+    trained = " or ".join(
+        f"on {images:,} images for {report.counted(epochs, 'epoch')}" for images, epochs in lengths
+    )
     seeds = f"seed {settings.seeds[0]}"
     if len(settings.seeds) > 1:
         seeds = f"seeds {', '.join(map(str, settings.seeds))}"

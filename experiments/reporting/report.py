@@ -108,6 +108,11 @@ def escape(text: str) -> str:
     return MARKDOWN.sub(r"\\\g<0>", text)
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 epoch`, `2,000 epochs`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def print_table(
     headings: Sequence[str], rows: Sequence[Sequence[str]], console: Console, title: str = ""
 ) -> None:
