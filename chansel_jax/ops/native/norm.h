@@ -130,8 +130,8 @@ void NormForward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S
   for (int64_t c = 0; c < channels; ++c) {
     double shifted = sums[c] / pixels, squares = sums[channels + c] / pixels;
     mean[c] = C(first[c] + shifted);
-    variance[c] = C(std::max(0.0, squares - shifted * shifted));
-    if (std::isnan(squares)) variance[c] = C(squares);
+    double difference = squares - shifted * shifted;
+    variance[c] = C(difference < 0 ? 0 : difference);  // what is not a number stays
     multipliers[c] = Multiplier(scale[c], variance[c], epsilon);
   }
   std::vector<C> means = units.Repeated(std::vector<C>(mean, mean + channels));
