@@ -1,11 +1,12 @@
 """Batch normalisation as a layer that takes `flax.nnx.BatchNorm`'s place."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
 from chansel_jax.ops.norm import batch_norm
+
+USUAL_DTYPES = {"float16", "bfloat16", "float32", "float64"}
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -32,18 +33,22 @@ class BatchNorm(nnx.BatchNorm):
             x: `(..., C)`.
             use_running_average: takes the place of the layer's own, if it is not None.
             mask: of the positions that count for the statistics; as Flax's.
-            residual: of the shape of `x`; by default nothing is added.
+            residual: of the shape of `x`; it is cast to the dtype of what it is added to. By
+                default nothing is added.
             relu: whether ReLU follows. Default False.
 
         Raises:
-            ValueError: if neither the call nor the layer says whether it uses running averages.
+            ValueError: if `residual` has another shape, or neither the call nor the layer says
+                whether it uses running averages.
         """
+        if residual is not None and residual.shape != x.shape:
+            raise ValueError(f"residual of shape {residual.shape} must be of the {x.shape} of x")
         averages = self.use_running_average if use_running_average is None else use_running_average
         if averages is not None and not averages and mask is None and self._is_usual(x):
             return self._by_batch(x, residual, relu)
         y = super().__call__(x, averages, mask=mask)
         if residual is not None:
-            y = y + residual
+            y = y + residual.astype(y.dtype)
         return nnx.relu(y) if relu else y
 
     def _is_usual(self, x: jax.Array) -> bool:
@@ -56,12 +61,14 @@ class BatchNorm(nnx.BatchNorm):
             and self.axis_name is None
             and self.use_fast_variance
             and self.promote_dtype is dtypes.promote_dtype
-            and jnp.issubdtype(jnp.result_type(x, self.scale[...]), jnp.floating)
+            and isinstance(self.epsilon, float | int)
+            and {str(x.dtype), str(self.scale.dtype)} <= USUAL_DTYPES
         )
 
     def _by_batch(self, x: jax.Array, residual: jax.Array | None, relu: bool) -> jax.Array:
-        parameters = self.scale[...], self.bias[...]
-        x, scale, bias = self.promote_dtype((x, *parameters), dtype=self.dtype)
+        variables = (each[...] for each in (self.mean, self.var, self.scale, self.bias))
+        # As Flax does, for the dtypes of the statistics count too.
+        x, _, _, scale, bias = self.promote_dtype((x, *variables), dtype=self.dtype)
         if residual is not None:
             residual = residual.astype(x.dtype)
         y, *found = batch_norm(x, scale, bias, residual, relu=relu, epsilon=self.epsilon)

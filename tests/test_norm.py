@@ -49,6 +49,7 @@ def trained(kind, x, *, mask=None, **options):
         ((4, 5, 3), {"use_scale": False}),
         ((4, 5, 3), {"use_bias": False}),
         ((4, 5, 3), {"use_fast_variance": False}),
+        ((4, 5, 3), {"epsilon": np.float32(0.1)}),
         ((4, 5, 3), {"mask": np.arange(20).reshape(4, 5, 1) % 3 > 0}),
     ],
 )
@@ -66,6 +67,34 @@ def test_trains_in_bfloat16_as_that_of_flax_does():
     )
     chex.assert_trees_all_close(found, expected, rtol=2e-2, atol=2e-2)
     chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+
+
+@pytest.mark.parametrize("averages", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype"), [(None, jnp.bfloat16), (jnp.bfloat16, jnp.float32)]
+)
+def test_dtypes_are_those_of_flax_in_both_modes(averages, dtype, param_dtype):
+    options = {"dtype": dtype, "param_dtype": param_dtype, "use_running_average": averages}
+    x, residual = normal((4, 5, 6), (4, 5, 6))
+    given = x.astype(jnp.bfloat16)
+    own, flax = (kind(6, **options, rngs=nnx.Rngs(0)) for kind in (BatchNorm, nnx.BatchNorm))
+    assert own(given).dtype == own(given, residual=residual).dtype == flax(given).dtype
+
+
+def test_dtypes_that_do_not_promote_are_taken_as_flax_takes_them():
+    (x,) = normal((4, 6))
+    with jax.numpy_dtype_promotion("strict"):
+        layer = BatchNorm(6, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        assert layer(x.astype(jnp.bfloat16)).dtype == jnp.float32
+    layer = BatchNorm(6, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert layer(x.astype(jnp.float8_e4m3fn)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("averages", [False, True])
+def test_residual_of_another_shape_is_named(averages):
+    layer = BatchNorm(6, use_running_average=averages, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"residual of shape \(1, 6\) must be of the \(4, 6\)"):
+        layer(jnp.ones((4, 6)), residual=jnp.ones((1, 6)))
 
 
 @pytest.mark.parametrize("averages", [False, True])

@@ -321,7 +321,7 @@ class ResNet(nnx.Module):
         for number, block in enumerate(self.blocks):
             x = _named(f"blocks.{number}", block, x)
         if self.last_norm is not None:
-            x = _named("last_norm", self.last_norm, x, relu=True)
+            x = _rectified("last_norm", self.last_norm, x)
         x = jnp.mean(x, axis=(1, 2))
         x = self.dropout(x, rngs=rngs)
         return _named("classifier", self.classifier, x).astype(jnp.float32)
@@ -331,6 +331,16 @@ def _named(name: str, layer: nnx.Module, x: jax.Array, **how: Any) -> jax.Array:
     """`layer(x, **how)`; a profile shows its operations under that name."""
     with jax.named_scope(name):
         return layer(x, **how)
+
+
+def _rectified(
+    name: str, norm: nnx.Module, x: jax.Array, residual: jax.Array | None = None
+) -> jax.Array:
+    """`relu(norm(x) + residual)`, of which our own BatchNorm makes one pass."""
+    if isinstance(norm, unwrapped(BatchNorm)):
+        return _named(name, norm, x, residual=residual, relu=True)
+    y = _named(name, norm, x)
+    return nnx.relu(y if residual is None else y + residual)
 
 
 class Block(nnx.Module):
@@ -359,8 +369,7 @@ class Block(nnx.Module):
         for number in range(1, self.depth + 1):
             y = _named(f"conv{number}", getattr(self, f"conv{number}"), y)
             residual = x if number == self.depth else None
-            norm = getattr(self, f"norm{number}")
-            y = _named(f"norm{number}", norm, y, residual=residual, relu=True)
+            y = _rectified(f"norm{number}", getattr(self, f"norm{number}"), y, residual)
         return y
 
 
@@ -374,7 +383,7 @@ class PreactivationBlock(Block):
         """`(N, H, W, in_channels)` to `(N, H / strides, W / strides, out_channels)`."""
         y = x
         for number in range(1, self.depth + 1):
-            y = _named(f"norm{number}", getattr(self, f"norm{number}"), y, relu=True)
+            y = _rectified(f"norm{number}", getattr(self, f"norm{number}"), y)
             if number == 1 and self.shortcut is not None:
                 x = _named("shortcut", self.shortcut, y)
             y = _named(f"conv{number}", getattr(self, f"conv{number}"), y)
@@ -409,7 +418,7 @@ class SmallStem(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(N, H, W, in_channels)` to `(N, H, W, width)`."""
         x = _named("conv", self.conv, x)
-        return x if self.norm is None else _named("norm", self.norm, x, relu=True)
+        return x if self.norm is None else _rectified("norm", self.norm, x)
 
 
 class PooledStem(SmallStem):

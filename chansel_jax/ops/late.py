@@ -474,17 +474,28 @@ def definition(equation: JaxprEqn) -> Jaxpr | None:
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
 
 
-def _register(primitive: Primitive, compute: Callable, types: Callable, jvp: Callable) -> None:
+def always_compile(primitive: Primitive, parameters: Sequence[str]) -> None:
+    """Has the primitive compiled wherever it is called, since that is when its lowering is chosen.
+
+    Args:
+        primitive: that has no rule for a call with arrays yet.
+        parameters: the names of all that it takes beside arrays.
+    """
+
     def evaluate(*operands: jax.Array, **how: Any) -> Any:
         return primitive.bind(*operands, **how)
 
-    compiled = jax.jit(evaluate, static_argnames=("function", "levels", "which", "divided"))
+    compiled = jax.jit(evaluate, static_argnames=parameters)
 
     def at_once(*operands: jax.Array, **how: Any) -> Any:
-        with jax.disable_jit(False):  # for the lowering is chosen when a program is compiled
+        with jax.disable_jit(False):
             return compiled(*operands, **how)
 
     primitive.def_impl(at_once)
+
+
+def _register(primitive: Primitive, compute: Callable, types: Callable, jvp: Callable) -> None:
+    always_compile(primitive, ("function", "levels", "which", "divided"))
     primitive.def_abstract_eval(types)
     ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = _batched(primitive)

@@ -19,7 +19,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from chansel_jax.ops import native
-from chansel_jax.ops.late import place_of, varying_alike
+from chansel_jax.ops.late import always_compile, place_of, varying_alike
 from chansel_jax.ops.lowerings import nearest_asked_for
 
 
@@ -69,7 +69,7 @@ def batch_norm(
     _check(x, scale, bias, added)
     wide = _dtype_of_sums(x)
     operands = (x, scale.astype(wide), bias.astype(wide), *added)
-    form = Form(epsilon, relu)
+    form = Form(float(epsilon), bool(relu))
     if nearest_asked_for(("auto", "lax")) == "lax" or _is_explicit(x):
         return tuple(_definition(*operands, form=form))
     return tuple(_output.bind(*varying_alike(*operands), form=form))
@@ -187,10 +187,9 @@ def _native_output(*operands: jax.Array, form: Form) -> list[jax.Array]:
 @jax.named_scope("batch_norm")
 def _native_gradients(*arguments: jax.Array, form: Form) -> list[jax.Array]:
     *operands, y, mean, variance, dy = arguments
-    dx, dscale, dbias, *dresidual = native.batch_norm_gradients(
+    return native.batch_norm_gradients(
         *operands[:3], y, mean, variance, dy, **form._asdict(), residual=len(operands) > 3
     )
-    return [dx, dscale, dbias, *dresidual]
 
 
 # Shapes
@@ -259,13 +258,18 @@ def _lowered(
     def rule(context: mlir.LoweringRuleContext, *arguments: Any, **how: Any) -> Any:
         place, devices = place_of(context, platform)
         calls = in_native and place.calls and not devices and native.available()
-        calls = calls and str(context.avals_in[0].dtype) in native.DTYPES
+        calls = calls and _pays(context.avals_in[0])
         types = [ShapedArray(aval.shape, aval.dtype) for aval in context.avals_in]
         computed = functools.partial(in_native if calls else by_xla, **how)
         lowered = mlir.lower_fun(computed, multiple_results=primitive.multiple_results)
         return lowered(context.replace(avals_in=types), *arguments)
 
     return rule
+
+
+def _pays(x: Any) -> bool:
+    """Whether C++ has the dtype, and does not compute more padding than pixels."""
+    return str(x.dtype) in native.DTYPES and math.lcm(x.shape[-1], native.MOST_LANES) <= x.size
 
 
 def _register(
@@ -277,16 +281,7 @@ def _register(
     in_native: Callable | None = None,
     defined: Callable | None = None,
 ) -> None:
-    def evaluate(*arguments: jax.Array, **how: Any) -> Any:
-        return primitive.bind(*arguments, **how)
-
-    compiled = jax.jit(evaluate, static_argnames=("form", "which"))
-
-    def at_once(*arguments: jax.Array, **how: Any) -> Any:
-        with jax.disable_jit(False):  # for it is decided when a program is compiled
-            return compiled(*arguments, **how)
-
-    primitive.def_impl(at_once)
+    always_compile(primitive, ("form", "which"))
     primitive.def_abstract_eval(types)
     ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = _batched(primitive, defined or by_xla)
@@ -303,5 +298,6 @@ _register(
     _gradient_types,
     _by_jax(_gradients, _redefined_gradients),
     in_native=_native_gradients,
+    defined=_redefined_gradients,
 )
 ad.primitive_transposes[_tangent] = _tangent_transpose

@@ -84,7 +84,7 @@ def _call(main: Callable[[Settings], object], settings: Settings) -> None:
         sys.exit(EXIT_ERROR)
 
 
-# They end the names of all that is written.
+# Suffixes of all files that are written.
 RESULTS = {
     *(".json", ".jsonl", ".md", ".html", ".png"),
     *(".onnx", ".safetensors", ".stablehlo"),
@@ -94,7 +94,7 @@ RESULTS = {
 def check_output(folder: Path, command: str = "") -> None:
     """Checks that results can be written to the folder of --output, before anything long begins.
 
-    It is left as it was: only what has results makes it.
+    Nothing is made: only what has results makes it.
 
     Args:
         folder: that is named or the default.
@@ -105,33 +105,36 @@ def check_output(folder: Path, command: str = "") -> None:
         CommandError: if it is a file, cannot be made or written to, holds a folder that is called
             as a file of results is, or the `results.json` of another command.
     """
-    new = []
+    there = next(path for path in (folder, *folder.parents) if _is_something(path))
     try:
-        new += [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        folder.exists()  # raises where a name is too long
+        if not there.is_dir():
+            what = "a link that leads nowhere" if there.is_symlink() else "a file"
+            where = "is" if there == folder else f"cannot be made, since {there} is"
+            raise CommandError(f"output={folder} {where} {what}, not a folder")
+        with tempfile.TemporaryFile(dir=there):
             pass
-        for path in folder.iterdir():
+        for path in folder.iterdir() if there == folder else ():
             if path.suffix in RESULTS and path.is_dir():
                 raise CommandError(f"output={folder}: {path.name} is a folder, where files are put")
-        if command and (other := _command_of(folder)) and not f"{other} ".startswith(f"{command} "):
-            raise CommandError(f"output={folder} holds the results of another command: {other}")
-    except FileExistsError as error:
-        what = (
-            "a link that leads nowhere" if folder.is_symlink() and not folder.exists() else "a file"
-        )
-        raise CommandError(f"output={folder} is {what}, not a folder") from error
     except OSError as error:
         raise CommandError(f"output={folder}: {error.strerror or error}") from error
-    finally:
-        for path in new:
-            with contextlib.suppress(OSError):
-                path.rmdir()
+    if command and (folder / "results.json").exists():
+        other = _command_of(folder / "results.json")
+        if not f"{other} ".startswith(f"{command} "):
+            raise CommandError(f"output={folder} holds the results of another command: {other}")
 
 
-def _command_of(folder: Path) -> str:
-    """The command whose `results.json` is in `folder`, with its flags; empty if there is none."""
+def _is_something(path: Path) -> bool:
+    try:
+        return path.exists() or path.is_symlink()
+    except OSError:  # no folder below it can be looked into either
+        return False
+
+
+def _command_of(results: Path) -> str:
+    """The command that wrote this `results.json`, with its flags, as far as that can be told."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        command = read_json(folder / "results.json").get("command", "")
-        return command.partition("experiments.")[2]
-    return ""
+        command = read_json(results).get("command", "").partition("experiments.")[2]
+        return command or "an unknown one"
+    return "an unknown one"

@@ -1,6 +1,7 @@
 """What commands compile is kept for their next start."""
 
 import hashlib
+import os
 import platform
 import tempfile
 import warnings
@@ -18,21 +19,22 @@ def keep_compiled() -> None:
     Where JAX's own settings name a folder, it is that one. Where none can be written to, nothing is
     kept.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
-        return
-    folder = user_cache_path("chansel_jax") / "compiled" / _processor()
-    if not folder.is_absolute():  # the user has no home
+    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
     try:
+        folder = user_cache_path("chansel_jax") / "compiled" / _processor()
+        if not folder.is_absolute():  # the user has no home
+            return
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    # What cannot be read is compiled again, and a full disk is met by what matters more.
-    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    # A full disk is met by what matters more.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache")
 
 
 def _processor() -> str:

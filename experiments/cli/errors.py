@@ -27,7 +27,7 @@ def in_a_line(error: Exception, settings: Any) -> str | None:
         error: what ended the command.
         settings: the command's, of which the error may refuse a value.
     """
-    if isinstance(error, shutil.Error):  # of all that could not be copied
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of several files
         _, target, reason = error.args[0][0]
         return f"{target}: {reason}"
     if isinstance(error, OneLineError | OSError):
@@ -37,7 +37,7 @@ def in_a_line(error: Exception, settings: Any) -> str | None:
     if "Unable to initialize backend" in str(error) or "Unknown backend" in str(error):
         return f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {str(error).splitlines()[0]}"
     if isinstance(error, UnicodeEncodeError):
-        return f"{error.object!r} cannot be encoded: {error.reason}"
+        return f"{error.object[error.start : error.end]!r} cannot be encoded: {error.reason}"
     if isinstance(error, AssertionError) and _is_of_platforms(error):
         return f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: JAX finds no such devices here"
     return refused_value(error, settings) if isinstance(error, ValueError) else None

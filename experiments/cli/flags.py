@@ -32,11 +32,11 @@ WRITTEN = ("output", "workdir", "resume", "save_every_steps")
 
 
 def check_different(name: str, values: Sequence[Any], kind: str | None = None) -> None:
-    """Raises `ValueError` if two of `values`, those of the setting `name`, are equal.
+    """Raises `ValueError` if two of the `values` of a setting are equal, or one is missing.
 
     Args:
         name: of the setting.
-        values: which may be none, unless they have a kind.
+        values: there may be none only if `kind` is None.
         kind: what they are, in the plural.
     """
     if len(set(values)) < len(values) or (kind and not values):

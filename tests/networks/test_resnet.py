@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from layers import with_random_norms
+from layers import normal, with_random_norms
 
 from chansel_jax import (
     ChannelSelectionConv,
@@ -502,3 +502,17 @@ def test_networks_by_their_names():
 def test_wrong_depth(config, arguments, told):
     with pytest.raises(ValueError, match=told):
         config(*arguments)
+
+
+@pytest.mark.parametrize("block", ["basic", "preactivation"])
+def test_other_norms_may_take_the_place_of_batch_norm(block):
+    """The plain one of Flax computes the same."""
+    config = ResNetConfig(SubKernelConv, 3, (1, 1), 4, "small", block)
+    own, other = (ResNet(config, rngs=nnx.Rngs(0)) for _ in range(2))
+    for module in [other, other.stem, *other.blocks]:
+        for name, layer in vars(module).items():
+            if isinstance(layer, nnx.BatchNorm):
+                replaced = nnx.BatchNorm(layer.num_features, momentum=0.9, rngs=nnx.Rngs(0))
+                setattr(module, name, replaced)
+    (images,) = normal((2, 8, 8, 3))
+    np.testing.assert_allclose(other(images), own(images), rtol=0, atol=1e-5)

@@ -20,14 +20,14 @@ from chansel_jax.ops import native
 from chansel_jax.ops.norm import batch_norm
 
 FORMS = list(itertools.product((False, True), repeat=2))  # of residual and ReLU
-SHAPES = ((6, 5), (7, 3, 4), (4, 5, 6, 16), (3, 9, 7, 20), (8, 16, 16, 32), (2, 3, 1001))
+SHAPES = ((6, 5), (7, 3, 4), (4, 5, 6, 16), (3, 9, 7, 20), (8, 16, 16, 32), (20, 3, 1001))
 COMPILED = [native] if native.available() else []
 
 
-def arrays(shape, residual, dtype=jnp.float32):
+def arrays(shape, residual, dtype=jnp.float32, mean=40):
     """The operands, and the gradient of the output; a mean far from 0 beside the deviation."""
     x, added, dy, scale, bias = normal(shape, shape, shape, shape[-1:], shape[-1:])
-    operands = [3 * x + 40, scale, bias, *([added] if residual else [])]
+    operands = [3 * x + mean, scale, bias, *([added] if residual else [])]
     return [each.astype(dtype) for each in operands], dy.astype(dtype)
 
 
@@ -90,6 +90,16 @@ def test_like_torch(shape, residual, relu):
         assert_close(computed(function, operands, dy), in_torch(operands, dy, relu), 3e-3)
 
 
+@pytest.mark.parametrize("library", COMPILED)
+def test_one_pixel_far_off_does_not_spoil_the_others_variance(library):
+    (x,) = normal((64, 16, 16, 4))
+    x = x.at[0, 0, 0].set(1e3)
+    _, mean, variance = batch_norm(x, jnp.ones(4), jnp.ones(4))
+    wide = np.asarray(x, np.float64).reshape(-1, 4)
+    np.testing.assert_allclose(mean, wide.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(variance, wide.var(0), rtol=1e-5)
+
+
 @pytest.mark.parametrize("epsilon", [1e-5, 100.0])
 def test_epsilon(epsilon):
     operands, dy = arrays((4, 3), residual=False)
@@ -102,7 +112,7 @@ def test_epsilon(epsilon):
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=3), channels=st.integers(1, 70)
 )
 def test_any_shape_like_torch(shape, channels):
-    operands, dy = arrays((2, *shape, channels), residual=True)
+    operands, dy = arrays((2, *shape, channels), residual=True, mean=2)
     expected = in_torch(operands, dy, relu=True)
     assert_close(batch_norm(*operands, relu=True), expected[:3], 1e-4)
 
@@ -158,6 +168,8 @@ def test_c_plus_plus_is_called_where_it_can_be(library):
         assert calls(step, x, *others) == 0
     assert calls(loss, x.astype(jnp.float16), *others[:2]) == 0
     assert calls(jax.vmap(loss, (0, None, None)), x, *others[:2]) == 0
+    few = jnp.ones((2, 7)), jnp.ones(7), jnp.ones(7)
+    assert calls(loss, *few) == 0  # it would compute 112 numbers in the place of 14
     assert "chansel_norm" not in export.export(jax.jit(loss))(x, *others).mlir_module()
 
 
@@ -182,6 +194,9 @@ def by_definition(x, *others):
     [
         lambda f: jax.vmap(f, (0, None, None, 0)),
         lambda f: jax.vmap(jax.grad(f, (0, 1)), (0, None, None, 0)),
+        lambda f: jax.grad(
+            lambda *o: jnp.sum(jnp.sin(jax.vmap(jax.grad(f), (0, None, None, 0))(*o))), (0, 1)
+        ),
         lambda f: jax.grad(jax.checkpoint(f), (0, 1, 2, 3)),
         lambda f: jax.grad(
             lambda x, *o: jax.lax.scan(lambda c, x: (c + f(x, *o[:2]), None), 0.0, x)[0]
@@ -190,7 +205,16 @@ def by_definition(x, *others):
         lambda f: lambda *o: jax.jvp(jax.grad(f, 1), o, tuple(map(jnp.cos, o))),
         lambda f: jax.grad(lambda x, *o: f(x, o[0], jax.lax.stop_gradient(o[1]), o[2])),
     ],
-    ids=["vmap", "vmap of grad", "checkpoint", "scan", "jvp", "jvp of grad", "some"],
+    ids=[
+        "vmap",
+        "vmap of grad",
+        "grad of vmap of grad",
+        "checkpoint",
+        "scan",
+        "jvp",
+        "jvp of grad",
+        "some",
+    ],
 )
 def test_transformations_are_those_of_the_definition(transformed):
     operands, _ = arrays((2, 5, 4, 3), residual=True)
@@ -260,8 +284,20 @@ def test_integers_are_named():
 
 
 @pytest.mark.parametrize("library", COMPILED)
-def test_c_plus_plus_refuses_before_memory_is_touched(library):
-    ones = jnp.ones(3)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="scale and bias"):
-        found = library.batch_norm(jnp.ones((2, 4)), ones, ones, relu=False, epsilon=0.0)
+@pytest.mark.parametrize(
+    "shapes", [((2, 4), (3,), (3,)), ((0, 4), (4,), (4,)), ((9, 4), (4,), (4,), (1, 4))]
+)
+def test_c_plus_plus_refuses_before_memory_is_touched(library, shapes):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="residual, where there is one"):
+        found = library.batch_norm(*map(jnp.ones, shapes), relu=False, epsilon=0.0)
         jax.block_until_ready(found)
+
+
+@pytest.mark.parametrize("library", COMPILED)
+@pytest.mark.parametrize("y, dy", [((1, 4), (9, 4)), ((9, 4), (1, 4)), ((0,), (9, 4))])
+def test_gradients_in_c_plus_plus_refuse_too(library, y, dy):
+    ones = jnp.ones(4)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="residual, where there is one"):
+        arguments = jnp.ones((9, 4)), ones, ones, jnp.ones(y), ones, ones, jnp.ones(dy)
+        how = {"relu": True, "epsilon": 0.0, "residual": True}
+        jax.block_until_ready(library.batch_norm_gradients(*arguments, **how))

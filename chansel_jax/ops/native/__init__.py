@@ -24,6 +24,7 @@ from chansel_jax.ops.window import Pair, Window
 DTYPES = ("float32", "float64", "bfloat16")
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 MOST_NUMBERS = 2**48
+MOST_LANES = 16  # of a vector
 
 
 def available() -> bool:
@@ -100,6 +101,7 @@ def batch_norm(
 
     `scale` and `bias` are of the dtype of the statistics, that of `x` one of `DTYPES`.
     """
+    _compiled()
     results = [_like(x), _like(scale), _like(scale)]
     call = jax.ffi.ffi_call("chansel_norm_forward", results)
     residual = _nothing(x) if residual is None else residual

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -417,23 +418,36 @@ ffi::Error DenseKernelGradientHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ff
 }
 
 constexpr char kNormMisfit[] =
-    "x, and residual where there is one, must be (..., C), scale and bias (C) of the dtype of sums";
+    "x must be (..., C) and not empty; residual, where there is one, y and dy of its size and dtype; "
+    "scale, bias, mean and variance (C) of the dtype of the sums";
 
-bool NormFit(ffi::Span<const int64_t> pixels, const ffi::AnyBuffer& x,
-             std::initializer_list<const ffi::AnyBuffer*> of_channels) {
-  if (pixels.size() == 0 || pixels[pixels.size() - 1] < 1) return false;
-  auto sums = x.element_type() == ffi::BF16 ? ffi::F32 : x.element_type();
-  return std::all_of(of_channels.begin(), of_channels.end(), [&](const ffi::AnyBuffer* each) {
+using Buffers = std::initializer_list<const ffi::AnyBuffer*>;
+
+// Whether all `of_pixels` are as x (those of `optional` may be empty), all `of_channels` (C).
+bool NormFit(const ffi::AnyBuffer& x, Buffers of_pixels, Buffers optional, Buffers of_channels) {
+  auto shape = x.dimensions();
+  if (shape.size() == 0 || x.element_count() == 0) return false;
+  auto dtype = x.element_type(), sums = dtype == ffi::BF16 ? ffi::F32 : dtype;
+  auto fits = [&](const ffi::AnyBuffer* each) {
+    return each->element_type() == dtype && each->element_count() == x.element_count();
+  };
+  auto may_be_empty = [&](const ffi::AnyBuffer* each) {
+    return each->element_count() == 0 || fits(each);
+  };
+  auto is_of_channels = [&](const ffi::AnyBuffer* each) {
     return each->element_type() == sums &&
-           int64_t(each->element_count()) == pixels[pixels.size() - 1];
-  });
+           int64_t(each->element_count()) == shape[shape.size() - 1];
+  };
+  return std::all_of(of_pixels.begin(), of_pixels.end(), fits) &&
+         std::all_of(optional.begin(), optional.end(), may_be_empty) &&
+         std::all_of(of_channels.begin(), of_channels.end(), is_of_channels);
 }
 
 ffi::Error NormForwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale,
                               ffi::AnyBuffer bias, ffi::AnyBuffer residual,
                               ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> mean,
                               ffi::Result<ffi::AnyBuffer> variance, double epsilon, bool relu) {
-  if (!NormFit(x.dimensions(), x, {&scale, &bias, &*mean, &*variance})) {
+  if (!NormFit(x, {&*y}, {&residual}, {&scale, &bias, &*mean, &*variance})) {
     return ffi::Error::InvalidArgument(kNormMisfit);
   }
   int64_t channels = scale.element_count(), pixels = x.element_count() / channels;
@@ -453,7 +467,9 @@ ffi::Error NormBackwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyB
                                ffi::Result<ffi::AnyBuffer> dx, ffi::Result<ffi::AnyBuffer> dscale,
                                ffi::Result<ffi::AnyBuffer> dbias,
                                ffi::Result<ffi::AnyBuffer> dresidual, double epsilon, bool relu) {
-  if (!NormFit(x.dimensions(), x, {&scale, &bias, &mean, &variance, &*dscale, &*dbias})) {
+  if (!NormFit(x, {&dy, &*dx}, {&y, &*dresidual},
+               {&scale, &bias, &mean, &variance, &*dscale, &*dbias}) ||
+      y.element_count() < dresidual->element_count()) {
     return ffi::Error::InvalidArgument(kNormMisfit);
   }
   int64_t channels = scale.element_count(), pixels = x.element_count() / channels;

@@ -54,18 +54,6 @@ const C* Filled(const S* from, int64_t count, int64_t padded, const std::vector<
   return to;
 }
 
-// Has write(to) compute `padded` numbers, of which the first `count` are stored.
-template <typename S, typename C, typename Write>
-void WriteFilled(int64_t count, int64_t padded, std::vector<C>& scratch, S* to,
-                 const Write& write) {
-  if constexpr (std::is_same_v<S, C>) {
-    if (count == padded) return write(to);
-  }
-  C* from = Grow(scratch, padded);
-  write(from);
-  for (int64_t i = 0; i < count; ++i) to[i] = ToStorage<S>(from[i]);
-}
-
 // Calls body(number, number of the period) for each vector.
 template <typename C, typename Body>
 CHANSEL_INLINE void ForVectors(int64_t padded, int64_t period, const Body& body) {
@@ -84,12 +72,18 @@ std::vector<double> TwoSums(const PixelUnits<C>& units, const Parallel& parallel
     std::vector<C> of_period(2 * units.period, C(0));
     sum(unit, of_period.data(), of_period.data() + units.period);
     double* to = of_units.data() + unit * 2 * channels;
-    for (int64_t i = 0; i < 2 * units.period; ++i) {
-      to[i / units.period * channels + i % units.period % channels] += of_period[i];
+    for (int which = 0; which < 2; ++which, to += channels) {
+      const C* from = of_period.data() + which * units.period;
+      for (int64_t pixel = 0; pixel < units.period; pixel += channels) {
+        for (int64_t c = 0; c < channels; ++c) to[c] += from[pixel + c];
+      }
     }
   });
   std::vector<double> sums(2 * channels, 0.0);
-  for (size_t i = 0; i < of_units.size(); ++i) sums[i % (2 * channels)] += of_units[i];
+  for (int64_t unit = 0; unit < units.Count(); ++unit) {
+    const double* from = of_units.data() + unit * 2 * channels;
+    for (int64_t c = 0; c < 2 * channels; ++c) sums[c] += from[c];
+  }
   return sums;
 }
 
@@ -106,15 +100,19 @@ void NormForward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S
                  const C* bias, const S* residual, S* y, C* mean, C* variance,
                  const Parallel& parallel) {
   PixelUnits<C> units(pixels, channels);
-  // Differences to the first pixel: sums of squares of large numbers that hardly differ would
-  // cancel each other.
-  std::vector<C> first(channels);
-  for (int64_t c = 0; c < channels; ++c) first[c] = ToCompute(x[c]);
-  std::vector<C> shifts = units.Repeated(first);
+  // Differences to the mean of the first unit: sums of squares of large numbers that hardly differ
+  // would cancel each other.
+  std::vector<double> total(channels, 0.0);
+  for (int64_t at = 0; at < units.Numbers(0); at += channels) {
+    for (int64_t c = 0; c < channels; ++c) total[c] += ToCompute(x[at + c]);
+  }
+  std::vector<C> near(channels);
+  for (int64_t c = 0; c < channels; ++c) near[c] = C(total[c] / (units.Numbers(0) / channels));
+  std::vector<C> shifts = units.Repeated(near);
   std::vector<double> sums = TwoSums(units, parallel, [&](int64_t unit, C* sum, C* squares) {
     NormScratch<C>& scratch = ThreadNormScratch<C>();
     int64_t padded = units.Padded(unit);
-    const C* from = Filled(x + units.Begin(unit), units.Numbers(unit), padded, first, scratch.x);
+    const C* from = Filled(x + units.Begin(unit), units.Numbers(unit), padded, near, scratch.x);
     ForVectors<C>(padded, units.period, [&](int64_t at, int64_t i) {
       Vec<C> value, shift, first_sum, second_sum;
       Load(from + at, value);
@@ -129,7 +127,7 @@ void NormForward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S
   std::vector<C> multipliers(channels), biases(bias, bias + channels);
   for (int64_t c = 0; c < channels; ++c) {
     double shifted = sums[c] / pixels, squares = sums[channels + c] / pixels;
-    mean[c] = C(first[c] + shifted);
+    mean[c] = C(near[c] + shifted);
     double difference = squares - shifted * shifted;
     variance[c] = C(difference < 0 ? 0 : difference);  // what is not a number stays
     multipliers[c] = Multiplier(scale[c], variance[c], epsilon);
@@ -147,17 +145,17 @@ void NormForward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S
       if constexpr (decltype(has_residual)::value) {
         added = Filled(residual + begin, count, padded, zero, scratch.other);
       }
-      WriteFilled(count, padded, scratch.to, y + begin, [&](C* to) {
+      WriteRows(1, count, padded, scratch.to, y + begin, [&](C* to) {
         ForVectors<C>(padded, units.period, [&](int64_t at, int64_t i) {
-          Vec<C> value, center, multiplier, offset;
+          Vec<C> value, center, multiplier, offset, other;
           Load(from + at, value);
           Load(means.data() + i, center);
           Load(multipliers.data() + i, multiplier);
           Load(biases.data() + i, offset);
           value = (value - center) * multiplier + offset;
           if constexpr (decltype(has_residual)::value) {
-            Load(added + at, center);
-            value += center;
+            Load(added + at, other);
+            value += other;
           }
           if constexpr (decltype(has_relu)::value) value = value < Vec<C>{} ? Vec<C>{} : value;
           Store(value, to + at);
@@ -168,8 +166,8 @@ void NormForward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S
   WithFlags(residual != nullptr, relu, normalise);
 }
 
-// The gradients of the above by x, scale, bias and, unless `dresidual` is null, residual. What ReLU
-// let through `y` tells where there was a residual, else it is computed again.
+// The gradients of the above by x, scale, bias and, unless `dresidual` is null, residual. With a
+// residual, `y` tells what ReLU let through; without one, it is computed again.
 template <typename S, typename C>
 void NormBackward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S* x,
                   const C* scale, const C* bias, const S* y, const C* mean, const C* variance,
@@ -251,9 +249,9 @@ void NormBackward(int64_t pixels, int64_t channels, C epsilon, bool relu, const 
                       }
                     });
       };
-      WriteFilled(count, padded, scratch.to, dx + begin, [&](C* to) {
+      WriteRows(1, count, padded, scratch.to, dx + begin, [&](C* to) {
         if constexpr (decltype(has_residual)::value) {
-          WriteFilled(count, padded, scratch.residual, dresidual + begin,
+          WriteRows(1, count, padded, scratch.residual, dresidual + begin,
                       [&](C* residual_to) { write(to, residual_to); });
         } else {
           write(to, nullptr);

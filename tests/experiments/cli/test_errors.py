@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.cli.errors import in_a_line
+from experiments.tune import Settings
 
 
 def error_of(function, *arguments):
@@ -22,6 +23,8 @@ def test_copy_that_fails_names_the_file(tmp_path):
         lambda: shutil.copytree(tmp_path / "from", tmp_path / "to", dirs_exist_ok=True)
     )
     assert "to/a: [Errno 17] File exists" in in_a_line(error, None)
+    error = error_of(shutil.copy, tmp_path / "to" / "a", tmp_path / "to" / "a")
+    assert "are the same file" in in_a_line(error, Settings())
     several = shutil.Error([("from/a", "to/a", "[Errno 28] No space left on device"), ("", "", "")])
     assert in_a_line(several, None) == "to/a: [Errno 28] No space left on device"
 

@@ -376,13 +376,31 @@ def test_output_with_a_folder_in_the_place_of_a_file_is_refused(tmp_path, suffix
         check_output(tmp_path)
 
 
-def test_output_that_is_a_file_is_named(tmp_path):
-    path = tmp_path / "taken"
+def test_output_that_is_no_folder_is_named(tmp_path):
+    path, link = tmp_path / "taken", tmp_path / "link"
     path.write_text("kept")
-    for folder in (path, path / "below"):
-        with pytest.raises(CommandError, match=f"^output={folder}(: | is a file)"):
-            check_output(folder)
+    link.symlink_to("nowhere")
+    for there, what in ((path, "a file"), (link, "a link that leads nowhere")):
+        with pytest.raises(CommandError, match=f"^output={there} is {what}, not a folder$"):
+            check_output(there)
+        told = f"^output={there}/below cannot be made, since {there} is {what}"
+        with pytest.raises(CommandError, match=told):
+            check_output(there / "below")
     assert path.read_text() == "kept"
+
+
+def test_output_that_cannot_be_made_is_named(tmp_path):
+    for folder in (tmp_path / ("a" * 300), tmp_path / ("a" * 300) / "below", Path("/proc/new")):
+        with pytest.raises(CommandError, match=f"^output={folder}: "):
+            check_output(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"command": 3}'])
+def test_results_of_unknown_origin_are_not_replaced(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    check_output(tmp_path)
+    with pytest.raises(CommandError, match="the results of another command: an unknown one"):
+        check_output(tmp_path, "scaling")
 
 
 @pytest.mark.parametrize(
