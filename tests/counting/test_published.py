@@ -22,6 +22,7 @@ from chansel_jax import (
     wide_resnet,
 )
 from chansel_jax.counting import count
+from chansel_jax.norm import BatchNorm
 
 CONVS = {
     "": SubKernelConv,
@@ -49,14 +50,14 @@ def elementwise(network, images):
         def call(*arguments, **options):
             nonlocal total
             output = function(*arguments, **options)
-            total += cost(*arguments, output)
+            total += cost(*arguments, output, **options)
             return output
 
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        norm = counted(nnx.BatchNorm.__call__, lambda _, x, y: 2 * x.size)
-        patch.setattr(nnx.BatchNorm, "__call__", norm)
+        norm = counted(BatchNorm.__call__, lambda layer, x, y, **_: 2 * x.size)
+        patch.setattr(BatchNorm, "__call__", norm)
         patch.setattr(nnx, "relu", counted(nnx.relu, lambda x, y: y.size))
         linear = counted(nnx.Linear.__call__, lambda layer, x, y: y.size + x.size * 8 * 8)
         patch.setattr(nnx.Linear, "__call__", linear)  # it takes the mean over 8 × 8 pixels

@@ -201,8 +201,8 @@ def test_contestants_are_those_asked_for():
     assert plan.make_contestants(chosen, CPU, has_torch=True) == [CHANNELS_LAST, GROUPED]
     assert plan.make_contestants(chosen, CPU, has_torch=False) == [GROUPED]
     with pytest.raises(plan.PlanError, match="nothing to time"):
-        nothing = dataclasses.replace(chosen, lowerings=(), torch=())
-        plan.make_contestants(nothing, CPU, has_torch=True)
+        nothing = dataclasses.replace(chosen, lowerings=())
+        plan.make_contestants(nothing, CPU, has_torch=False)
     both = Settings(lowerings=("grouped", "native"), torch=())
     names = [c.name for c in plan.make_contestants(both, CPU, has_torch=True)]
     assert names == ["JAX chansel grouped", "JAX chansel native", "JAX subkernel native"]
