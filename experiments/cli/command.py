@@ -107,7 +107,8 @@ def check_output(folder: Path, command: str = "") -> None:
     """
     there = next(path for path in (folder, *folder.parents) if _is_something(path))
     try:
-        folder.exists()  # raises where a name is too long
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            folder.lstat()  # raises other errors where, say, a name is too long
         if not there.is_dir():
             what = "a link that leads nowhere" if there.is_symlink() else "a file"
             where = "is" if there == folder else f"cannot be made, since {there} is"
