@@ -168,13 +168,13 @@ def _compute_gradients(
 ) -> Callable:
     def compute(*arguments: jax.Array) -> tuple[jax.Array, ...]:
         *operands, dy = arguments
-        _, pull = jax.vjp(*_of_some(function.at(place), operands, which))
+        _, pull = jax.vjp(*some_of(function.at(place), operands, which))
         return pull(dy)
 
     return _mapped(compute, [(*flags, True) for flags in levels])
 
 
-def _of_some(computed: Callable, arguments: Sequence, which: Sequence[bool]) -> list[Any]:
+def some_of(computed: Callable, arguments: Sequence, which: Sequence[bool]) -> list[Any]:
     """`computed` as a function of those arguments that `which` tells, and these."""
 
     def of_some(*some: jax.Array) -> Any:
@@ -246,12 +246,17 @@ def _output_jvp(primals: Sequence, tangents: Sequence, **how: Any) -> tuple[Any,
     return _output.bind(*primals, **how), _tangent.bind(*primals, *given, which=which, **how)
 
 
-def _by_jax(primitive: Primitive, compute: Callable) -> Callable:
-    """The rule for a derivative's own derivative: that of what XLA computes it by."""
+def by_jax(primitive: Primitive, definition: Callable[..., Callable]) -> Callable:
+    """The rule for a derivative's own derivative: that of what XLA computes it by.
+
+    Args:
+        primitive: the derivative.
+        definition: takes the primitive's parameters, and returns a function of its arguments.
+    """
 
     def rule(primals: Sequence, tangents: Sequence, **how: Any) -> tuple[Any, Any]:
         which = [type(tangent) is not ad.Zero for tangent in tangents]
-        of_some, *some = _of_some(compute(ANYWHERE, **how), primals, which)
+        of_some, *some = some_of(definition(**how), primals, which)
         given = [tangent for tangent, has_one in zip(tangents, which, strict=True) if has_one]
         _, found = jax.jvp(of_some, some, given)
         return primitive.bind(*primals, **how), list(found) if type(found) is tuple else found
@@ -509,7 +514,17 @@ _COMPUTED_BY = {
     _gradients: _compute_gradients,
 }
 _register(_output, _compute_output, _output_type, _output_jvp)
-_register(_tangent, _compute_tangent, _output_type, _by_jax(_tangent, _compute_tangent))
-_register(_gradients, _compute_gradients, _gradient_types, _by_jax(_gradients, _compute_gradients))
+_register(
+    _tangent,
+    _compute_tangent,
+    _output_type,
+    by_jax(_tangent, functools.partial(_compute_tangent, ANYWHERE)),
+)
+_register(
+    _gradients,
+    _compute_gradients,
+    _gradient_types,
+    by_jax(_gradients, functools.partial(_compute_gradients, ANYWHERE)),
+)
 ad.primitive_transposes[_output] = _output_transpose
 ad.primitive_transposes[_tangent] = _tangent_transpose

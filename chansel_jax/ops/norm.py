@@ -19,7 +19,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from chansel_jax.ops import native
-from chansel_jax.ops.late import always_compile, place_of, varying_alike
+from chansel_jax.ops.late import always_compile, by_jax, place_of, some_of, varying_alike
 from chansel_jax.ops.lowerings import nearest_asked_for
 
 
@@ -65,7 +65,8 @@ def batch_norm(
     Raises:
         ValueError: if the shapes or dtypes do not fit each other.
     """
-    x, scale, bias, *added = map(jnp.asarray, (x, scale, bias, *_given(residual)))
+    given = (x, scale, bias) if residual is None else (x, scale, bias, residual)
+    x, scale, bias, *added = map(jnp.asarray, given)
     _check(x, scale, bias, added)
     wide = _dtype_of_sums(x)
     operands = (x, scale.astype(wide), bias.astype(wide), *added)
@@ -73,10 +74,6 @@ def batch_norm(
     if nearest_asked_for(("auto", "lax")) == "lax" or _is_explicit(x):
         return tuple(_definition(*operands, form=form))
     return tuple(_output.bind(*varying_alike(*operands), form=form))
-
-
-def _given(residual: jax.Array | None) -> tuple[jax.Array, ...]:
-    return () if residual is None else (residual,)
 
 
 def _check(x: jax.Array, scale: jax.Array, bias: jax.Array, added: Sequence[jax.Array]) -> None:
@@ -127,11 +124,6 @@ def _of_pixels(channels: jax.Array, x: jax.Array) -> jax.Array:
     return channels.reshape(*[1] * (x.ndim - 1), -1)
 
 
-def _defined_gradients(*operands: jax.Array, dy: jax.Array, form: Form) -> list[jax.Array]:
-    _, pull = jax.vjp(lambda *operands: _definition(*operands, form=form)[0], *operands)
-    return list(pull(dy))
-
-
 # Three primitives: the output with the statistics, the output's tangent, and its gradients. The
 # latter two are given the output and the statistics, so as not to compute them anew; what is
 # differentiated further does.
@@ -149,19 +141,15 @@ def _split(arguments: Sequence, count: int) -> tuple[Sequence, Sequence, Sequenc
 
 def _xla_tangent(*arguments: jax.Array, form: Form, which: tuple[bool, ...]) -> jax.Array:
     operands, _, given = _split(arguments, len(which))
-    rest = iter(given)
-    tangents = [
-        next(rest) if has_one else jnp.zeros_like(operand)
-        for operand, has_one in zip(operands, which, strict=True)
-    ]
-    function = functools.partial(_definition, form=form)
-    return jax.jvp(function, tuple(operands), tuple(tangents))[1][0]
+    of_some, *some = some_of(functools.partial(_definition, form=form), operands, which)
+    return jax.jvp(of_some, some, list(given))[1][0]
 
 
 def _redefined_gradients(*arguments: jax.Array, form: Form) -> list[jax.Array]:
     """As functions of the operands alone, for their own derivatives."""
     *operands, _, _, _, dy = arguments
-    return _defined_gradients(*operands, dy=dy, form=form)
+    _, pull = jax.vjp(lambda *operands: _definition(*operands, form=form)[0], *operands)
+    return list(pull(dy))
 
 
 def _xla_gradients(*arguments: jax.Array, form: Form) -> list[jax.Array]:
@@ -233,17 +221,6 @@ def _tangent_transpose(dy: Any, *arguments: Any, form: Form, which: tuple[bool, 
     return known + [gradient for gradient, has_one in zip(found, which, strict=True) if has_one]
 
 
-def _by_jax(primitive: Primitive, defined: Callable) -> Callable:
-    """The rule for a derivative's own derivative: that of what XLA computes it by."""
-
-    def rule(primals: Sequence, tangents: Sequence, **how: Any) -> tuple[Any, Any]:
-        tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
-        _, found = jax.jvp(functools.partial(defined, **how), tuple(primals), tuple(tangents))
-        return primitive.bind(*primals, **how), found
-
-    return rule
-
-
 def _batched(primitive: Primitive, defined: Callable) -> Callable:
     def rule(arguments: Sequence, axes: Sequence, **how: Any) -> tuple[Any, Any]:
         found = jax.vmap(functools.partial(defined, **how), axes)(*arguments)
@@ -291,12 +268,17 @@ def _register(
 
 
 _register(_output, _definition, _output_types, _output_jvp, in_native=_native_output)
-_register(_tangent, _xla_tangent, _tangent_type, _by_jax(_tangent, _xla_tangent))
+_register(
+    _tangent,
+    _xla_tangent,
+    _tangent_type,
+    by_jax(_tangent, functools.partial(functools.partial, _xla_tangent)),
+)
 _register(
     _gradients,
     _xla_gradients,
     _gradient_types,
-    _by_jax(_gradients, _redefined_gradients),
+    by_jax(_gradients, functools.partial(functools.partial, _redefined_gradients)),
     in_native=_native_gradients,
     defined=_redefined_gradients,
 )

@@ -128,16 +128,14 @@ def batch_norm_gradients(
         dy: the gradient by `y`.
         residual: whether it had one.
     """
-    if residual and not relu:  # then it is dy, which is not copied
-        found = batch_norm_gradients(
-            x, scale, bias, y, mean, variance, dy, relu=False, epsilon=epsilon, residual=False
-        )
-        return [*found, dy]
-    results = [_like(x), _like(scale), _like(scale), _like(x if residual else _nothing(x))]
-    call = jax.ffi.ffi_call("chansel_norm_backward", results)
-    y = y if residual else _nothing(x)
-    found = call(x, scale, bias, y, mean, variance, dy, epsilon=np.float64(epsilon), relu=relu)
-    return found if residual else found[:3]
+    # The gradient by a residual without ReLU is dy, which is not copied.
+    computed = residual and relu
+    rectified = y if computed else _nothing(x)
+    results = [_like(x), _like(scale), _like(scale), _like(x if computed else rectified)]
+    *found, dresidual = jax.ffi.ffi_call("chansel_norm_backward", results)(
+        *(x, scale, bias, rectified, mean, variance, dy), epsilon=np.float64(epsilon), relu=relu
+    )
+    return [*found, dresidual if relu else dy] if residual else found
 
 
 def _nothing(x: jax.Array) -> jax.Array:

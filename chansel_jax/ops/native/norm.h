@@ -23,7 +23,7 @@ struct PixelUnits {
   int64_t Padded(int64_t unit) const { return RoundUp(Numbers(unit), period); }
 
   // What there is for each channel, for each number of a period.
-  std::vector<C> Repeated(const std::vector<C>& of_channels) const {
+  std::vector<C> Repeated(const C* of_channels) const {
     std::vector<C> of_period(period);
     for (int64_t i = 0; i < period; ++i) of_period[i] = of_channels[i % channels];
     return of_period;
@@ -108,7 +108,7 @@ void NormForward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S
   }
   std::vector<C> near(channels);
   for (int64_t c = 0; c < channels; ++c) near[c] = C(total[c] / (units.Numbers(0) / channels));
-  std::vector<C> shifts = units.Repeated(near);
+  std::vector<C> shifts = units.Repeated(near.data());
   std::vector<double> sums = TwoSums(units, parallel, [&](int64_t unit, C* sum, C* squares) {
     NormScratch<C>& scratch = ThreadNormScratch<C>();
     int64_t padded = units.Padded(unit);
@@ -124,7 +124,7 @@ void NormForward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S
       Store(second_sum + value * value, squares + i);
     });
   });
-  std::vector<C> multipliers(channels), biases(bias, bias + channels);
+  std::vector<C> multipliers(channels);
   for (int64_t c = 0; c < channels; ++c) {
     double shifted = sums[c] / pixels, squares = sums[channels + c] / pixels;
     mean[c] = C(near[c] + shifted);
@@ -132,9 +132,9 @@ void NormForward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S
     variance[c] = C(difference < 0 ? 0 : difference);  // what is not a number stays
     multipliers[c] = Multiplier(scale[c], variance[c], epsilon);
   }
-  std::vector<C> means = units.Repeated(std::vector<C>(mean, mean + channels));
-  multipliers = units.Repeated(multipliers);
-  biases = units.Repeated(biases);
+  std::vector<C> means = units.Repeated(mean);
+  multipliers = units.Repeated(multipliers.data());
+  const std::vector<C> biases = units.Repeated(bias);
   const std::vector<C> zero(1, C(0));
   auto normalise = [&](auto has_residual, auto has_relu) {
     parallel(units.Count(), [&](int64_t unit) {
@@ -179,9 +179,9 @@ void NormBackward(int64_t pixels, int64_t channels, C epsilon, bool relu, const 
   for (int64_t c = 0; c < channels; ++c) {
     multipliers[c] = Multiplier(scale[c], variance[c], epsilon);
   }
-  const std::vector<C> means = units.Repeated(std::vector<C>(mean, mean + channels));
-  const std::vector<C> biases = units.Repeated(std::vector<C>(bias, bias + channels));
-  const std::vector<C> repeated = units.Repeated(multipliers);
+  const std::vector<C> means = units.Repeated(mean);
+  const std::vector<C> biases = units.Repeated(bias);
+  const std::vector<C> repeated = units.Repeated(multipliers.data());
 
   // Has body(number, number of the period, x - mean, what comes back through ReLU) for each vector.
   auto for_vectors = [&](int64_t unit, auto has_residual, auto has_relu, const auto& body) {
@@ -231,8 +231,8 @@ void NormBackward(int64_t pixels, int64_t channels, C epsilon, bool relu, const 
       offsets[c] = C(multipliers[c] * sums[c] / pixels);
       slopes[c] = C(multipliers[c] * sums[channels + c] / (squared * pixels));
     }
-    offsets = units.Repeated(offsets);
-    slopes = units.Repeated(slopes);
+    offsets = units.Repeated(offsets.data());
+    slopes = units.Repeated(slopes.data());
     parallel(units.Count(), [&](int64_t unit) {
       int64_t begin = units.Begin(unit), count = units.Numbers(unit), padded = units.Padded(unit);
       NormScratch<C>& scratch = ThreadNormScratch<C>();
