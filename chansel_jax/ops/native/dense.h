@@ -21,8 +21,8 @@ class DenseLayer {
                        std::max(g.out_w, CeilDiv(g.w + g.left, g.stride_w))) {}
 
   // The kernel (taps * in, out) in panels, for Forward.
-  std::vector<C> Panels(const S* kernel) const {
-    std::vector<C> panels(taps * g.in * padded_out, C(0));
+  Buffer<C> Panels(const S* kernel) const {
+    Buffer<C> panels(taps * g.in * padded_out, C(0));
     for (int64_t k = 0; k < taps * g.in; ++k) {
       for (int64_t o = 0; o < g.out; ++o) {
         panels[PanelIndex<C>(k, o, taps * g.in, padded_out)] = ToCompute(*kernel++);
@@ -32,8 +32,8 @@ class DenseLayer {
   }
 
   // The kernel as (taps * out, in) in panels, for DataGradient.
-  std::vector<C> TransposedPanels(const S* kernel) const {
-    std::vector<C> panels(taps * g.out * padded_in, C(0));
+  Buffer<C> TransposedPanels(const S* kernel) const {
+    Buffer<C> panels(taps * g.out * padded_in, C(0));
     for (int64_t tap = 0; tap < taps; ++tap) {
       for (int64_t i = 0; i < g.in; ++i) {
         for (int64_t o = 0; o < g.out; ++o) {
@@ -59,11 +59,11 @@ class DenseLayer {
     Scratch<C>& scratch = ThreadScratch<C>();
     const C* tile = FillImage(x, first, end, scratch);
     WriteRows<S, C>(
-        (end - first) * g.out_w, g.out, padded_out, scratch.line, y + first * g.out_w * g.out,
-        [&](C* lines) {
+        (end - first) * g.out_w, g.out, padded_out, g.n * g.OutputSize() * sizeof(S),
+        scratch.line, y + first * g.out_w * g.out, [&](C* lines, auto streamed) {
           ForPanels<C>(padded_out, [&](auto vectors, int64_t c) {
             for (int64_t i = 0; i < end - first; ++i) {
-              ProductPanel<kBlock, vectors>(
+              ProductPanel<kSums / vectors, vectors, streamed>(
                   OutputRuns(tile + i * g.stride_h * tile_width * g.in), 0, g.out_w,
                   panels + c * taps * g.in, lines + i * g.out_w * padded_out + c, padded_out);
             }
@@ -78,13 +78,13 @@ class DenseLayer {
     const C* tile = FillTile(dy, g.out_h, g.out_w, g.out, first_out, g.EndOfOutputs(end),
                              {gradient_width, gradient_left, g.out}, scratch.output_gradient);
     WriteRows<S, C>(
-        (end - first) * g.w, g.in, padded_in, scratch.line, dx + first * g.w * g.in,
-        [&](C* lines) {
+        (end - first) * g.w, g.in, padded_in, g.n * g.InputSize() * sizeof(S), scratch.line,
+        dx + first * g.w * g.in, [&](C* lines, auto streamed) {
           ForPanels<C>(padded_in, [&](auto vectors, int64_t c) {
             for (int64_t row = first; row < end; ++row) {
               // Columns that are a stride apart meet the same taps.
               for (int64_t phase = 0; phase < std::min(g.stride_w, g.w); ++phase) {
-                ProductPanel<kBlock, vectors>(
+                ProductPanel<kSums / vectors, vectors, streamed>(
                     GradientRuns(tile, first_out, row, phase), 0,
                     CeilDiv(g.w - phase, g.stride_w), panels + c * taps * g.out,
                     lines + ((row - first) * g.w + phase) * padded_in + c, g.stride_w * padded_in);
@@ -186,7 +186,7 @@ class DenseLayer {
 template <typename S, typename C>
 void DenseForward(const Geometry& g, const S* x, const S* kernel, S* y, const Parallel& parallel) {
   const DenseLayer<S, C> layer(g);
-  const std::vector<C> panels = layer.Panels(kernel);
+  const Buffer<C> panels = layer.Panels(kernel);
   const RowUnits units{g.n, g.out_h, layer.OutputRowsPerUnit(kTileBytes)};
   parallel(units.Count(), [&](int64_t unit) {
     auto [image, first, end] = units.At(unit);
@@ -199,7 +199,7 @@ template <typename S, typename C>
 void DenseDataGradient(const Geometry& g, const S* kernel, const S* dy, S* dx,
                        const Parallel& parallel) {
   const DenseLayer<S, C> layer(g);
-  const std::vector<C> panels = layer.TransposedPanels(kernel);
+  const Buffer<C> panels = layer.TransposedPanels(kernel);
   const RowUnits units{g.n, g.h, layer.InputRowsPerUnit()};
   parallel(units.Count(), [&](int64_t unit) {
     auto [image, first, end] = units.At(unit);
@@ -213,7 +213,7 @@ void DenseKernelGradient(const Geometry& g, const S* x, const S* dy, S* dkernel,
                          const Parallel& parallel) {
   const DenseLayer<S, C> layer(g);
   const RowUnits units{g.n, g.out_h, layer.OutputRowsPerUnit(kLinesBytes)};
-  std::vector<C> sum = SumOverGroups<C>(
+  Buffer<C> sum = SumOverGroups<C>(
       units.Count(), layer.KernelSize(), parallel, [&](int64_t unit, C* sum) {
         auto [image, first, end] = units.At(unit);
         layer.AddKernelGradient(x + image * g.InputSize(), dy + image * g.OutputSize(), first,

@@ -22,13 +22,22 @@
 
 namespace ffi = xla::ffi;
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CHANSEL_X86 1
+#endif
+
 #define CHANSEL_INLINE inline __attribute__((always_inline))
-#define CHANSEL_UNROLL _Pragma("GCC unroll 8")
+#define CHANSEL_UNROLL _Pragma("GCC unroll 16")
 
 namespace chansel {
 
 constexpr int64_t kTileBytes = 256 << 10;  // well within a core's second-level cache
 constexpr int64_t kLinesBytes = 24 << 10;  // of an image, read again for each block of a kernel
+// Arrays from this size on are written past the caches, a line of kLineBytes at a time: they would
+// not stay there until they are read, and a processor that writes into its cache reads the line
+// first.
+constexpr int64_t kStreamedBytes = 4 << 20, kLineBytes = 64;
+constexpr int64_t kUnits = 64;             // of work, if there is so much: enough for many threads
 // Groups of images, each with sums of its own for the kernels' gradients: enough to keep many
 // threads busy, but not so many that adding them up takes longer than computing them.
 constexpr int64_t kFewestGroups = 8, kMostGroups = 64, kPartialBytes = 8 << 20;
@@ -125,8 +134,31 @@ CHANSEL_INLINE S ToStorage(C value) {
   }
 }
 
+// Memory that begins where a vector of any instruction set may: one that lies across two lines of the
+// cache is read and written half as fast.
 template <typename C>
-C* Grow(std::vector<C>& buffer, int64_t count) {
+struct Aligned {
+  using value_type = C;
+  static constexpr std::align_val_t kLine{kLineBytes};
+
+  Aligned() = default;
+  template <typename Other>
+  Aligned(const Aligned<Other>&) {}
+
+  C* allocate(std::size_t count) {
+    if (count > std::size_t(-1) / sizeof(C)) throw std::bad_alloc();
+    return static_cast<C*>(::operator new(count * sizeof(C), kLine));
+  }
+  void deallocate(C* from, std::size_t) { ::operator delete(from, kLine); }
+  bool operator==(const Aligned&) const { return true; }
+  bool operator!=(const Aligned&) const { return false; }
+};
+
+template <typename C>
+using Buffer = std::vector<C, Aligned<C>>;
+
+template <typename C>
+C* Grow(Buffer<C>& buffer, int64_t count) {
   if (int64_t(buffer.size()) < count) buffer.resize(count);
   return buffer.data();
 }
@@ -143,8 +175,8 @@ void WithFlags(bool first, bool second, const Body& body) {
 // What a thread keeps from one unit of work to the next, so that no memory is asked for in between.
 template <typename C>
 struct Scratch {
-  std::vector<C> image, sums, line, output_gradient, sums_gradient, image_gradient;
-  std::vector<const C*> gradient_rows;
+  Buffer<C> image, sums, line, output_gradient, sums_gradient, image_gradient;
+  Buffer<const C*> rows;
 };
 
 template <typename C>
@@ -153,44 +185,68 @@ Scratch<C>& ThreadScratch() {
   return scratch;
 }
 
-// Runs task(0) ... task(count - 1) on XLA's threads and on the calling one. The caller takes part,
-// and waits for nothing but tasks that another thread has already begun: it cannot starve, even if
-// every other thread of the pool waits for something else. A task can fail only for want of memory;
-// the others are then left out, and std::bad_alloc is thrown once no thread is at work any more.
+// What was written past the caches is seen by all threads that see what this one does next.
+inline void FenceStreams() {
+#ifdef CHANSEL_X86
+  __builtin_ia32_sfence();
+#endif
+}
+
+// Runs task(0) ... task(count - 1) on XLA's threads and on the calling one. Each takes a range of
+// its own, so that it goes on where it was in memory, then what others have not begun. The caller
+// takes part, and waits for nothing but tasks that another thread has already begun: it cannot
+// starve, even if every other thread of the pool waits for something else. A task can fail only for
+// want of memory; the others are then left out, and std::bad_alloc is thrown once no thread is at
+// work any more.
 class Parallel {
  public:
   explicit Parallel(ffi::ThreadPool pool) : pool_(pool) {}
 
   void operator()(int64_t count, const std::function<void(int64_t)>& task) const {
+    struct alignas(kLineBytes) Range {
+      std::atomic<int64_t> next{0};
+      int64_t end = 0;
+    };
     struct Shared {
       std::function<void(int64_t)> task;
       int64_t count;
-      std::atomic<int64_t> next{0}, done{0};
+      std::vector<Range> ranges;
+      std::atomic<int64_t> workers{0}, done{0};
       std::atomic<bool> failed{false};
       std::mutex mutex;
       std::condition_variable all_done;
 
+      Shared(const std::function<void(int64_t)>& task, int64_t count, int64_t threads)
+          : task(task), count(count), ranges(threads) {
+        for (int64_t i = 0; i < threads; ++i) {
+          ranges[i].next = i * count / threads;
+          ranges[i].end = (i + 1) * count / threads;
+        }
+      }
+
       void Work() {
         int64_t mine = 0;
-        for (int64_t i; (i = next.fetch_add(1)) < count; ++mine) {
-          try {
-            if (!failed) task(i);
-          } catch (...) {
-            failed = true;
+        for (int64_t first = workers.fetch_add(1), i = 0; i < int64_t(ranges.size()); ++i) {
+          Range& range = ranges[(first + i) % ranges.size()];
+          for (int64_t at; (at = range.next.fetch_add(1)) < range.end; ++mine) {
+            try {
+              if (!failed) task(at);
+            } catch (...) {
+              failed = true;
+            }
           }
         }
+        FenceStreams();
         if (mine && done.fetch_add(mine) + mine == count) {
           std::lock_guard<std::mutex> lock(mutex);
           all_done.notify_one();
         }
       }
     };
-    auto shared = std::make_shared<Shared>();
-    shared->task = task;
-    shared->count = count;
-    int64_t helpers = std::min(pool_.num_threads(), count) - 1;
+    int64_t threads = std::max<int64_t>(1, std::min(pool_.num_threads(), count));
+    auto shared = std::make_shared<Shared>(task, count, threads);
     try {
-      for (int64_t i = 0; i < helpers; ++i) pool_.Schedule([shared] { shared->Work(); });
+      for (int64_t i = 1; i < threads; ++i) pool_.Schedule([shared] { shared->Work(); });
     } catch (const std::bad_alloc&) {
       // Those that could be scheduled, and the caller, do it all.
     }
@@ -207,8 +263,7 @@ class Parallel {
 }  // namespace chansel
 
 // The same kernels for each instruction set that a machine may have.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CHANSEL_X86 1
+#ifdef CHANSEL_X86
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,prefer-vector-width=512")
 #define CHANSEL_TARGET avx512

@@ -11,7 +11,7 @@ struct PixelUnits {
   int64_t total, channels, period, size;
 
   PixelUnits(int64_t pixels, int64_t channels) : total(pixels * channels), channels(channels) {
-    constexpr int64_t kNumbers = 16 << 10, kFewest = 8 * kLanes<C>;
+    constexpr int64_t kNumbers = 4 << 10, kFewest = 8 * kLanes<C>;
     int64_t common = std::lcm(channels, kLanes<C>);
     period = common * CeilDiv(kFewest, common);
     size = RoundUp(std::min(kNumbers, total), period);
@@ -23,8 +23,8 @@ struct PixelUnits {
   int64_t Padded(int64_t unit) const { return RoundUp(Numbers(unit), period); }
 
   // What there is for each channel, for each number of a period.
-  std::vector<C> Repeated(const C* of_channels) const {
-    std::vector<C> of_period(period);
+  Buffer<C> Repeated(const C* of_channels) const {
+    Buffer<C> of_period(period);
     for (int64_t i = 0; i < period; ++i) of_period[i] = of_channels[i % channels];
     return of_period;
   }
@@ -32,7 +32,7 @@ struct PixelUnits {
 
 template <typename C>
 struct NormScratch {
-  std::vector<C> x, gradient, other, to, residual;
+  Buffer<C> x, gradient, other, to, residual, sums;
 };
 
 template <typename C>
@@ -43,8 +43,8 @@ NormScratch<C>& ThreadNormScratch() {
 
 // `count` numbers as the type of computation, filled up to `padded` by those of a pixel.
 template <typename S, typename C>
-const C* Filled(const S* from, int64_t count, int64_t padded, const std::vector<C>& pixel,
-                std::vector<C>& scratch) {
+const C* Filled(const S* from, int64_t count, int64_t padded, const Buffer<C>& pixel,
+                Buffer<C>& scratch) {
   if constexpr (std::is_same_v<S, C>) {
     if (count == padded) return from;
   }
@@ -69,7 +69,8 @@ std::vector<double> TwoSums(const PixelUnits<C>& units, const Parallel& parallel
   int64_t channels = units.channels;
   std::vector<double> of_units(units.Count() * 2 * channels, 0.0);
   parallel(units.Count(), [&](int64_t unit) {
-    std::vector<C> of_period(2 * units.period, C(0));
+    Buffer<C>& of_period = ThreadNormScratch<C>().sums;
+    of_period.assign(2 * units.period, C(0));
     sum(unit, of_period.data(), of_period.data() + units.period);
     double* to = of_units.data() + unit * 2 * channels;
     for (int which = 0; which < 2; ++which, to += channels) {
@@ -106,9 +107,9 @@ void NormForward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S
   for (int64_t at = 0; at < units.Numbers(0); at += channels) {
     for (int64_t c = 0; c < channels; ++c) total[c] += ToCompute(x[at + c]);
   }
-  std::vector<C> near(channels);
+  Buffer<C> near(channels);
   for (int64_t c = 0; c < channels; ++c) near[c] = C(total[c] / (units.Numbers(0) / channels));
-  std::vector<C> shifts = units.Repeated(near.data());
+  Buffer<C> shifts = units.Repeated(near.data());
   std::vector<double> sums = TwoSums(units, parallel, [&](int64_t unit, C* sum, C* squares) {
     NormScratch<C>& scratch = ThreadNormScratch<C>();
     int64_t padded = units.Padded(unit);
@@ -124,7 +125,7 @@ void NormForward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S
       Store(second_sum + value * value, squares + i);
     });
   });
-  std::vector<C> multipliers(channels);
+  Buffer<C> multipliers(channels);
   for (int64_t c = 0; c < channels; ++c) {
     double shifted = sums[c] / pixels, squares = sums[channels + c] / pixels;
     mean[c] = C(near[c] + shifted);
@@ -132,10 +133,10 @@ void NormForward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S
     variance[c] = C(difference < 0 ? 0 : difference);  // what is not a number stays
     multipliers[c] = Multiplier(scale[c], variance[c], epsilon);
   }
-  std::vector<C> means = units.Repeated(mean);
+  Buffer<C> means = units.Repeated(mean);
   multipliers = units.Repeated(multipliers.data());
-  const std::vector<C> biases = units.Repeated(bias);
-  const std::vector<C> zero(1, C(0));
+  const Buffer<C> biases = units.Repeated(bias);
+  const Buffer<C> zero(1, C(0));
   auto normalise = [&](auto has_residual, auto has_relu) {
     parallel(units.Count(), [&](int64_t unit) {
       NormScratch<C>& scratch = ThreadNormScratch<C>();
@@ -145,7 +146,8 @@ void NormForward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S
       if constexpr (decltype(has_residual)::value) {
         added = Filled(residual + begin, count, padded, zero, scratch.other);
       }
-      WriteRows(1, count, padded, scratch.to, y + begin, [&](C* to) {
+      WriteRows(1, count, padded, units.total * sizeof(S), scratch.to, y + begin,
+                [&](C* to, auto streamed) {
         ForVectors<C>(padded, units.period, [&](int64_t at, int64_t i) {
           Vec<C> value, center, multiplier, offset, other;
           Load(from + at, value);
@@ -158,7 +160,7 @@ void NormForward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S
             value += other;
           }
           if constexpr (decltype(has_relu)::value) value = value < Vec<C>{} ? Vec<C>{} : value;
-          Store(value, to + at);
+          Put<streamed>(value, to + at);
         });
       });
     });
@@ -174,14 +176,14 @@ void NormBackward(int64_t pixels, int64_t channels, C epsilon, bool relu, const 
                   const S* dy, S* dx, C* dscale, C* dbias, S* dresidual,
                   const Parallel& parallel) {
   PixelUnits<C> units(pixels, channels);
-  const std::vector<C> zero(1, C(0));
-  std::vector<C> multipliers(channels);
+  const Buffer<C> zero(1, C(0));
+  Buffer<C> multipliers(channels);
   for (int64_t c = 0; c < channels; ++c) {
     multipliers[c] = Multiplier(scale[c], variance[c], epsilon);
   }
-  const std::vector<C> means = units.Repeated(mean);
-  const std::vector<C> biases = units.Repeated(bias);
-  const std::vector<C> repeated = units.Repeated(multipliers.data());
+  const Buffer<C> means = units.Repeated(mean);
+  const Buffer<C> biases = units.Repeated(bias);
+  const Buffer<C> repeated = units.Repeated(multipliers.data());
 
   // Has body(number, number of the period, x - mean, what comes back through ReLU) for each vector.
   auto for_vectors = [&](int64_t unit, auto has_residual, auto has_relu, const auto& body) {
@@ -223,7 +225,7 @@ void NormBackward(int64_t pixels, int64_t channels, C epsilon, bool relu, const 
                   });
     });
     // dx = multiplier * gradient - offset - (x - mean) * slope
-    std::vector<C> offsets(channels), slopes(channels);
+    Buffer<C> offsets(channels), slopes(channels);
     for (int64_t c = 0; c < channels; ++c) {
       double squared = double(variance[c]) + double(epsilon);
       dbias[c] = C(sums[c]);
@@ -236,25 +238,28 @@ void NormBackward(int64_t pixels, int64_t channels, C epsilon, bool relu, const 
     parallel(units.Count(), [&](int64_t unit) {
       int64_t begin = units.Begin(unit), count = units.Numbers(unit), padded = units.Padded(unit);
       NormScratch<C>& scratch = ThreadNormScratch<C>();
-      auto write = [&](C* to, C* residual_to) {
+      auto write = [&](C* to, C* residual_to, auto streamed) {
         for_vectors(unit, has_residual, has_relu,
                     [&](int64_t at, int64_t i, const Vec<C>& value, const Vec<C>& gradient) {
                       Vec<C> multiplier, offset, slope;
                       Load(repeated.data() + i, multiplier);
                       Load(offsets.data() + i, offset);
                       Load(slopes.data() + i, slope);
-                      Store(gradient * multiplier - offset - value * slope, to + at);
+                      Put<streamed>(gradient * multiplier - offset - value * slope, to + at);
                       if constexpr (decltype(has_residual)::value) {
-                        Store(gradient, residual_to + at);
+                        Put<streamed>(gradient, residual_to + at);
                       }
                     });
       };
-      WriteRows(1, count, padded, scratch.to, dx + begin, [&](C* to) {
+      int64_t bytes = units.total * sizeof(S);
+      WriteRows(1, count, padded, bytes, scratch.to, dx + begin, [&](C* to, auto streamed) {
         if constexpr (decltype(has_residual)::value) {
-          WriteRows(1, count, padded, scratch.residual, dresidual + begin,
-                      [&](C* residual_to) { write(to, residual_to); });
+          WriteRows(1, count, padded, streamed ? bytes : 0, scratch.residual, dresidual + begin,
+                    [&](C* residual_to, auto both) {
+                      write(to, residual_to, std::bool_constant<streamed && both>());
+                    });
         } else {
-          write(to, nullptr);
+          write(to, nullptr, streamed);
         }
       });
     });

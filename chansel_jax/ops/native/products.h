@@ -32,14 +32,41 @@ CHANSEL_INLINE void Store(const Vec<C>& from, C* to) {
   *reinterpret_cast<typename Vector<C>::unaligned*>(to) = from;
 }
 
-// Registers are 32 with 64-byte vectors, else 16: how many pixels a block of accumulators spans.
-constexpr int kBlock = CHANSEL_VECTOR_BYTES == 64 ? 8 : 4;
+// Stores, past the caches if STREAMED, to an address that then is a multiple of the vector's size.
+template <bool STREAMED, typename C>
+CHANSEL_INLINE void Put(const Vec<C>& from, C* to) {
+#ifdef CHANSEL_X86
+  if constexpr (STREAMED) {
+    float* floats = reinterpret_cast<float*>(to);
+#if CHANSEL_VECTOR_BYTES == 64
+    return __builtin_ia32_movntps512(floats, Vec<float>(from));
+#elif CHANSEL_VECTOR_BYTES == 32
+    return __builtin_ia32_movntps256(floats, Vec<float>(from));
+#else
+    return __builtin_ia32_movntps(floats, Vec<float>(from));
+#endif
+  }
+#endif
+  Store(from, to);
+}
+
+// Whether rows of so many numbers from `to` on are whole lines that may be streamed, as a part of
+// an array of so many bytes.
+template <typename C>
+bool Streams(const C* to, int64_t columns, int64_t array_bytes) {
+  return array_bytes >= kStreamedBytes && columns * sizeof(C) % kLineBytes == 0 &&
+         reinterpret_cast<uintptr_t>(to) % kLineBytes == 0;
+}
+
+// A block of sums that are added to at once: as many as the registers hold beside what is added
+// (32 with 64-byte vectors, else 16), and enough for no addition to wait for the one before.
+constexpr int kSums = CHANSEL_VECTOR_BYTES == 64 ? 16 : 8;
 
 // ---------------------------------------------------------------- storage
 
 // Rows of the arrays' own type as the type of computation: as they are where both are the same.
 template <typename S, typename C>
-const C* AsCompute(const S* from, int64_t count, std::vector<C>& scratch) {
+const C* AsCompute(const S* from, int64_t count, Buffer<C>& scratch) {
   if constexpr (std::is_same_v<S, C>) {
     return from;
   } else {
@@ -49,16 +76,19 @@ const C* AsCompute(const S* from, int64_t count, std::vector<C>& scratch) {
   }
 }
 
-// Has write(rows) compute rows of padded_columns, and stores the first `columns` of each: directly
-// where nothing is padded and no type differs.
+// Has write(to, streamed) compute rows of padded_columns, and stores the first `columns` of each in
+// an array of so many bytes: directly where nothing is padded and no type differs.
 template <typename S, typename C, typename Write>
-void WriteRows(int64_t rows, int64_t columns, int64_t padded_columns, std::vector<C>& scratch,
-               S* to, const Write& write) {
+void WriteRows(int64_t rows, int64_t columns, int64_t padded_columns, int64_t array_bytes,
+               Buffer<C>& scratch, S* to, const Write& write) {
   if constexpr (std::is_same_v<S, C>) {
-    if (columns == padded_columns) return write(to);
+    if (columns == padded_columns) {
+      return Streams(to, columns, array_bytes) ? write(to, std::true_type())
+                                               : write(to, std::false_type());
+    }
   }
   C* from = Grow(scratch, rows * padded_columns);
-  write(from);
+  write(from, std::false_type());
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t i = 0; i < columns; ++i) {
       to[row * columns + i] = ToStorage<S>(from[row * padded_columns + i]);
@@ -89,7 +119,7 @@ struct TileShape {
 // Rows first ... end - 1 of an image (height, pixels, channels) with zeros around it.
 template <typename S, typename C>
 const C* FillTile(const S* image, int64_t height, int64_t pixels, int64_t channels, int64_t first,
-                  int64_t end, TileShape shape, std::vector<C>& scratch) {
+                  int64_t end, TileShape shape, Buffer<C>& scratch) {
   int64_t width = shape.width * shape.channels;
   C* tile = Grow(scratch, std::max<int64_t>(0, end - first) * width);
   C* row = tile;
@@ -140,8 +170,12 @@ struct Runs {
   int64_t count, pitch;
 };
 
+// Whether so many vectors are whole lines, which alone are streamed.
+template <int VECTORS>
+constexpr bool kWholeLines = VECTORS * CHANSEL_VECTOR_BYTES % kLineBytes == 0;
+
 // out (PIXELS, VECTORS * lanes) = the sum of the runs' products with one panel, from pixel p on.
-template <int PIXELS, int VECTORS, typename C>
+template <int PIXELS, int VECTORS, bool STREAMED, typename C>
 CHANSEL_INLINE void ProductBlock(const Runs<C>& runs, int64_t p, const C* panel, C* out,
                                  int64_t out_pitch) {
   Vec<C> sum[PIXELS][VECTORS] = {};
@@ -163,29 +197,31 @@ CHANSEL_INLINE void ProductBlock(const Runs<C>& runs, int64_t p, const C* panel,
   CHANSEL_UNROLL
   for (int i = 0; i < PIXELS; ++i) {
     CHANSEL_UNROLL
-    for (int v = 0; v < VECTORS; ++v) Store(sum[i][v], out + (p + i) * out_pitch + v * kLanes<C>);
+    for (int v = 0; v < VECTORS; ++v) {
+      Put<STREAMED && kWholeLines<VECTORS>>(sum[i][v], out + (p + i) * out_pitch + v * kLanes<C>);
+    }
   }
 }
 
 // Pixels p ... pixels - 1, in blocks of PIXELS as long as they last, then of half as many, etc.
-template <int PIXELS, int VECTORS, typename C>
+template <int PIXELS, int VECTORS, bool STREAMED, typename C>
 CHANSEL_INLINE void ProductPanel(const Runs<C>& runs, int64_t p, int64_t pixels, const C* panel,
                                  C* out, int64_t out_pitch) {
   for (; p + PIXELS <= pixels; p += PIXELS) {
-    ProductBlock<PIXELS, VECTORS>(runs, p, panel, out, out_pitch);
+    ProductBlock<PIXELS, VECTORS, STREAMED>(runs, p, panel, out, out_pitch);
   }
   if constexpr (PIXELS > 1) {
-    ProductPanel<PIXELS / 2, VECTORS>(runs, p, pixels, panel, out, out_pitch);
+    ProductPanel<PIXELS / 2, VECTORS, STREAMED>(runs, p, pixels, panel, out, out_pitch);
   }
 }
 
 // out (pixels, columns) = a (pixels, depth) * the matrix (depth, columns) in panels.
-template <typename C>
+template <bool STREAMED, typename C>
 void Product(const C* a, int64_t pixels, int64_t depth, const C* panels, int64_t columns, C* out) {
   const Run<C> run{a, 0, depth};
   ForPanels<C>(columns, [&](auto vectors, int64_t c) {
-    ProductPanel<kBlock, vectors>(Runs<C>{&run, 1, depth}, 0, pixels, panels + c * depth, out + c,
-                                  columns);
+    ProductPanel<kSums / vectors, vectors, STREAMED>(Runs<C>{&run, 1, depth}, 0, pixels,
+                                                     panels + c * depth, out + c, columns);
   });
 }
 
@@ -243,7 +279,7 @@ CHANSEL_INLINE void OuterPanel(const Lines<C>& lines, int64_t row, int64_t rows,
 template <typename C>
 void AddOuterProduct(const Lines<C>& lines, int64_t rows, int64_t columns, C* out) {
   ForPanels<C>(columns, [&](auto vectors, int64_t c) {
-    OuterPanel<kBlock, vectors>(lines, 0, rows, c, out, columns);
+    OuterPanel<kSums / vectors, vectors>(lines, 0, rows, c, out, columns);
   });
 }
 
@@ -253,12 +289,12 @@ void AddOuterProduct(const Lines<C>& lines, int64_t rows, int64_t columns, C* ou
 // do not depend on the number of threads, and the groups added in order, so that the sum is the
 // same bit for bit however many there are.
 template <typename C, typename Add>
-std::vector<C> SumOverGroups(int64_t units, int64_t size, const Parallel& parallel,
+Buffer<C> SumOverGroups(int64_t units, int64_t size, const Parallel& parallel,
                              const Add& add) {
   int64_t fitting = kPartialBytes / (size * int64_t(sizeof(C)));
   int64_t groups = std::min(units, std::clamp(fitting, kFewestGroups, kMostGroups));
   groups = std::max<int64_t>(1, groups);  // whose sums are zero if there are no units
-  std::vector<C> partial(groups * size);
+  Buffer<C> partial(groups * size);
   parallel(groups, [&](int64_t group) {
     int64_t end = (group + 1) * units / groups;
     for (int64_t unit = group * units / groups; unit < end; ++unit) {

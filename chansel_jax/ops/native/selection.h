@@ -7,6 +7,19 @@
 
 namespace CHANSEL_TARGET {
 
+// Taps of a row of the kernel that the same pixels meet, and where: how far apart these pixels are in
+// the sums and in the output's gradient, how many there are, and of each tap, where the gradient
+// begins that the first of them meets, and the index of its weights.
+constexpr int kMostTaps = 3;
+
+template <typename C>
+struct MetTaps {
+  int64_t z_pitch, dy_pitch, pixels;
+  int count = 0;
+  const C* dy[kMostTaps] = {};
+  int64_t tap[kMostTaps] = {};
+};
+
 // ---------------------------------------------------------------- one layer
 
 template <typename S, typename C>
@@ -22,57 +35,74 @@ class SelectionLayer {
     PackDepthwise(depthwise);
   }
 
+  // Rows that are computed at once: few enough for many threads, and enough for the rows that two
+  // units both need to be few.
   int64_t OutputRowsPerUnit() const {
-    return g.OutputRowsPerUnit(kTileBytes, tile_width * sums * sizeof(C));
+    return std::clamp<int64_t>(CeilDiv(g.n * g.out_h, kUnits), std::min<int64_t>(8, g.out_h),
+                               g.out_h);
   }
 
   int64_t InputRowsPerUnit() const {
-    int64_t rows = kTileBytes / (tile_width * sums * sizeof(C));
+    int64_t rows = kTileBytes / (GradientWidth() * padded_out * int64_t(sizeof(C)));
     return std::clamp(rows, std::min<int64_t>(4, g.h), g.h);
   }
 
-  // y[:, first:end] of one image.
+  // y[:, first:end] of one image. Of the weighted sums, those rows are kept that an output reads.
   void Forward(const S* x, int64_t first, int64_t end, S* y) const {
     Scratch<C>& scratch = ThreadScratch<C>();
-    FillSums(x, first * g.stride_h - g.top, g.InputRows(end - first), scratch);
+    const int64_t kept = (g.kernel_h - 1) * g.dilation_h + 1, row_size = tile_width * sums;
+    const int64_t top = first * g.stride_h - g.top;
+    C* const ring = Grow(scratch.sums, kept * row_size);
+    const C** rows = Grow(scratch.rows, g.kernel_h);
+    int64_t next = top;
     for (int64_t i = first; i < end; ++i) {
-      const C* tile = scratch.sums.data() + (i - first) * g.stride_h * tile_width * sums;
-      WriteRows<S, C>(g.out_w, g.out, padded_out, scratch.line, y + i * g.out_w * g.out,
-                      [&](C* line) {
-                        for (int64_t o = 0; o < padded_out; o += kLanes<C>) {
-                          DepthwiseRow(tile, o, line + o);
-                        }
+      const int64_t row = i * g.stride_h - g.top;
+      for (next = std::max(next, row); next < row + kept; ++next) {
+        FillSums(x, next, scratch, ring + (next - top) % kept * row_size);
+      }
+      for (int64_t a = 0; a < g.kernel_h; ++a) {
+        rows[a] = ring + (row + a * g.dilation_h - top) % kept * row_size;
+      }
+      WriteRows<S, C>(g.out_w, g.out, padded_out, g.n * g.OutputSize() * sizeof(S), scratch.line,
+                      y + i * g.out_w * g.out, [&](C* line, auto streamed) {
+                        ForPanels<C>(padded_out, [&](auto vectors, int64_t o) {
+                          DepthwiseRow<vectors, streamed>(rows, o, line + o);
+                        });
                       });
     }
   }
 
   // dx[:, first:end] of one image, and what these rows add to the gradients of both kernels:
-  // pointwise_sum (in, sums) and depthwise_sum (kernel_h, kernel_w, sums).
+  // pointwise_sum (in, sums) and depthwise_sum (kernel_h, kernel_w, sums). As many rows are taken
+  // at once as leave what is computed of them in the first-level cache.
   void Backward(const S* x, const S* dy, int64_t first, int64_t end, S* dx, C* pointwise_sum,
                 C* depthwise_sum) const {
     Scratch<C>& scratch = ThreadScratch<C>();
-    FillSums(x, first, end - first, scratch);
-    int64_t first_out = g.FirstOutput(first);
+    const int64_t first_out = g.FirstOutput(first);
     FillTile(dy, g.out_h, g.out_w, g.out, first_out, g.EndOfOutputs(end),
              {GradientWidth(), GradientLeft(), padded_out}, scratch.output_gradient);
-    C* dz = Grow(scratch.sums_gradient, (end - first) * g.w * sums);
-    for (int64_t row = first; row < end; ++row) {
-      const C* z = scratch.sums.data() + (row - first) * tile_width * sums;
-      C* dz_row = dz + (row - first) * g.w * sums;
-      const C* const* dy_rows = GradientRows(row, first_out, scratch);
-      if (g.stride_w > 1) std::fill(dz_row, dz_row + g.w * sums, C(0));
-      for (int64_t column = 0; column < sums; column += kLanes<C>) {
-        SumsGradientRow(dy_rows, column, dz_row + column);
-        AddDepthwiseGradient(dy_rows, column, z + column, depthwise_sum);
+    const int64_t row_size = g.w * sums;
+    const int64_t at_once = std::max<int64_t>(1, kLinesBytes / 2 / (row_size * sizeof(C)));
+    for (int64_t top = first; top < end; top += at_once) {
+      const int64_t rows = std::min(at_once, end - top), pixels = rows * g.w;
+      const C* image = AsCompute(x + top * g.w * g.in, pixels * g.in, scratch.image);
+      C* z = Grow(scratch.sums, pixels * sums);
+      C* dz = Grow(scratch.sums_gradient, pixels * sums);
+      Product<false>(image, pixels, g.in, panels.data(), sums, z);
+      std::fill(dz, dz + pixels * sums, C(0));
+      for (int64_t row = 0; row < rows; ++row) {
+        const C* const* dy_rows = GradientRows(top + row, first_out, scratch);
+        for (int64_t column = 0; column < sums; column += kLanes<C>) {
+          RowGradients(dy_rows, column, z + row * row_size, dz + row * row_size, depthwise_sum);
+        }
       }
+      AddOuterProduct(Lines<C>{image, dz, 1, pixels, 0, g.in, 0, sums}, g.in, sums, pointwise_sum);
+      WriteRows<S, C>(pixels, g.in, padded_in, g.n * g.InputSize() * sizeof(S),
+                      scratch.image_gradient, dx + top * g.w * g.in, [&](C* to, auto streamed) {
+                        Product<streamed>(dz, pixels, sums, transposed_pointwise.data(),
+                                          padded_in, to);
+                      });
     }
-    int64_t pixels = (end - first) * g.w;
-    const C* image = AsCompute(x + first * g.w * g.in, pixels * g.in, scratch.image);
-    AddOuterProduct(Lines<C>{image, dz, 1, pixels, 0, g.in, 0, sums}, g.in, sums, pointwise_sum);
-    WriteRows<S, C>(pixels, g.in, padded_in, scratch.image_gradient, dx + first * g.w * g.in,
-                    [&](C* rows) {
-                      Product(dz, pixels, sums, transposed_pointwise.data(), padded_in, rows);
-                    });
   }
 
   int64_t PointwiseSize() const { return g.in * sums; }
@@ -125,20 +155,15 @@ class SelectionLayer {
     }
   }
 
-  // The weighted sums of input rows top ... top + rows - 1, zero outside the image.
-  void FillSums(const S* x, int64_t top, int64_t rows, Scratch<C>& scratch) const {
-    C* tile = Grow(scratch.sums, rows * tile_width * sums);
-    for (int64_t row = 0; row < rows; ++row, tile += tile_width * sums) {
-      if (top + row < 0 || top + row >= g.h) {
-        std::fill(tile, tile + tile_width * sums, C(0));
-        continue;
-      }
-      C* image = tile + g.left * sums;
-      std::fill(tile, image, C(0));
-      std::fill(image + g.w * sums, tile + tile_width * sums, C(0));
-      const C* pixels = AsCompute(x + (top + row) * g.w * g.in, g.w * g.in, scratch.image);
-      Product(pixels, g.w, g.in, panels.data(), sums, image);
-    }
+  // The weighted sums of an input row with zeros around it; of one outside the image, zeros.
+  void FillSums(const S* x, int64_t row, Scratch<C>& scratch, C* to) const {
+    C* const end = to + tile_width * sums;
+    if (row < 0 || row >= g.h) return std::fill(to, end, C(0));
+    C* const image = to + g.left * sums;
+    std::fill(to, image, C(0));
+    std::fill(image + g.w * sums, end, C(0));
+    const C* pixels = AsCompute(x + row * g.w * g.in, g.w * g.in, scratch.image);
+    Product<false>(pixels, g.w, g.in, panels.data(), sums, image);
   }
 
   // How far the columns of the output's gradient are moved to the right in its tile, so that every
@@ -149,42 +174,54 @@ class SelectionLayer {
 
   int64_t GradientWidth() const { return GradientLeft() + std::max(g.out_w, g.w + g.left); }
 
-  // One row of outputs, one vector of channels from o on; tile points at its first row of sums.
-  void DepthwiseRow(const C* tile, int64_t o, C* line) const {
+  // One row of outputs, so many vectors of channels from o on, of the rows of sums that it reads.
+  template <int VECTORS, bool STREAMED>
+  void DepthwiseRow(const C* const* rows, int64_t o, C* line) const {
+    constexpr int kPixels = kSums / 2 / VECTORS;
     int64_t q = 0;
-    for (; q + kBlock <= g.out_w; q += kBlock) DepthwiseBlock<kBlock>(tile, o, q, line);
-    for (; q < g.out_w; ++q) DepthwiseBlock<1>(tile, o, q, line);
+    for (; q + kPixels <= g.out_w; q += kPixels) {
+      DepthwiseBlock<kPixels, VECTORS, STREAMED>(rows, o, q, line);
+    }
+    for (; q < g.out_w; ++q) DepthwiseBlock<1, VECTORS, STREAMED>(rows, o, q, line);
   }
 
-  template <int PIXELS>
-  CHANSEL_INLINE void DepthwiseBlock(const C* tile, int64_t o, int64_t q, C* line) const {
-    Vec<C> sum[PIXELS] = {};
+  template <int PIXELS, int VECTORS, bool STREAMED>
+  CHANSEL_INLINE void DepthwiseBlock(const C* const* rows, int64_t o, int64_t q, C* line) const {
+    Vec<C> sum[PIXELS][VECTORS] = {};
     for (int64_t r = 0; r < g.rank; ++r) {
       int64_t column = r * padded_out + o;
       for (int64_t a = 0; a < g.kernel_h; ++a) {
         for (int64_t b = 0; b < g.kernel_w; ++b) {
-          Vec<C> tap, z;
-          Load(taps.data() + (a * g.kernel_w + b) * sums + column, tap);
-          const C* from = tile +
-                          ((a * g.dilation_h) * tile_width + q * g.stride_w + b * g.dilation_w) *
-                              sums +
-                          column;
+          Vec<C> tap[VECTORS], z;
+          const C* weights = taps.data() + (a * g.kernel_w + b) * sums + column;
+          CHANSEL_UNROLL
+          for (int v = 0; v < VECTORS; ++v) Load(weights + v * kLanes<C>, tap[v]);
+          const C* from = rows[a] + (q * g.stride_w + b * g.dilation_w) * sums + column;
           CHANSEL_UNROLL
           for (int p = 0; p < PIXELS; ++p) {
-            Load(from + p * g.stride_w * sums, z);
-            sum[p] += tap * z;
+            CHANSEL_UNROLL
+            for (int v = 0; v < VECTORS; ++v) {
+              Load(from + p * g.stride_w * sums + v * kLanes<C>, z);
+              sum[p][v] += tap[v] * z;
+            }
           }
         }
       }
     }
     CHANSEL_UNROLL
-    for (int p = 0; p < PIXELS; ++p) Store(sum[p], line + (q + p) * padded_out);
+    for (int p = 0; p < PIXELS; ++p) {
+      CHANSEL_UNROLL
+      for (int v = 0; v < VECTORS; ++v) {
+        Put<STREAMED && kWholeLines<VECTORS>>(sum[p][v],
+                                              line + (q + p) * padded_out + v * kLanes<C>);
+      }
+    }
   }
 
   // For each row of taps, the row of the output's gradient that it multiplies with input row `row`,
   // or null.
   const C* const* GradientRows(int64_t row, int64_t first_out, Scratch<C>& scratch) const {
-    const C** rows = Grow(scratch.gradient_rows, g.kernel_h);
+    const C** rows = Grow(scratch.rows, g.kernel_h);
     for (int64_t a = 0; a < g.kernel_h; ++a) {
       int64_t output = g.OutputRow(row, a);
       int64_t line = (output - first_out) * GradientWidth() + GradientLeft();
@@ -193,91 +230,70 @@ class SelectionLayer {
     return rows;
   }
 
-  // The gradient of one row of sums, one vector of columns.
-  void SumsGradientRow(const C* const* dy_rows, int64_t column, C* dz) const {
-    if (g.stride_w > 1) return ScatterSumsGradientRow(dy_rows, column, dz);
-    int64_t c = 0;
-    for (; c + kBlock <= g.w; c += kBlock) GatherSumsGradient<kBlock>(dy_rows, column, c, dz);
-    for (; c < g.w; ++c) GatherSumsGradient<1>(dy_rows, column, c, dz);
-  }
-
-  template <int PIXELS>
-  CHANSEL_INLINE void GatherSumsGradient(const C* const* dy_rows, int64_t column, int64_t c,
-                                         C* dz) const {
-    Vec<C> sum[PIXELS] = {};
-    for (int64_t a = 0; a < g.kernel_h; ++a) {
-      if (!dy_rows[a]) continue;
-      for (int64_t b = 0; b < g.kernel_w; ++b) {
-        Vec<C> tap, gradient;
-        Load(taps.data() + (a * g.kernel_w + b) * sums + column, tap);
-        const C* from =
-            dy_rows[a] + (c + g.left - b * g.dilation_w) * padded_out + column % padded_out;
-        CHANSEL_UNROLL
-        for (int p = 0; p < PIXELS; ++p) {
-          Load(from + p * padded_out, gradient);
-          sum[p] += tap * gradient;
+  // Of one row of pixels and one vector of columns: the gradient of the sums, added to dz, and what
+  // the row adds to that of the depthwise kernel. Pixels that are a stride apart meet the same taps.
+  void RowGradients(const C* const* dy_rows, int64_t column, const C* z, C* dz,
+                    C* depthwise_sum) const {
+    for (int64_t phase = 0; phase < std::min(g.stride_w, g.w); ++phase) {
+      for (int64_t a = 0; a < g.kernel_h; ++a) {
+        if (!dy_rows[a]) continue;
+        MetTaps<C> met{g.stride_w * sums, padded_out, CeilDiv(g.w - phase, g.stride_w)};
+        const int64_t at = phase * sums + column;
+        for (int64_t b = 0; b < g.kernel_w; ++b) {
+          const int64_t q = phase + g.left - b * g.dilation_w;
+          if (q % g.stride_w) continue;
+          met.dy[met.count] = dy_rows[a] + q / g.stride_w * padded_out + column % padded_out;
+          met.tap[met.count++] = (a * g.kernel_w + b) * sums + column;
+          if (met.count == kMostTaps) {
+            AddTaps<kMostTaps>(met, z + at, dz + at, depthwise_sum);
+            met.count = 0;
+          }
         }
+        if (met.count == 2) AddTaps<2>(met, z + at, dz + at, depthwise_sum);
+        if (met.count == 1) AddTaps<1>(met, z + at, dz + at, depthwise_sum);
       }
     }
+  }
+
+  // Two sums of each tap, since one addition awaits another.
+  template <int TAPS>
+  CHANSEL_INLINE void AddTaps(const MetTaps<C>& met, const C* z, C* dz, C* depthwise_sum) const {
+    Vec<C> tap[TAPS], sum[TAPS][2] = {};
+    const C* dy[TAPS];
     CHANSEL_UNROLL
-    for (int p = 0; p < PIXELS; ++p) Store(sum[p], dz + (c + p) * sums);
-  }
-
-  void ScatterSumsGradientRow(const C* const* dy_rows, int64_t column, C* dz) const {
-    for (int64_t a = 0; a < g.kernel_h; ++a) {
-      if (!dy_rows[a]) continue;
-      const C* dy = dy_rows[a] + column % padded_out;
-      for (int64_t b = 0; b < g.kernel_w; ++b) {
-        int64_t offset = b * g.dilation_w - g.left;
-        Vec<C> tap, gradient, sum;
-        Load(taps.data() + (a * g.kernel_w + b) * sums + column, tap);
-        int64_t first = std::max<int64_t>(0, CeilDiv(-offset, g.stride_w));
-        for (int64_t q = first; q < g.out_w && q * g.stride_w + offset < g.w; ++q) {
-          C* to = dz + (q * g.stride_w + offset) * sums;
-          Load(dy + q * padded_out, gradient);
-          Load(to, sum);
-          Store(sum + tap * gradient, to);
-        }
-      }
+    for (int t = 0; t < TAPS; ++t) {
+      Load(taps.data() + met.tap[t], tap[t]);
+      dy[t] = met.dy[t];
     }
-  }
-
-  void AddDepthwiseGradient(const C* const* dy_rows, int64_t column, const C* z,
-                            C* depthwise_sum) const {
-    for (int64_t a = 0; a < g.kernel_h; ++a) {
-      if (!dy_rows[a]) continue;
-      for (int64_t b = 0; b < g.kernel_w; ++b) {
-        C* to = depthwise_sum + (a * g.kernel_w + b) * sums + column;
-        AddProductOfRows(z + b * g.dilation_w * sums, dy_rows[a] + column % padded_out, to);
-      }
-    }
-  }
-
-  // to += sum over the outputs of a row of z * dy; four sums, since one addition awaits another.
-  CHANSEL_INLINE void AddProductOfRows(const C* z, const C* dy, C* to) const {
-    Vec<C> sum[4] = {}, a, b;
-    int64_t z_pitch = g.stride_w * sums;
-    int64_t q = 0;
-    for (; q + 4 <= g.out_w; q += 4) {
+    auto add = [&](int64_t pixel, int which) {
+      Vec<C> value, gradient, result;
+      Load(z + pixel * met.z_pitch, value);
+      Load(dz + pixel * met.z_pitch, result);
       CHANSEL_UNROLL
-      for (int p = 0; p < 4; ++p) {
-        Load(z + (q + p) * z_pitch, a);
-        Load(dy + (q + p) * padded_out, b);
-        sum[p] += a * b;
+      for (int t = 0; t < TAPS; ++t) {
+        Load(dy[t] + pixel * met.dy_pitch, gradient);
+        result += tap[t] * gradient;
+        sum[t][which] += value * gradient;
       }
+      Store(result, dz + pixel * met.z_pitch);
+    };
+    int64_t pixel = 0;
+    for (; pixel + 2 <= met.pixels; pixel += 2) {
+      add(pixel, 0);
+      add(pixel + 1, 1);
     }
-    for (; q < g.out_w; ++q) {
-      Load(z + q * z_pitch, a);
-      Load(dy + q * padded_out, b);
-      sum[0] += a * b;
+    if (pixel < met.pixels) add(pixel, 0);
+    CHANSEL_UNROLL
+    for (int t = 0; t < TAPS; ++t) {
+      Vec<C> total;
+      Load(depthwise_sum + met.tap[t], total);
+      Store(total + (sum[t][0] + sum[t][1]), depthwise_sum + met.tap[t]);
     }
-    Load(to, a);
-    Store(a + ((sum[0] + sum[1]) + (sum[2] + sum[3])), to);
   }
 
   const Geometry g;
   const int64_t padded_in, padded_out, sums, tile_width;
-  std::vector<C> panels, transposed_pointwise, taps;
+  Buffer<C> panels, transposed_pointwise, taps;
 };
 
 // ---------------------------------------------------------------- all images
@@ -299,7 +315,7 @@ void SelectionBackward(const Geometry& g, const S* x, const S* pointwise, const 
                        const Parallel& parallel) {
   const SelectionLayer<S, C> layer(g, pointwise, depthwise);
   const RowUnits units{g.n, g.h, layer.InputRowsPerUnit()};
-  std::vector<C> sum = SumOverGroups<C>(
+  Buffer<C> sum = SumOverGroups<C>(
       units.Count(), layer.PointwiseSize() + layer.DepthwiseSize(), parallel,
       [&](int64_t unit, C* sum) {
         auto [image, first, end] = units.At(unit);
