@@ -111,6 +111,41 @@ void PadRows(const S* from, int64_t rows, int64_t columns, int64_t padded_column
   }
 }
 
+// What is read after this, asked for line by line while something else is computed: many lines at
+// once would be waited for. They may lie beyond the end of an array.
+class Ahead {
+ public:
+  template <typename S>
+  void Add(const S* from, int64_t count) {
+    ranges_[added_++] = {reinterpret_cast<const char*>(from),
+                         CeilDiv(count * int64_t(sizeof(S)), kLineBytes)};
+  }
+
+  // The next lines, at most so many.
+  struct Lines {
+    const char* at;
+    int64_t count;
+
+    CHANSEL_INLINE void Ask(int64_t line) const {
+      if (line < count) __builtin_prefetch(at + line * kLineBytes, 0, 2);
+    }
+  };
+
+  Lines Take(int64_t most) {
+    if (begun_ < added_ && !ranges_[begun_].count) ++begun_;
+    if (begun_ == added_) return {nullptr, 0};
+    Lines& from = ranges_[begun_];
+    const Lines taken{from.at, std::min(most, from.count)};
+    from.at += taken.count * kLineBytes;
+    from.count -= taken.count;
+    return taken;
+  }
+
+ private:
+  Lines ranges_[2] = {};
+  int added_ = 0, begun_ = 0;
+};
+
 // Pixels of a row, those of them that are zeros on the left, and numbers of a pixel.
 struct TileShape {
   int64_t width, left, channels;

@@ -63,10 +63,12 @@ class SelectionLayer {
       for (int64_t a = 0; a < g.kernel_h; ++a) {
         rows[a] = ring + (row + a * g.dilation_h - top) % kept * row_size;
       }
+      Ahead ahead;
+      ahead.Add(x + (row + kept) * g.w * g.in, g.stride_h * g.w * g.in);
       WriteRows<S, C>(g.out_w, g.out, padded_out, g.n * g.OutputSize() * sizeof(S), scratch.line,
                       y + i * g.out_w * g.out, [&](C* line, auto streamed) {
                         ForPanels<C>(padded_out, [&](auto vectors, int64_t o) {
-                          DepthwiseRow<vectors, streamed>(rows, o, line + o);
+                          DepthwiseRow<vectors, streamed>(rows, o, ahead, line + o);
                         });
                       });
     }
@@ -81,11 +83,19 @@ class SelectionLayer {
     const int64_t first_out = g.FirstOutput(first);
     FillTile(dy, g.out_h, g.out_w, g.out, first_out, g.EndOfOutputs(end),
              {GradientWidth(), GradientLeft(), padded_out}, scratch.output_gradient);
+    // The gradient of the unit that this thread is likely to take next.
+    const int64_t read = (g.EndOfOutputs(end) - first_out) * g.out_w * g.out;
+    const S* const next = dy + first_out * g.out_w * g.out + read;
     const int64_t row_size = g.w * sums;
-    const int64_t at_once = std::max<int64_t>(1, kLinesBytes / 2 / (row_size * sizeof(C)));
+    const int64_t row_bytes = std::max<int64_t>(1, row_size * sizeof(C));
+    const int64_t at_once = std::max<int64_t>(1, kLinesBytes / 2 / row_bytes);
     for (int64_t top = first; top < end; top += at_once) {
       const int64_t rows = std::min(at_once, end - top), pixels = rows * g.w;
-      const C* image = AsCompute(x + top * g.w * g.in, pixels * g.in, scratch.image);
+      const S* from = x + top * g.w * g.in;
+      Ahead ahead;
+      ahead.Add(from + pixels * g.in, pixels * g.in);
+      ahead.Add(next + read * (top - first) / (end - first), read * rows / (end - first));
+      const C* image = AsCompute(from, pixels * g.in, scratch.image);
       C* z = Grow(scratch.sums, pixels * sums);
       C* dz = Grow(scratch.sums_gradient, pixels * sums);
       Product<false>(image, pixels, g.in, panels.data(), sums, z);
@@ -93,7 +103,8 @@ class SelectionLayer {
       for (int64_t row = 0; row < rows; ++row) {
         const C* const* dy_rows = GradientRows(top + row, first_out, scratch);
         for (int64_t column = 0; column < sums; column += kLanes<C>) {
-          RowGradients(dy_rows, column, z + row * row_size, dz + row * row_size, depthwise_sum);
+          RowGradients(dy_rows, column, z + row * row_size, dz + row * row_size, ahead,
+                       depthwise_sum);
         }
       }
       AddOuterProduct(Lines<C>{image, dz, 1, pixels, 0, g.in, 0, sums}, g.in, sums, pointwise_sum);
@@ -162,7 +173,8 @@ class SelectionLayer {
     C* const image = to + g.left * sums;
     std::fill(to, image, C(0));
     std::fill(image + g.w * sums, end, C(0));
-    const C* pixels = AsCompute(x + row * g.w * g.in, g.w * g.in, scratch.image);
+    const S* from = x + row * g.w * g.in;
+    const C* pixels = AsCompute(from, g.w * g.in, scratch.image);
     Product<false>(pixels, g.w, g.in, panels.data(), sums, image);
   }
 
@@ -176,11 +188,13 @@ class SelectionLayer {
 
   // One row of outputs, so many vectors of channels from o on, of the rows of sums that it reads.
   template <int VECTORS, bool STREAMED>
-  void DepthwiseRow(const C* const* rows, int64_t o, C* line) const {
+  void DepthwiseRow(const C* const* rows, int64_t o, Ahead& ahead, C* line) const {
     constexpr int kPixels = kSums / 2 / VECTORS;
     int64_t q = 0;
     for (; q + kPixels <= g.out_w; q += kPixels) {
       DepthwiseBlock<kPixels, VECTORS, STREAMED>(rows, o, q, line);
+      const Ahead::Lines lines = ahead.Take(kPixels * VECTORS);
+      for (int64_t i = 0; i < lines.count; ++i) lines.Ask(i);
     }
     for (; q < g.out_w; ++q) DepthwiseBlock<1, VECTORS, STREAMED>(rows, o, q, line);
   }
@@ -232,7 +246,7 @@ class SelectionLayer {
 
   // Of one row of pixels and one vector of columns: the gradient of the sums, added to dz, and what
   // the row adds to that of the depthwise kernel. Pixels that are a stride apart meet the same taps.
-  void RowGradients(const C* const* dy_rows, int64_t column, const C* z, C* dz,
+  void RowGradients(const C* const* dy_rows, int64_t column, const C* z, C* dz, Ahead& ahead,
                     C* depthwise_sum) const {
     for (int64_t phase = 0; phase < std::min(g.stride_w, g.w); ++phase) {
       for (int64_t a = 0; a < g.kernel_h; ++a) {
@@ -245,19 +259,20 @@ class SelectionLayer {
           met.dy[met.count] = dy_rows[a] + q / g.stride_w * padded_out + column % padded_out;
           met.tap[met.count++] = (a * g.kernel_w + b) * sums + column;
           if (met.count == kMostTaps) {
-            AddTaps<kMostTaps>(met, z + at, dz + at, depthwise_sum);
+            AddTaps<kMostTaps>(met, z + at, dz + at, ahead, depthwise_sum);
             met.count = 0;
           }
         }
-        if (met.count == 2) AddTaps<2>(met, z + at, dz + at, depthwise_sum);
-        if (met.count == 1) AddTaps<1>(met, z + at, dz + at, depthwise_sum);
+        if (met.count == 2) AddTaps<2>(met, z + at, dz + at, ahead, depthwise_sum);
+        if (met.count == 1) AddTaps<1>(met, z + at, dz + at, ahead, depthwise_sum);
       }
     }
   }
 
   // Two sums of each tap, since one addition awaits another.
   template <int TAPS>
-  CHANSEL_INLINE void AddTaps(const MetTaps<C>& met, const C* z, C* dz, C* depthwise_sum) const {
+  CHANSEL_INLINE void AddTaps(const MetTaps<C>& met, const C* z, C* dz, Ahead& ahead,
+                              C* depthwise_sum) const {
     Vec<C> tap[TAPS], sum[TAPS][2] = {};
     const C* dy[TAPS];
     CHANSEL_UNROLL
@@ -265,6 +280,7 @@ class SelectionLayer {
       Load(taps.data() + met.tap[t], tap[t]);
       dy[t] = met.dy[t];
     }
+    const Ahead::Lines lines = ahead.Take(met.pixels);
     auto add = [&](int64_t pixel, int which) {
       Vec<C> value, gradient, result;
       Load(z + pixel * met.z_pitch, value);
@@ -276,6 +292,7 @@ class SelectionLayer {
         sum[t][which] += value * gradient;
       }
       Store(result, dz + pixel * met.z_pitch);
+      lines.Ask(pixel);
     };
     int64_t pixel = 0;
     for (; pixel + 2 <= met.pixels; pixel += 2) {
