@@ -3,7 +3,8 @@
     python -m experiments.profile
 
 traces some steps of experiments.train with `jax.profiler`, on random images, and adds up what each
-kind of operation and each layer took. With --layer it traces one layer alone.
+kind of operation and each layer took, beside the floor: how long moving its bytes would take at the
+speed of a copy. With --layer it traces one layer alone.
 """
 
 import dataclasses
@@ -25,8 +26,20 @@ from chansel_jax.files import write_json
 from chansel_jax.networks.resnet import CONVS, PRESETS, Model, ResNet
 from chansel_jax.ops import native
 from chansel_jax.training import devices
+from experiments.benchmarking.cases import Case
+from experiments.benchmarking.ceilings import CPU_EFFORT, GPU_EFFORT, numpy_copy_rate
+from experiments.benchmarking.contestants.jax_side import copy_rate
 from experiments.benchmarking.settings import parse_shape
-from experiments.benchmarking.trace import Profile, by_kind, by_layer, operations, times
+from experiments.benchmarking.trace import (
+    Profile,
+    Spent,
+    by_kind,
+    by_layer,
+    bytes_touched,
+    operations,
+    times,
+)
+from experiments.benchmarking.work import work_of
 from experiments.cli.command import check_output, run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
@@ -87,15 +100,19 @@ def main(settings: Settings) -> None:
     )
     if not native.available():
         console.print(f"native: {native.why_not()}")
+    rate = _copy_rate(device.platform)
+    console.print(f"a copy moves {rate / 1e9:.1f} GB/s, what it reads and what it writes added up")
     profiles = {}
     for conv in settings.convs:
         with tempfile.TemporaryDirectory() as folder:  # which holds no earlier trace
             profiles[conv] = profile_step(settings, conv, Path(folder))
             if settings.output is not None:
                 shutil.copytree(folder, settings.output / conv, dirs_exist_ok=True)
-        print_profile(conv, profiles[conv], console)
+        print_profile(conv, profiles[conv], rate, console)
+        if settings.layer is None:
+            print_floor(settings, conv, profiles[conv], rate, console)
     if settings.output is not None:
-        write_json(settings.output / "profile.json", as_json(settings, profiles))
+        write_json(settings.output / "profile.json", as_json(settings, profiles, rate))
         console.print(f"traces and profile.json are in {settings.output}")
 
 
@@ -127,7 +144,7 @@ def profile_step(settings: Settings, conv: str, folder: Path) -> Profile:
     milliseconds = times(folder, op_names, settings.steps)
     taken = lowerings_taken(module, getattr(jnp, settings.dtype))
     took = {kind: taken[layer] for kind, layer in CONVS.items() if layer in taken}
-    return Profile(untraced, milliseconds, op_names, layers, took)
+    return Profile(untraced, milliseconds, bytes_touched(compiled), op_names, layers, took)
 
 
 def _compiled(
@@ -148,40 +165,89 @@ def _compiled(
     return network, layers, *training_on_noise(config, settings.batch_size, mesh)
 
 
-def as_json(settings: Settings, profiles: Mapping[str, Profile]) -> dict[str, Any]:
+def _copy_rate(platform: str) -> float:
+    """Bytes that the fastest copy reads and writes a second."""
+    if platform == "cpu":
+        return numpy_copy_rate(CPU_EFFORT, len(machine.usable_cores()))
+    return copy_rate(GPU_EFFORT)
+
+
+def as_json(settings: Settings, profiles: Mapping[str, Profile], rate: float) -> dict[str, Any]:
     """The profiles of the convolutions, with what they were measured on."""
     return {
         "command": typed("profile", settings),
         "device": machine.device_name(),
         "cores": len(machine.usable_cores()),
         "versions": machine.versions(),
+        "bytes_per_second": rate,
         "milliseconds": {
             conv: {
                 "step": profile.untraced,
-                "kinds": {kind: found for kind, _, found in by_kind(profile)},
-                "layers": {name: passes for name, *passes in by_layer(profile)},
+                "kinds": {kind: found.milliseconds for kind, _, found in by_kind(profile)},
+                "layers": {
+                    name: [each.milliseconds for each in passes]
+                    for name, *passes in by_layer(profile)
+                },
                 "took": profile.took,
             }
+            for conv, profile in profiles.items()
+        },
+        "bytes_touched": {
+            conv: {kind: found.bytes_touched for kind, _, found in by_kind(profile)}
             for conv, profile in profiles.items()
         },
     }
 
 
-def print_profile(conv: str, profile: Profile, console: Console) -> None:
-    """What took how long, by kind of operation and by layer, then the slowest operations."""
+def print_profile(conv: str, profile: Profile, rate: float, console: Console) -> None:
+    """What took how long, by kind of operation and by layer, then the slowest operations.
+
+    Args:
+        conv: the convolution.
+        profile: what its steps took.
+        rate: bytes that a copy moves a second.
+        console: where it is printed.
+    """
+
+    def times_of(spent: Spent) -> tuple[str, str]:
+        return f"{spent.milliseconds:.2f}", f"{spent.bytes_touched / rate * 1e3:.2f}"
+
     took = "; ".join(f"{kind} {', '.join(taken)}" for kind, taken in profile.took.items())
     console.print(f"\n{conv}: {profile.untraced:.2f} ms a step; the lowerings are {took}")
-    console.print("what runs side by side on several threads counts on each of them\n")
-    rows = [(kind, str(count), f"{ms:.2f}") for kind, count, ms in by_kind(profile)]
-    print_table(("kind", "operations", "ms"), rows, console)
+    console.print("what runs side by side on several threads counts on each of them; the floor is")
+    console.print("how long a copy takes to move an operation's operands and results once\n")
+    rows = [(kind, str(count), *times_of(spent)) for kind, count, spent in by_kind(profile)]
+    print_table(("kind", "operations", "ms", "floor ms"), rows, console)
     if profile.layers:
-        rows = [(name, *(f"{ms:.2f}" for ms in passes)) for name, *passes in by_layer(profile)]
+        rows = [
+            (name, *times_of(forward), *times_of(backward))
+            for name, forward, backward in by_layer(profile)
+        ]
         console.print()
-        print_table(("layer", "forward ms", "backward ms"), rows, console)
+        columns = ("layer", "forward ms", "floor ms", "backward ms", "floor ms")
+        print_table(columns, rows, console)
     slowest = sorted(profile.milliseconds.items(), key=lambda item: -item[1])[:SLOWEST]
-    rows = [(f"{name}: {profile.op_names[name]}", f"{ms:.2f}") for name, ms in slowest]
+    rows = [
+        (f"{name}: {profile.op_names[name]}", *times_of(Spent(ms, profile.bytes_touched[name])))
+        for name, ms in slowest
+    ]
     console.print()
-    print_table(("the slowest operations, with what each is in Python", "ms"), rows, console)
+    columns = ("the slowest operations, with what each is in Python", "ms", "floor ms")
+    print_table(columns, rows, console)
+
+
+def print_floor(
+    settings: Settings, conv: str, profile: Profile, rate: float, console: Console
+) -> None:
+    """The fewest bytes that a step of the network must move, and how far the step is from it."""
+    config = PRESETS[settings.model]
+    sizes = (settings.batch_size, config.image_size, config.num_classes)
+    fewest = work_of(Case("step", settings.model, *sizes, settings.dtype), conv).bytes_moved
+    floor = fewest / rate * 1e3
+    console.print(
+        f"\na step must move {fewest / 1e6:,.0f} MB at least, every activation written once and "
+        f"read once a use: {floor:.1f} ms for a copy, {floor / profile.untraced:.0%} of the step"
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 import collections
 import dataclasses
+import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 
@@ -19,6 +22,7 @@ class Profile:
         untraced: milliseconds of a step that is not traced.
         milliseconds: of a step, by operation of the compiled program; what runs side by side on
             several threads counts on each.
+        bytes_touched: by operation, of its operands and of its results.
         op_names: what each operation was in Python, as XLA keeps it.
         layers: the names of the network's layers.
         took: the lowerings that `"auto"` took, by convolution.
@@ -26,6 +30,7 @@ class Profile:
 
     untraced: float
     milliseconds: Mapping[str, float]
+    bytes_touched: Mapping[str, int]
     op_names: Mapping[str, str]
     layers: tuple[str, ...]
     took: Mapping[str, list[str]]
@@ -36,9 +41,34 @@ def operations(compiled: str) -> dict[str, str]:
 
     What loops and calls contain is left out: it is part of their time.
     """
-    entry = compiled[compiled.index("\nENTRY ") :]
     instruction = re.compile(r'^\s+(?:ROOT )?%?([\w.-]+) = (?:.*op_name="([^"]*)")?', re.MULTILINE)
-    return {name: op_name or "" for name, op_name in instruction.findall(entry)}
+    return {name: op_name or "" for name, op_name in instruction.findall(_entry(compiled))}
+
+
+def bytes_touched(compiled: str) -> dict[str, int]:
+    """Of each of `operations`, the bytes of its operands and of its results.
+
+    No operation moves fewer, unless it reads or writes a part of an array only.
+    """
+    instruction = re.compile(
+        r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) [\w-]+\((.*?)\)(?:, |$)", re.MULTILINE
+    )
+    results, touched = {}, {}
+    for name, types, operands in instruction.findall(_entry(compiled)):
+        results[name] = sum(itertools.starmap(_bytes_of, re.findall(r"(\w+)\[([\d,]*)\]", types)))
+        read = sum(results.get(each, 0) for each in re.findall(r"%?([\w.-]+)", operands))
+        touched[name] = results[name] + read
+    return touched
+
+
+def _bytes_of(dtype: str, shape: str) -> int:
+    """Of an array as XLA writes its type: `f32` and `128,32,32,16`."""
+    bits = 8 if dtype == "pred" else int(re.sub(r"\D.*", "", dtype.lstrip("bfsuc")) or 0)
+    return bits // 8 * math.prod(map(int, filter(None, shape.split(","))))
+
+
+def _entry(compiled: str) -> str:
+    return compiled[compiled.index("\nENTRY ") :]
 
 
 def times(folder: Path, names: Iterable[str], steps: int) -> dict[str, float]:
@@ -90,15 +120,22 @@ def layer_of(op_name: str, layers: Iterable[str]) -> str:
     return ELSEWHERE
 
 
-def by_kind(profile: Profile) -> list[tuple[str, int, float]]:
-    """Each kind, how many operations it has and their milliseconds, the most first."""
+class Spent(NamedTuple):
+    """What operations took, and what they touched: `Profile.bytes_touched`."""
+
+    milliseconds: float = 0.0
+    bytes_touched: int = 0
+
+
+def by_kind(profile: Profile) -> list[tuple[str, int, Spent]]:
+    """Each kind, how many operations it has and what they took, the most first."""
     kinds = _grouped(profile, kind_of)
-    rows = ((kind, len(found), sum(found)) for kind, found in kinds.items())
-    return sorted(rows, key=lambda row: -row[2])
+    rows = ((kind, len(found), _sum(found)) for kind, found in kinds.items())
+    return sorted(rows, key=lambda row: -row[2].milliseconds)
 
 
-def by_layer(profile: Profile) -> list[tuple[str, float, float]]:
-    """Each layer with the milliseconds of its forward and its backward pass, in their order.
+def by_layer(profile: Profile) -> list[tuple[str, Spent, Spent]]:
+    """Each layer with what its forward and its backward pass took, in their order.
 
     What a part does between its layers, as a block's ReLU and sum, has the part's name; the rest
     of the step comes last.
@@ -107,20 +144,25 @@ def by_layer(profile: Profile) -> list[tuple[str, float, float]]:
     def part_of(op_name: str) -> tuple[str, bool]:
         return layer_of(op_name, profile.layers), "transpose(" in op_name
 
-    found = {part: sum(ms) for part, ms in _grouped(profile, part_of).items()}
+    found = {part: _sum(each) for part, each in _grouped(profile, part_of).items()}
     order = {name: number for number, name in enumerate(profile.layers)}
     parts = {name for name, _ in found} - {ELSEWHERE}
     last = {part: max(n for name, n in order.items() if _is_within(name, part)) for part in parts}
     names = [*sorted(parts, key=lambda part: (last[part], part not in order)), ELSEWHERE]
-    return [(name, found.get((name, False), 0.0), found.get((name, True), 0.0)) for name in names]
+    return [(name, *(found.get((name, back), Spent()) for back in (False, True))) for name in names]
 
 
 def _is_within(layer: str, part: str) -> bool:
     return f"{layer}.".startswith(f"{part}.")
 
 
-def _grouped(profile: Profile, key: Callable) -> dict:
+def _grouped(profile: Profile, key: Callable) -> dict[Any, list[Spent]]:
     groups = collections.defaultdict(list)
     for name, milliseconds in profile.milliseconds.items():
-        groups[key(profile.op_names[name])].append(milliseconds)
+        spent = Spent(milliseconds, profile.bytes_touched.get(name, 0))
+        groups[key(profile.op_names[name])].append(spent)
     return groups
+
+
+def _sum(spent: Iterable[Spent]) -> Spent:
+    return Spent(*map(sum, zip(*spent, strict=True)))

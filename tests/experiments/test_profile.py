@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import tempfile
 
 import jax
@@ -30,12 +31,18 @@ def test_prints_every_part_of_a_step_and_keeps_the_trace(tmp_path, capsys, monke
     for part in ("augmentation", "optimizer", "sums (BatchNorm)", "convolutions, matrix products"):
         assert part in printed, part
     assert "ms a step" in printed and jax.__version__ in printed
+    assert re.search(
+        r"a step must move \d+ MB at least, .*% of the step", " ".join(printed.split())
+    )
     assert len(list((tmp_path / "traces" / "chansel").rglob("*.xplane.pb"))) == 2
     kept = json.loads((tmp_path / "traces" / "profile.json").read_text())
     assert (
         kept["command"] == "python -m experiments.profile --convs=chansel --batch-size=8 --steps=2"
     )
+    assert kept["bytes_per_second"] > 1e8
+    touched = kept["bytes_touched"]["chansel"]
     found = kept["milliseconds"]["chansel"]
+    assert set(touched) == set(found["kinds"]) and min(touched.values()) > 0
     assert found["step"] > 0 and min(found["kinds"].values()) > 0
     assert all(f"{ms:.2f}" in printed for ms in found["kinds"].values())
     # Each layer's forward and backward pass takes some time, and all parts make up the step.

@@ -115,6 +115,27 @@ def test_every_instruction_set_like_torch(library, name, kernels):
 
 
 @pytest.mark.parametrize("library", COMPILED)
+@pytest.mark.parametrize("channels", [16, 24, 32])
+def test_large_arrays_are_written_past_the_caches_and_hold_the_same(library, channels):
+    """Of a batch whose arrays pass the caches, an image is what it is alone, to the last bit."""
+    shape = (5, 120, 128, channels)
+    assert 4 * np.prod(shape) >= 4 << 20 > 4 * np.prod(shape[1:])
+    x, pointwise, depthwise, dense, dy = normal(
+        *(shape, (channels, channels), (3, 3, 1, channels), (3, 3, channels, channels), shape)
+    )
+    calls = [
+        lambda x: library.channel_selection(x, pointwise, depthwise, Window.of()),
+        lambda x: library.dense_conv(x, dense, Window.of()),
+    ]
+    for most in library.INSTRUCTION_SETS:
+        library.limit_instruction_set(most)
+        for call in calls:
+            (y, pull_back), (of_one, pull_back_one) = jax.vjp(call, x), jax.vjp(call, x[3:4])
+            np.testing.assert_array_equal(y[3:4], of_one)
+            np.testing.assert_array_equal(pull_back(dy)[0][3:4], pull_back_one(dy[3:4])[0])
+
+
+@pytest.mark.parametrize("library", COMPILED)
 def test_a_wrong_instruction_set(library):
     with pytest.raises(ValueError, match="most='sse9'"):
         library.limit_instruction_set("sse9")

@@ -118,9 +118,16 @@ def test_any_shape_like_torch(shape, channels):
 
 
 @pytest.mark.parametrize("library", COMPILED)
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 3e-2)])
-def test_every_instruction_set_like_torch(library, dtype, tolerance):
-    operands, dy = arrays((3, 7, 5, 21), residual=True, dtype=jnp.dtype(dtype))
+@pytest.mark.parametrize(
+    "shape, dtype, tolerance",
+    [
+        ((3, 7, 5, 21), "float32", 1e-4),
+        ((3, 7, 5, 21), "bfloat16", 3e-2),
+        ((9, 120, 129, 9), "float32", 1e-4),  # 5 MB, which are written past the caches
+    ],
+)
+def test_every_instruction_set_like_torch(library, shape, dtype, tolerance):
+    operands, dy = arrays(shape, residual=True, dtype=jnp.dtype(dtype))
     expected = in_torch(operands, dy, relu=False)
     for most in library.INSTRUCTION_SETS:
         library.limit_instruction_set(most)

@@ -315,13 +315,17 @@ def describe() -> dict[str, str]:
 
 def measure(machine: Machine, effort: Effort, dtypes: Sequence[str]) -> Ceilings:
     """The ceilings that JAX, or on CPUs NumPy, reaches."""
-    source = jnp.ones(effort.copy_bytes // 4)
-    copy = jax.jit(lambda x: x + 1)
-    copied = 2 * source.nbytes
-    rate = best_rate(copied, lambda: copy(source).block_until_ready(), effort.seconds)
+    rate = copy_rate(effort)
     if machine.platform == "cpu":
         rate = max(rate, numpy_copy_rate(effort, machine.threads))
     return Ceilings(rate, {dtype: _product_rate(effort, dtype) for dtype in dtypes})
+
+
+def copy_rate(effort: Effort) -> float:
+    """Bytes read and written a second by XLA."""
+    source = jnp.ones(effort.copy_bytes // 4)
+    copy = jax.jit(lambda x: x + 1)
+    return best_rate(2 * source.nbytes, lambda: copy(source).block_until_ready(), effort.seconds)
 
 
 def _product_rate(effort: Effort, dtype: str) -> float:

@@ -32,6 +32,30 @@ def test_operations_are_those_of_the_entry():
     }
 
 
+def test_bytes_touched_by_hand():
+    """Two float32 are 8 bytes: read and written 16, of which a parameter reads none."""
+    assert trace.bytes_touched(COMPILED) == {"x.1": 8, "copy.3": 16, "add_fusion": 16}
+
+
+def test_bytes_touched_of_several_results_and_of_other_dtypes():
+    compiled = """HloModule jit_step
+
+ENTRY %main.2 (x.1: bf16[4,8]) -> f32[2] {
+  %x.1 = bf16[4,8]{1,0} parameter(0)
+  %call.2 = (pred[3]{0}, f64[2,2]{1,0}, /*index=2*/s32[]) custom-call(%x.1, %x.1), api_version=1
+  %one.3 = f64[2,2]{1,0} get-tuple-element(%call.2), index=1
+  ROOT %last = u8[5]{0} fusion(%one.3, %x.1), kind=kLoop
+}
+"""
+    of_call = 3 + 32 + 4
+    assert trace.bytes_touched(compiled) == {
+        "x.1": 64,
+        "call.2": of_call + 2 * 64,
+        "one.3": 32 + of_call,
+        "last": 5 + 32 + 64,
+    }
+
+
 @pytest.mark.parametrize(
     ("op_name", "kind"),
     [
@@ -85,13 +109,14 @@ def test_times_of_layers_worked_out_by_hand():
         "g": "jit(f)/jvp(stem)/conv/add",
     }
     milliseconds = dict(zip(op_names, (64, 32, 16, 8, 4, 2, 1), strict=True))
+    touched = {name: 10 * ms for name, ms in milliseconds.items()}
     layers = ("stem.conv", "blocks.0.shortcut", "blocks.0.shortcut_norm", "classifier")
-    assert trace.by_layer(trace.Profile(1.0, milliseconds, op_names, layers, {})) == [
-        ("stem.conv", 1, 0),
-        ("blocks.0.shortcut", 16, 12),
-        ("blocks.0.shortcut_norm", 0, 32),
-        ("blocks.0", 2, 0),
-        (trace.ELSEWHERE, 64, 0),
+    assert trace.by_layer(trace.Profile(1.0, milliseconds, touched, op_names, layers, {})) == [
+        ("stem.conv", (1, 10), (0, 0)),
+        ("blocks.0.shortcut", (16, 160), (12, 120)),
+        ("blocks.0.shortcut_norm", (0, 0), (32, 320)),
+        ("blocks.0", (2, 20), (0, 0)),
+        (trace.ELSEWHERE, (64, 640), (0, 0)),
     ]
 
 
@@ -109,5 +134,8 @@ def test_times_of_a_real_trace(tmp_path):
     op_names = trace.operations(compiled.as_text())
     found = trace.times(tmp_path, op_names, 4)
     assert set(found) <= set(op_names) and all(value > 0 for value in found.values())
+    touched = trace.bytes_touched(compiled.as_text())
+    assert set(touched) == set(op_names)
+    assert max(touched.values()) == 3 * 4 * 512**2  # of a product
     by_kind = {trace.kind_of(op_names[name]) for name in found}
     assert "convolutions, matrix products" in by_kind
