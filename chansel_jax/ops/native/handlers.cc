@@ -33,9 +33,9 @@ namespace chansel {
 
 constexpr int64_t kTileBytes = 256 << 10;  // well within a core's second-level cache
 constexpr int64_t kLinesBytes = 24 << 10;  // of an image, read again for each block of a kernel
-// Arrays from this size on are written past the caches, a line of kLineBytes at a time: they would
-// not stay there until they are read, and a processor that writes into its cache reads the line
-// first.
+// Arrays from this size on are written past the caches where whole lines of kLineBytes are computed
+// at once: they would not stay there until they are read, and a line that is written into the cache
+// is read first.
 constexpr int64_t kStreamedBytes = 4 << 20, kLineBytes = 64;
 constexpr int64_t kUnits = 64;             // of work, if there is so much: enough for many threads
 // Groups of images, each with sums of its own for the kernels' gradients: enough to keep many
@@ -134,8 +134,8 @@ CHANSEL_INLINE S ToStorage(C value) {
   }
 }
 
-// Memory that begins where a vector of any instruction set may: one that lies across two lines of the
-// cache is read and written half as fast.
+// Memory that begins where a line of the cache does: a vector that lies across two of them is read
+// and written half as fast.
 template <typename C>
 struct Aligned {
   using value_type = C;

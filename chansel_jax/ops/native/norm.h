@@ -5,16 +5,17 @@ namespace CHANSEL_TARGET {
 
 // Pixels (pixels, channels) in units of work, each of whole periods: so many numbers that they are
 // whole pixels, whole vectors, and enough vectors for the sums of one not to wait for those of the
-// one before. The last unit is filled up. Units do not depend on the number of threads.
+// one before; so many periods that the sums are few beside the pixels. The last unit is filled up.
+// Units do not depend on the number of threads.
 template <typename C>
 struct PixelUnits {
   int64_t total, channels, period, size;
 
   PixelUnits(int64_t pixels, int64_t channels) : total(pixels * channels), channels(channels) {
-    constexpr int64_t kNumbers = 4 << 10, kFewest = 8 * kLanes<C>;
+    constexpr int64_t kNumbers = 4 << 10, kFewest = 8 * kLanes<C>, kPeriods = 32;
     int64_t common = std::lcm(channels, kLanes<C>);
     period = common * CeilDiv(kFewest, common);
-    size = RoundUp(std::min(kNumbers, total), period);
+    size = RoundUp(std::min(std::max(kNumbers, kPeriods * period), total), period);
   }
 
   int64_t Count() const { return CeilDiv(total, size); }
@@ -146,8 +147,7 @@ void NormForward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S
       if constexpr (decltype(has_residual)::value) {
         added = Filled(residual + begin, count, padded, zero, scratch.other);
       }
-      WriteRows(1, count, padded, units.total * sizeof(S), scratch.to, y + begin,
-                [&](C* to, auto streamed) {
+      auto write = [&](C* to, auto streamed) {
         ForVectors<C>(padded, units.period, [&](int64_t at, int64_t i) {
           Vec<C> value, center, multiplier, offset, other;
           Load(from + at, value);
@@ -162,7 +162,8 @@ void NormForward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S
           if constexpr (decltype(has_relu)::value) value = value < Vec<C>{} ? Vec<C>{} : value;
           Put<streamed>(value, to + at);
         });
-      });
+      };
+      WriteRows(1, count, padded, units.total * sizeof(S), scratch.to, y + begin, write);
     });
   };
   WithFlags(residual != nullptr, relu, normalise);

@@ -205,7 +205,7 @@ struct Runs {
   int64_t count, pitch;
 };
 
-// Whether so many vectors are whole lines, which alone are streamed.
+// Whether so many vectors are whole lines: parts of them would be streamed one by one.
 template <int VECTORS>
 constexpr bool kWholeLines = VECTORS * CHANSEL_VECTOR_BYTES % kLineBytes == 0;
 
@@ -324,8 +324,7 @@ void AddOuterProduct(const Lines<C>& lines, int64_t rows, int64_t columns, C* ou
 // do not depend on the number of threads, and the groups added in order, so that the sum is the
 // same bit for bit however many there are.
 template <typename C, typename Add>
-Buffer<C> SumOverGroups(int64_t units, int64_t size, const Parallel& parallel,
-                             const Add& add) {
+Buffer<C> SumOverGroups(int64_t units, int64_t size, const Parallel& parallel, const Add& add) {
   int64_t fitting = kPartialBytes / (size * int64_t(sizeof(C)));
   int64_t groups = std::min(units, std::clamp(fitting, kFewestGroups, kMostGroups));
   groups = std::max<int64_t>(1, groups);  // whose sums are zero if there are no units

@@ -7,17 +7,17 @@
 
 namespace CHANSEL_TARGET {
 
-// Taps of a row of the kernel that the same pixels meet, and where: how far apart these pixels are in
-// the sums and in the output's gradient, how many there are, and of each tap, where the gradient
-// begins that the first of them meets, and the index of its weights.
+// Taps that are taken at once: with two sums each they leave room in 16 registers.
 constexpr int kMostTaps = 3;
 
+// Pixels of a row, and the taps of a row of the kernel that all of them meet.
 template <typename C>
 struct MetTaps {
-  int64_t z_pitch, dy_pitch, pixels;
-  int count = 0;
-  const C* dy[kMostTaps] = {};
-  int64_t tap[kMostTaps] = {};
+  int64_t z_pitch, dy_pitch;    // from one of the pixels to the next, in the sums and in dy
+  int64_t pixels;               // how many there are
+  int count = 0;                // of taps
+  const C* dy[kMostTaps] = {};  // what the first pixel meets by each tap
+  int64_t tap[kMostTaps] = {};  // where each tap's weights begin
 };
 
 // ---------------------------------------------------------------- one layer
@@ -38,8 +38,8 @@ class SelectionLayer {
   // Rows that are computed at once: few enough for many threads, and enough for the rows that two
   // units both need to be few.
   int64_t OutputRowsPerUnit() const {
-    return std::clamp<int64_t>(CeilDiv(g.n * g.out_h, kUnits), std::min<int64_t>(8, g.out_h),
-                               g.out_h);
+    int64_t fewest = std::max<int64_t>(8, KeptRows());
+    return std::clamp(CeilDiv(g.n * g.out_h, kUnits), std::min(fewest, g.out_h), g.out_h);
   }
 
   int64_t InputRowsPerUnit() const {
@@ -47,10 +47,10 @@ class SelectionLayer {
     return std::clamp(rows, std::min<int64_t>(4, g.h), g.h);
   }
 
-  // y[:, first:end] of one image. Of the weighted sums, those rows are kept that an output reads.
+  // y[:, first:end] of one image. Of the weighted sums, the rows are kept that span one output's.
   void Forward(const S* x, int64_t first, int64_t end, S* y) const {
     Scratch<C>& scratch = ThreadScratch<C>();
-    const int64_t kept = (g.kernel_h - 1) * g.dilation_h + 1, row_size = tile_width * sums;
+    const int64_t kept = KeptRows(), row_size = tile_width * sums;
     const int64_t top = first * g.stride_h - g.top;
     C* const ring = Grow(scratch.sums, kept * row_size);
     const C** rows = Grow(scratch.rows, g.kernel_h);
@@ -64,7 +64,10 @@ class SelectionLayer {
         rows[a] = ring + (row + a * g.dilation_h - top) % kept * row_size;
       }
       Ahead ahead;
-      ahead.Add(x + (row + kept) * g.w * g.in, g.stride_h * g.w * g.in);
+      const int64_t first_new = row + std::max(kept, g.stride_h);
+      if (first_new < g.h) {
+        ahead.Add(x + first_new * g.w * g.in, std::min(kept, g.stride_h) * g.w * g.in);
+      }
       WriteRows<S, C>(g.out_w, g.out, padded_out, g.n * g.OutputSize() * sizeof(S), scratch.line,
                       y + i * g.out_w * g.out, [&](C* line, auto streamed) {
                         ForPanels<C>(padded_out, [&](auto vectors, int64_t o) {
@@ -84,8 +87,9 @@ class SelectionLayer {
     FillTile(dy, g.out_h, g.out_w, g.out, first_out, g.EndOfOutputs(end),
              {GradientWidth(), GradientLeft(), padded_out}, scratch.output_gradient);
     // The gradient of the unit that this thread is likely to take next.
-    const int64_t read = (g.EndOfOutputs(end) - first_out) * g.out_w * g.out;
-    const S* const next = dy + first_out * g.out_w * g.out + read;
+    const int64_t end_out = std::max(first_out, g.EndOfOutputs(end));
+    const int64_t read = (end_out - first_out) * g.out_w * g.out;
+    const S* const next = dy + end_out * g.out_w * g.out;
     const int64_t row_size = g.w * sums;
     const int64_t row_bytes = std::max<int64_t>(1, row_size * sizeof(C));
     const int64_t at_once = std::max<int64_t>(1, kLinesBytes / 2 / row_bytes);
@@ -178,13 +182,17 @@ class SelectionLayer {
     Product<false>(pixels, g.w, g.in, panels.data(), sums, image);
   }
 
+  int64_t KeptRows() const { return (g.kernel_h - 1) * g.dilation_h + 1; }
+
   // How far the columns of the output's gradient are moved to the right in its tile, so that every
   // tap of every pixel finds a column.
   int64_t GradientLeft() const {
-    return std::max<int64_t>(0, (g.kernel_w - 1) * g.dilation_w - g.left);
+    return std::max<int64_t>(0, CeilDiv((g.kernel_w - 1) * g.dilation_w - g.left, g.stride_w));
   }
 
-  int64_t GradientWidth() const { return GradientLeft() + std::max(g.out_w, g.w + g.left); }
+  int64_t GradientWidth() const {
+    return GradientLeft() + std::max(g.out_w, CeilDiv(g.w + g.left, g.stride_w));
+  }
 
   // One row of outputs, so many vectors of channels from o on, of the rows of sums that it reads.
   template <int VECTORS, bool STREAMED>
@@ -245,7 +253,7 @@ class SelectionLayer {
   }
 
   // Of one row of pixels and one vector of columns: the gradient of the sums, added to dz, and what
-  // the row adds to that of the depthwise kernel. Pixels that are a stride apart meet the same taps.
+  // the row adds to the depthwise kernel's. Pixels that are a stride apart meet the same taps.
   void RowGradients(const C* const* dy_rows, int64_t column, const C* z, C* dz, Ahead& ahead,
                     C* depthwise_sum) const {
     for (int64_t phase = 0; phase < std::min(g.stride_w, g.w); ++phase) {
