@@ -261,18 +261,19 @@ def test_wrong_dtypes(library, dtypes):
 
 
 @pytest.mark.parametrize(
-    ("instructions", "widest"), [("avx512", 255), ("avx2", 63), ("baseline", 0), (None, 0)]
+    ("instructions", "widest", "widest_dense"),
+    [("avx512", 255, 256), ("avx2", 63, 128), ("baseline", 0, 0), (None, 0, 0)],
 )
-def test_what_auto_chooses_on_a_cpu(monkeypatch, instructions, widest):
+def test_what_auto_chooses_on_a_cpu(monkeypatch, instructions, widest, widest_dense):
     monkeypatch.setattr(native, "available", lambda: instructions is not None)
     monkeypatch.setattr(native, "instruction_set", lambda: instructions)
-    for channels in (16, 63, 64, 255, 256, 512):
+    for channels in (16, 63, 64, 128, 129, 255, 256, 512):
         fits = channels <= widest
         assert layer_choice(channels) == ("native" if fits else "shifted")
         assert layer_choice(channels, dtype="float16") == "shifted"
         assert fastest_depthwise(here(), shapes(channels)[0]) == "shifted"
-        dense = "native" if instructions in ("avx2", "avx512") else "lax"
-        assert fastest_dense(here(), shapes(channels)[2]) == (dense if channels <= 128 else "lax")
+        dense = "native" if channels <= widest_dense else "lax"
+        assert fastest_dense(here(), shapes(channels)[2]) == dense
         assert fastest_dense(here(), shapes(channels, dtype="float16")[2]) == "lax"
 
 
