@@ -92,6 +92,7 @@ def main(settings: Settings) -> None:
     if settings.output is not None:
         for folder in (settings.output, *(settings.output / conv for conv in settings.convs)):
             check_output(folder)
+    devices.check_batch_size(settings.batch_size, devices.data_mesh())
     device = jax.devices()[0]
     what = settings.layer and f"layer {parse_shape(settings.layer)}"
     console.print(
@@ -119,7 +120,6 @@ def main(settings: Settings) -> None:
 def profile_step(settings: Settings, conv: str, folder: Path) -> Profile:
     """Compiles the training step, or one layer's two passes, then times and traces it."""
     mesh = devices.data_mesh()
-    devices.check_batch_size(settings.batch_size, mesh)
     module, layers, take_step, compiled = _compiled(settings, conv, mesh)
 
     def take_steps(count: int, one_at_a_time: bool = False) -> float:

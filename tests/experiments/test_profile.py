@@ -12,11 +12,17 @@ import pytest
 
 from chansel_jax.networks.resnet import PRESETS
 from experiments import profile
+from experiments.benchmarking.ceilings import Effort
 from experiments.cli.errors import CommandError
 from experiments.profile import Settings
 
 # Of jaxlib's own types, on Python 3.12.
 pytestmark = pytest.mark.filterwarnings("ignore:builtin type event.* has no __module__")
+
+
+@pytest.fixture(autouse=True)
+def a_small_copy(monkeypatch):
+    monkeypatch.setattr(profile, "CPU_EFFORT", Effort(copy_bytes=2**22, seconds=0.01))
 
 
 def test_prints_every_part_of_a_step_and_keeps_the_trace(tmp_path, capsys, monkeypatch):
@@ -86,6 +92,7 @@ def test_a_trace_that_cannot_be_written_is_told_in_a_line(tmp_path, monkeypatch)
         profile.main(Settings(layer="4x1x1x1x1", batch_size=2, steps=1, convs=("chansel",)))
 
 
-def test_a_batch_that_does_not_divide_by_the_devices():
+def test_a_batch_that_does_not_divide_by_the_devices_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(profile, "numpy_copy_rate", lambda *_: pytest.fail("copied"))
     with pytest.raises(ValueError, match="batch_size=9 must be divisible by the 2 devices"):
         profile.main(Settings(batch_size=9, convs=("chansel",)))
