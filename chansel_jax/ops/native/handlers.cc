@@ -37,7 +37,7 @@ constexpr int64_t kLinesBytes = 24 << 10;  // of an image, read again for each b
 // at once: they would not stay there until they are read, and a line that is written into the cache
 // is read first.
 constexpr int64_t kStreamedBytes = 4 << 20, kLineBytes = 64;
-constexpr int64_t kUnits = 64;             // of work, if there is so much: enough for many threads
+constexpr int64_t kUnits = 64;  // of work, if there is so much: enough for many threads
 // Groups of images, each with sums of its own for the kernels' gradients: enough to keep many
 // threads busy, but not so many that adding them up takes longer than computing them.
 constexpr int64_t kFewestGroups = 8, kMostGroups = 64, kPartialBytes = 8 << 20;

@@ -177,8 +177,7 @@ class SelectionLayer {
     C* const image = to + g.left * sums;
     std::fill(to, image, C(0));
     std::fill(image + g.w * sums, end, C(0));
-    const S* from = x + row * g.w * g.in;
-    const C* pixels = AsCompute(from, g.w * g.in, scratch.image);
+    const C* pixels = AsCompute(x + row * g.w * g.in, g.w * g.in, scratch.image);
     Product<false>(pixels, g.w, g.in, panels.data(), sums, image);
   }
 
