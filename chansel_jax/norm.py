@@ -1,9 +1,12 @@
 """Batch normalisation as a layer that takes `flax.nnx.BatchNorm`'s place."""
 
+from collections.abc import Callable
+
 import jax
 from flax import nnx
 from flax.nnx.nn import dtypes
 
+from chansel_jax.ops.moments import Moments, finding_moments
 from chansel_jax.ops.norm import batch_norm
 
 USUAL_DTYPES = {"float16", "bfloat16", "float32", "float64"}
@@ -26,6 +29,7 @@ class BatchNorm(nnx.BatchNorm):
         mask: jax.Array | None = None,
         residual: jax.Array | None = None,
         relu: bool = False,
+        moments: Moments | None = None,
     ) -> jax.Array:
         """`(..., C)` to the same, normalised, plus `residual`, then ReLU.
 
@@ -36,6 +40,7 @@ class BatchNorm(nnx.BatchNorm):
             residual: of the shape of `x`; it is cast to the dtype of what it is added to. By
                 default nothing is added.
             relu: whether ReLU follows. Default False.
+            moments: mean and variance of `x` by `with_moments`, where they are known.
 
         Raises:
             ValueError: if `residual` has another shape, or neither the call nor the layer says
@@ -45,7 +50,7 @@ class BatchNorm(nnx.BatchNorm):
             raise ValueError(f"residual of shape {residual.shape} must be of the {x.shape} of x")
         averages = self.use_running_average if use_running_average is None else use_running_average
         if averages is not None and not averages and mask is None and self._is_usual(x):
-            return self._by_batch(x, residual, relu)
+            return self._by_batch(x, residual, relu, moments)
         y = super().__call__(x, averages, mask=mask)
         if residual is not None:
             y = y + residual.astype(y.dtype)
@@ -65,14 +70,45 @@ class BatchNorm(nnx.BatchNorm):
             and {str(x.dtype), str(self.scale.dtype)} <= USUAL_DTYPES
         )
 
-    def _by_batch(self, x: jax.Array, residual: jax.Array | None, relu: bool) -> jax.Array:
+    def _by_batch(
+        self,
+        x: jax.Array,
+        residual: jax.Array | None,
+        relu: bool,
+        moments: Moments | None,
+    ) -> jax.Array:
         variables = (each[...] for each in (self.mean, self.var, self.scale, self.bias))
+        given = x.dtype
         # As Flax does, for the dtypes of the statistics count too.
         x, _, _, scale, bias = self.promote_dtype((x, *variables), dtype=self.dtype)
         if residual is not None:
             residual = residual.astype(x.dtype)
-        y, *found = batch_norm(x, scale, bias, residual, relu=relu, epsilon=self.epsilon)
+        how = {"relu": relu, "epsilon": self.epsilon}
+        how |= {"moments": moments} if x.dtype == given else {}
+        y, *found = batch_norm(x, scale, bias, residual, **how)
         for average, of_batch in zip((self.mean, self.var), found, strict=True):
             kept = self.momentum * average[...]
             average[...] = jax.lax.stop_gradient(kept + (1 - self.momentum) * of_batch)
         return y
+
+
+def with_moments(
+    norm: nnx.Module, convolve: Callable[[jax.Array], jax.Array], x: jax.Array
+) -> tuple[jax.Array, Moments | None]:
+    """`convolve(x)`, and its mean and variance, if `norm` behind it will take them.
+
+    So a convolution in C++ computes them while its output is in cache:
+
+        y, moments = with_moments(norm, conv, x)
+        y = norm(y, relu=True, moments=moments)
+
+    Args:
+        norm: any layer; one that is no `BatchNorm` of ours, or does not train, takes none.
+        convolve: a layer of `chansel_jax.conv`, or what ends with one; all others have none.
+        x: its input.
+    """
+    if not isinstance(norm, BatchNorm) or norm.use_running_average is not False:
+        return convolve(x), None
+    with finding_moments() as found:
+        y = convolve(x)
+    return y, next((moments for output, moments in found if output is y), None)

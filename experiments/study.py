@@ -22,7 +22,7 @@ from experiments.reporting import machine, report
 from experiments.studies import STUDIES
 from experiments.studies.runs import check_runs_output, image_digests
 from experiments.studies.study import Study
-from experiments.studies.sweep import Outcome, run_all
+from experiments.studies.sweep import Outcome, run_all, run_tuned
 from experiments.training.scores import Wanted
 from experiments.training.settings import DataSettings, ReadingSettings, check_seeds
 
@@ -31,10 +31,12 @@ from experiments.training.settings import DataSettings, ReadingSettings, check_s
 class Settings:
     """Runs a study: a small table of trainings, with a picture."""
 
-    name: tyro.conf.Positional[Literal["overfit", "rank", "width", "data"]]
-    """overfit shows what keeps channel selection from fitting; rank compares ranks 1 to 9 with the
-    dense network; width compares widths 16 to 44 with dense networks of equal cost; data compares
-    both convolutions on CIFAR-10 with BSConv's recipe (it takes cifar10 for dog_cat_bird)."""
+    name: tyro.conf.Positional[Literal["overfit", "underfit", "rank", "width", "data"]]
+    """overfit shows what keeps channel selection from fitting; underfit asks whether that is the
+    layer, the number of parameters or the optimiser, at the best learning rate of each network;
+    rank compares ranks 1 to 9 with the dense network; width compares widths 16 to 44 with dense
+    networks of equal cost; data compares both convolutions on CIFAR-10 with BSConv's recipe (it
+    takes cifar10 for dog_cat_bird)."""
     data: DataSettings = DataSettings(dataset="dog_cat_bird")
     reading: ReadingSettings = ReadingSettings()
     epochs: int | None = None
@@ -81,7 +83,10 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
     check_runs_output(output, data, f"study {settings.name}")
     scored = [split for split in chosen.scored if split in image_digests(data)]
     wanted = [Wanted(split, "last") for split in scored]
-    outcomes, diverged = run_all(entries, settings.seeds, output, console, wanted)
+    trained = entries, settings.seeds, output, console, wanted
+    outcomes, diverged = (
+        run_tuned(chosen.tuned_by, *trained) if chosen.tuned_by else run_all(*trained)
+    )
     command, shown = typed("study", settings), table(outcomes, chosen, scored)
     results = {
         "command": command,
@@ -111,7 +116,8 @@ def table(outcomes: Sequence[Outcome], chosen: Study, scored: Collection[str]) -
     if "train" in scored:
         columns["train loss"] = ("plain_train_loss", ".4f")
     for split in scored:
-        columns[f"{split} accuracy"] = (f"plain_{split}_accuracy", ".2%")
+        if split != "validation":  # which has a column already
+            columns[f"{split} accuracy"] = (f"plain_{split}_accuracy", ".2%")
     rows = []
     for outcome in outcomes:
         first = outcome.runs[0].figures

@@ -24,6 +24,7 @@ from chansel_jax.conv import (
     SubspaceChannelSelectionConv,
     unwrapped,
 )
+from chansel_jax.norm import with_moments
 from chansel_jax.ops.window import positive
 
 CONVS = {
@@ -321,7 +322,7 @@ class ResNet(nnx.Module):
         for number, block in enumerate(self.blocks):
             x = _named(f"blocks.{number}", block, x)
         if self.last_norm is not None:
-            x = _rectified("last_norm", self.last_norm, x)
+            x = _normalised("last_norm", self.last_norm, x)
         x = jnp.mean(x, axis=(1, 2))
         x = self.dropout(x, rngs=rngs)
         return _named("classifier", self.classifier, x).astype(jnp.float32)
@@ -333,14 +334,27 @@ def _named(name: str, layer: nnx.Module, x: jax.Array, **how: Any) -> jax.Array:
         return layer(x, **how)
 
 
-def _rectified(
-    name: str, norm: nnx.Module, x: jax.Array, residual: jax.Array | None = None
+def _normalised(
+    name: str,
+    norm: nnx.Module,
+    x: jax.Array,
+    residual: jax.Array | None = None,
+    relu: bool = True,
+    **known: Any,
 ) -> jax.Array:
     """`relu(norm(x) + residual)`, of which our own BatchNorm makes one pass."""
     if isinstance(norm, unwrapped(BatchNorm)):
-        return _named(name, norm, x, residual=residual, relu=True)
+        return _named(name, norm, x, residual=residual, relu=relu, **known)
     y = _named(name, norm, x)
-    return nnx.relu(y if residual is None else y + residual)
+    y = y if residual is None else y + residual
+    return nnx.relu(y) if relu else y
+
+
+def _convolved(layers: nnx.Module, conv: str, norm: str, x: jax.Array, *how: Any) -> jax.Array:
+    """`_normalised` behind a convolution, both by the names that they have in `layers`."""
+    convolve = functools.partial(_named, conv, getattr(layers, conv))
+    y, moments = with_moments(getattr(layers, norm), convolve, x)
+    return _normalised(norm, getattr(layers, norm), y, *how, moments=moments)
 
 
 class Block(nnx.Module):
@@ -364,12 +378,10 @@ class Block(nnx.Module):
         """`(N, H, W, in_channels)` to `(N, H / strides, W / strides, out_channels)`."""
         y = x
         if self.shortcut is not None:
-            x = _named("shortcut", self.shortcut, x)
-            x = _named("shortcut_norm", self.shortcut_norm, x)
+            x = _convolved(self, "shortcut", "shortcut_norm", x, None, False)
         for number in range(1, self.depth + 1):
-            y = _named(f"conv{number}", getattr(self, f"conv{number}"), y)
             residual = x if number == self.depth else None
-            y = _rectified(f"norm{number}", getattr(self, f"norm{number}"), y, residual)
+            y = _convolved(self, f"conv{number}", f"norm{number}", y, residual)
         return y
 
 
@@ -383,7 +395,7 @@ class PreactivationBlock(Block):
         """`(N, H, W, in_channels)` to `(N, H / strides, W / strides, out_channels)`."""
         y = x
         for number in range(1, self.depth + 1):
-            y = _rectified(f"norm{number}", getattr(self, f"norm{number}"), y)
+            y = _normalised(f"norm{number}", getattr(self, f"norm{number}"), y)
             if number == 1 and self.shortcut is not None:
                 x = _named("shortcut", self.shortcut, y)
             y = _named(f"conv{number}", getattr(self, f"conv{number}"), y)
@@ -417,8 +429,9 @@ class SmallStem(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(N, H, W, in_channels)` to `(N, H, W, width)`."""
-        x = _named("conv", self.conv, x)
-        return x if self.norm is None else _rectified("norm", self.norm, x)
+        if self.norm is None:
+            return _named("conv", self.conv, x)
+        return _convolved(self, "conv", "norm", x)
 
 
 class PooledStem(SmallStem):

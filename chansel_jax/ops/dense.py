@@ -86,7 +86,7 @@ def compute(function: late.Function, lowering: str, x: jax.Array, kernel: jax.Ar
         return lax_conv(x, kernel, window, function.options)
     if window.dimensions == 1:
         return native.dense_conv(x[:, None], kernel[None], window.with_rows())[:, 0]
-    return native.dense_conv(x, kernel, window)
+    return native.dense_conv(x, kernel, window, function.moments)
 
 
 def _choose(function: late.Function, place: Place, _: jax.Array, kernel: jax.Array) -> str:

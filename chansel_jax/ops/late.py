@@ -6,11 +6,13 @@ is a JAX primitive here, and the rule that lowers the primitive chooses how it i
 functions are linear in each operand, which makes all derivatives follow from it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +43,8 @@ class Function(NamedTuple):
         window: of the kernels.
         lowering: what was asked for.
         options: beside the window.
+        moments: whether `compute` returns mean and variance of each channel of the output beside
+            it; in two dimensions what is in C++ does.
     """
 
     compute: Callable[..., jax.Array]
@@ -48,6 +52,7 @@ class Function(NamedTuple):
     window: Window
     lowering: str
     options: Options
+    moments: bool = False
 
     def at(self, place: Place) -> Callable[..., jax.Array]:
         """The function as it is computed at a place."""
@@ -56,6 +61,19 @@ class Function(NamedTuple):
             return self.compute(self, self.choose(self, place, *operands), *operands)
 
         return computed
+
+
+_bind: ContextVar[Callable | None] = ContextVar("bind", default=None)
+
+
+@contextlib.contextmanager
+def bound_by(bind: Callable[..., jax.Array]) -> Iterator[None]:
+    """Has `call` take `bind` in the place of this module's, where no sharding is explicit."""
+    token = _bind.set(bind)
+    try:
+        yield
+    finally:
+        _bind.reset(token)
 
 
 def call(function: Function, *operands: jax.Array) -> jax.Array:
@@ -70,16 +88,17 @@ def call(function: Function, *operands: jax.Array) -> jax.Array:
     """
     divided = _divided() if jax.device_count() > 1 else None
 
-    def bound(*operands: jax.Array) -> jax.Array:
-        alike = varying_alike(*operands)
-        return _output.bind(*alike, function=function, levels=(), divided=divided)
-
+    how = {"function": function, "levels": (), "divided": divided}
     sharding = jax.typeof(operands[0]).sharding
     if sharding.spec[0] is None or sharding.mesh.size == 1:
-        return bound(*operands)
+        return (_bind.get() or bind)(*varying_alike(*operands), **how)
     # The axes are explicit, so it is known here how the batch is divided.
     batch = PartitionSpec(sharding.spec[0])
     specs = (batch, *[PartitionSpec()] * (len(operands) - 1))
+
+    def bound(*operands: jax.Array) -> jax.Array:
+        return bind(*varying_alike(*operands), **how)
+
     return jax.shard_map(bound, mesh=sharding.mesh, in_specs=specs, out_specs=batch)(*operands)
 
 
@@ -138,6 +157,11 @@ _output = Primitive("multilinear")
 _tangent = Primitive("multilinear_tangent")
 _gradients = Primitive("multilinear_gradients")
 _gradients.multiple_results = True
+
+
+def bind(*operands: jax.Array, **how: Any) -> jax.Array:
+    """The output, of operands that vary alike."""
+    return _output.bind(*operands, **how)
 
 
 def _compute_output(
@@ -205,7 +229,7 @@ def _shapes(
     return tuple(sizes[level] for level in range(len(levels))), own
 
 
-def _output_type(
+def output_type(
     *arguments: Any,
     function: Function,
     levels: Sequence[Flags],
@@ -241,9 +265,14 @@ def _typed(like: Any, shape: tuple[int, ...], is_mapped: bool) -> Any:
 
 
 def _output_jvp(primals: Sequence, tangents: Sequence, **how: Any) -> tuple[Any, Any]:
+    return _output.bind(*primals, **how), bind_tangent(primals, tangents, **how)
+
+
+def bind_tangent(primals: Sequence, tangents: Sequence, **how: Any) -> Any:
+    """The output's tangent, where those of some operands are zero."""
     which = tuple(type(tangent) is not ad.Zero for tangent in tangents)
     given = [tangent for tangent, has_one in zip(tangents, which, strict=True) if has_one]
-    return _output.bind(*primals, **how), _tangent.bind(*primals, *given, which=which, **how)
+    return _tangent.bind(*primals, *given, which=which, **how)
 
 
 def by_jax(primitive: Primitive, definition: Callable[..., Callable]) -> Callable:
@@ -479,6 +508,11 @@ def definition(equation: JaxprEqn) -> Jaxpr | None:
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
 
 
+def define(primitive: Primitive, compute: Callable) -> None:
+    """Has `definition` take `compute`, of a primitive's operands and parameters."""
+    _COMPUTED_BY[primitive] = lambda _, **how: functools.partial(compute, **how)
+
+
 def always_compile(primitive: Primitive, parameters: Sequence[str]) -> None:
     """Has the primitive compiled wherever it is called, since that is when its lowering is chosen.
 
@@ -513,11 +547,11 @@ _COMPUTED_BY = {
     _tangent: _compute_tangent,
     _gradients: _compute_gradients,
 }
-_register(_output, _compute_output, _output_type, _output_jvp)
+_register(_output, _compute_output, output_type, _output_jvp)
 _register(
     _tangent,
     _compute_tangent,
-    _output_type,
+    output_type,
     by_jax(_tangent, functools.partial(_compute_tangent, ANYWHERE)),
 )
 _register(

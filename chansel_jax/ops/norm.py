@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from chansel_jax.ops import native
 from chansel_jax.ops.late import always_compile, by_jax, place_of, some_of, varying_alike
 from chansel_jax.ops.lowerings import nearest_asked_for
+from chansel_jax.ops.moments import Moments
 
 
 class Form(NamedTuple):
@@ -29,10 +30,13 @@ class Form(NamedTuple):
     Attributes:
         epsilon: is added to the variances.
         relu: whether ReLU follows.
+        known: whether mean and variance of `x` are the last operands; then C++ does not compute
+            them, while XLA, which can do so in another pass over it, does.
     """
 
     epsilon: float
     relu: bool
+    known: bool = False
 
 
 def batch_norm(
@@ -43,6 +47,7 @@ def batch_norm(
     *,
     relu: bool = False,
     epsilon: float = 1e-5,
+    moments: Moments | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`relu((x - mean) / sqrt(var + epsilon) * scale + bias + residual)`, by the batch's own mean.
 
@@ -57,6 +62,9 @@ def batch_norm(
         residual: of the shape and dtype of `x`; by default nothing is added.
         relu: whether ReLU follows. Default False.
         epsilon: is added to the variances. Default 1e-5.
+        moments: mean and variance of `x`, if they are known already
+            (`chansel_jax.ops.moments.finding_moments`); they are not differentiated, since the
+            derivatives by `x` take account of them.
 
     Returns:
         The output, of the shape and dtype of `x`; and mean and variance `(C,)` of each channel, in
@@ -70,10 +78,11 @@ def batch_norm(
     _check(x, scale, bias, added)
     wide = _dtype_of_sums(x)
     operands = (x, scale.astype(wide), bias.astype(wide), *added)
-    form = Form(float(epsilon), bool(relu))
+    known = _known(x, moments)
+    form = Form(float(epsilon), bool(relu), bool(known))
     if nearest_asked_for(("auto", "lax")) == "lax" or _is_explicit(x):
-        return tuple(_definition(*operands, form=form))
-    return tuple(_output.bind(*varying_alike(*operands), form=form))
+        return tuple(_definition(*operands, *known, form=form))
+    return tuple(_output.bind(*varying_alike(*operands, *known), form=form))
 
 
 def _check(x: jax.Array, scale: jax.Array, bias: jax.Array, added: Sequence[jax.Array]) -> None:
@@ -92,6 +101,18 @@ def _check(x: jax.Array, scale: jax.Array, bias: jax.Array, added: Sequence[jax.
             )
 
 
+def _known(x: jax.Array, moments: Moments | None) -> Moments | tuple[()]:
+    if moments is None:
+        return ()
+    for name, array in zip(("mean", "variance"), moments, strict=True):
+        if (array.shape, array.dtype) != (x.shape[-1:], _dtype_of_sums(x)):
+            raise ValueError(
+                f"{name} of shape {array.shape} and {array.dtype} in moments must be of "
+                f"{x.shape[-1:]} and {_dtype_of_sums(x)}"
+            )
+    return moments
+
+
 def _dtype_of_sums(x: jax.Array) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)
 
@@ -103,7 +124,7 @@ def _is_explicit(x: jax.Array) -> bool:
 
 
 def _definition(*operands: jax.Array, form: Form) -> list[jax.Array]:
-    x, scale, bias, *added = operands
+    x, scale, bias, *added = operands[: len(operands) - 2 * form.known]
     wide = x.astype(_dtype_of_sums(x))
     axes = tuple(range(x.ndim - 1))
     mean = wide.mean(axes)
@@ -169,14 +190,20 @@ def _xla_gradients(*arguments: jax.Array, form: Form) -> list[jax.Array]:
 
 @jax.named_scope("batch_norm")
 def _native_output(*operands: jax.Array, form: Form) -> list[jax.Array]:
-    return native.batch_norm(*operands, **form._asdict())
+    count = len(operands) - 2 * form.known
+    operands, moments = operands[:count], operands[count:]
+    how = {"epsilon": form.epsilon, "relu": form.relu}
+    return native.batch_norm(*operands, moments=moments, **how)
 
 
 @jax.named_scope("batch_norm")
 def _native_gradients(*arguments: jax.Array, form: Form) -> list[jax.Array]:
     *operands, y, mean, variance, dy = arguments
     return native.batch_norm_gradients(
-        *operands[:3], y, mean, variance, dy, **form._asdict(), residual=len(operands) > 3
+        *(*operands[:3], y, mean, variance, dy),
+        epsilon=form.epsilon,
+        relu=form.relu,
+        residual=len(operands) > 3,
     )
 
 
@@ -205,6 +232,8 @@ def _gradient_types(*arguments: Any, form: Form) -> list[Any]:
 
 def _output_jvp(primals: Sequence, tangents: Sequence, form: Form) -> tuple[list, list]:
     results = _output.bind(*primals, form=form)
+    count, form = len(primals) - 2 * form.known, form._replace(known=False)
+    primals, tangents = primals[:count], tangents[:count]
     which = tuple(type(tangent) is not ad.Zero for tangent in tangents)
     given = [tangent for tangent, has_one in zip(tangents, which, strict=True) if has_one]
     found = _tangent.bind(*primals, *results, *given, form=form, which=which)

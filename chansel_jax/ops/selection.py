@@ -104,7 +104,7 @@ def _compute(
         if window.dimensions == 1:
             rows = x[:, None], pointwise, depthwise[None], window.with_rows()
             return native.channel_selection(*rows)[:, 0]
-        return native.channel_selection(x, pointwise, depthwise, window)
+        return native.channel_selection(x, pointwise, depthwise, window, function.moments)
     sums = weighted_sums(x, pointwise, options)
     return depthwise_part.convolve(sums, depthwise, window, lowering, options)
 

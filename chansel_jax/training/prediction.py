@@ -78,6 +78,7 @@ class Scores:
         top5_accuracy: share of the images whose class is among the five most probable ones; of
             classes that are equally probable the first counts as the more probable, as it does in
             `accuracy`.
+        predictions: `(N,)` int64; the most probable class of each image, the first of equals.
         confusion: `(C, C)` int64; images of class i (row) taken for class j (column).
         precision: `(C,)` float64; of the images taken for a class, the share that are of it; NaN
             where none is.
@@ -87,6 +88,7 @@ class Scores:
     loss: float
     accuracy: float
     top5_accuracy: float
+    predictions: np.ndarray
     confusion: np.ndarray
     precision: np.ndarray
     recall: np.ndarray
@@ -119,6 +121,7 @@ def scores(probabilities: np.ndarray, labels: np.ndarray) -> Scores:
         loss=float(-np.log(likelihoods.astype(np.float64)).mean()),
         accuracy=float(correct.sum() / count),
         top5_accuracy=float((more_probable < 5).mean()),
+        predictions=taken_for,
         confusion=confusion,
         precision=precision,
         recall=recall,

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.studies.study import Study
-from experiments.studies.sweep import Outcome
+from experiments.studies.sweep import Outcome, changed
 from experiments.training.settings import RECIPES, DataSettings, Settings
 
 FEW = 512
@@ -73,18 +73,6 @@ def note(epochs: int) -> str:
         f"epochs, {FEW_EPOCHS_FACTOR * epochs} for `--epochs={epochs}`, because an epoch of so few "
         f"images has {steps} steps."
     )
-
-
-def changed(settings: Any, changes: Mapping[str, Any]) -> Any:
-    """`settings` with the named values, wherever in it they are."""
-    new = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if field.name in changes:
-            new[field.name] = changes[field.name]
-        elif dataclasses.is_dataclass(value):
-            new[field.name] = changed(value, changes)
-    return dataclasses.replace(settings, **new)
 
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:

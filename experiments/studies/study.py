@@ -21,6 +21,9 @@ class Study:
         dataset: its images where none are asked for.
         scored: splits, where there are such images, on which the last checkpoint is measured:
             plain images, without dropout.
+        tuned_by: the figure by which the best learning rate of each network is chosen, from the
+            first seed, if its entries are those of `at_rates`; further seeds are trained at this
+            rate only.
         published: rows to compare with: label, parameters, accuracy.
         published_note: where they are from.
         note: a sentence for the report on trainings of a number of epochs, if there is more to say.
@@ -32,6 +35,7 @@ class Study:
     draw: Callable[[Sequence[Outcome]], Figure]
     dataset: str = "dog_cat_bird"
     scored: Sequence[str] = ()
+    tuned_by: str | None = None
     published: Sequence[tuple[str, str, str]] = ()
     published_note: str = ""
     note: Callable[[int], str] = lambda epochs: ""

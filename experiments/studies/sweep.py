@@ -6,6 +6,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 from matplotlib.axes import Axes
@@ -19,6 +20,7 @@ from experiments.training.scores import Wanted
 from experiments.training.settings import Settings, build_network
 
 NAME_FORMAT = "CONV[-wWIDTH][-rRANK]"
+AT_RATE = " at "  # between the label of an entry and its learning rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,29 @@ def run_all(
     return [Outcome(label, runs) for label, runs in done.items() if runs], diverged
 
 
+def run_tuned(
+    figure: str,
+    entries: Mapping[str, Settings],
+    seeds: Sequence[int],
+    output: Path,
+    console: Console,
+    wanted: Sequence[Wanted] = (),
+) -> tuple[list[Outcome], list[str]]:
+    """`run_all` of entries `at_rates`: from further seeds than the first at the best rates only.
+
+    Args:
+        figure: by which a rate is best, as in `best_rates`; the others are as in `run_all`.
+    """
+    outcomes, diverged = run_all(entries, seeds[:1], output, console, wanted)
+    if seeds[1:]:
+        best = {outcome.label: entries[outcome.label] for outcome in best_rates(outcomes, figure)}
+        further, lost = run_all(best, seeds[1:], output, console, wanted)
+        runs = {outcome.label: outcome.runs for outcome in further}
+        outcomes = [Outcome(o.label, [*o.runs, *runs.get(o.label, ())]) for o in outcomes]
+        diverged += lost
+    return outcomes, diverged
+
+
 def check_networks(entries: Mapping[str, Settings]) -> None:
     """Raises `CommandError` if a network cannot be built; before anything long begins."""
     for label, settings in entries.items():
@@ -135,6 +160,41 @@ def entries(names: Sequence[str], settings: Settings) -> dict[str, Settings]:
         ValueError: if a name is none.
     """
     return {name: named(name, settings) for name in names}
+
+
+def changed(settings: Any, changes: Mapping[str, Any]) -> Any:
+    """`settings` with the named values, wherever in it they are."""
+    new = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in changes:
+            new[field.name] = changes[field.name]
+        elif dataclasses.is_dataclass(value):
+            new[field.name] = changed(value, changes)
+    return dataclasses.replace(settings, **new)
+
+
+def at_rates(entries: Mapping[str, Settings], rates: Sequence[float]) -> dict[str, Settings]:
+    """Every entry at every learning rate, which its label names; `best_rates` chooses of them."""
+    return {
+        f"{label}{AT_RATE}{rate:g}": changed(settings, {"learning_rate": rate})
+        for label, settings in entries.items()
+        for rate in rates
+    }
+
+
+def best_rates(outcomes: Sequence[Outcome], figure: str) -> list[Outcome]:
+    """Of outcomes that differ in their learning rate alone the best, by the first seed's figure.
+
+    Args:
+        outcomes: with labels of `at_rates`.
+        figure: its name; of a loss the lowest is best, of an accuracy the highest.
+    """
+    sign = -1 if figure.endswith("accuracy") else 1
+    best: dict[str, Outcome] = {}
+    for outcome in sorted(outcomes, key=lambda each: sign * each.values(figure)[0]):
+        best.setdefault(outcome.label.partition(AT_RATE)[0], outcome)
+    return [outcome for outcome in outcomes if outcome in best.values()]
 
 
 def draw_outcomes(

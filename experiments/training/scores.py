@@ -32,6 +32,7 @@ class Evaluation(TypedDict):
     recall: Sequence[float | None]
     confusion: Sequence[Sequence[int]]
     top5_accuracy: NotRequired[float]  # where the classes are many
+    predictions: NotRequired[Sequence[int]]  # the class that each image is taken for; newer files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,7 @@ def measure(
         "precision": share_or_none(found.precision),
         "recall": share_or_none(found.recall),
         "confusion": found.confusion.tolist(),
+        "predictions": found.predictions.tolist(),
         **top5,
     }
     output.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import ctypes
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ import numpy as np
 
 from chansel_jax.ops.window import Pair, Window
 
-DTYPES = ("float32", "float64", "bfloat16")
+EXACT_DTYPES = ("float32", "float64")  # of whose results nothing is rounded before it is stored
+DTYPES = (*EXACT_DTYPES, "bfloat16")
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 MOST_NUMBERS = 2**48
 MOST_LANES = 16  # of a vector
@@ -61,8 +62,12 @@ def limit_instruction_set(most: str = INSTRUCTION_SETS[-1]) -> None:
 
 
 def channel_selection(
-    x: jax.Array, pointwise: jax.Array, depthwise: jax.Array, window: Window
-) -> jax.Array:
+    x: jax.Array,
+    pointwise: jax.Array,
+    depthwise: jax.Array,
+    window: Window,
+    moments: bool = False,
+) -> jax.Array | list[jax.Array]:
     """`chansel_jax.ops.selection.channel_selection` in C++; all arrays are of one of `DTYPES`.
 
     Sums are taken in float32 where the dtype is bfloat16. Reverse-mode derivatives, once; neither
@@ -70,6 +75,9 @@ def channel_selection(
     whole: `chansel_jax.ops.late` adds what is missing. Under `jax.vmap` it runs once for each
     element. A window may need more memory than there is: a tile has as many columns as the padded
     image.
+
+    With `moments` the output comes with mean and variance `(C_out,)` of its channels, and without
+    any derivative; then the dtype is one of `EXACT_DTYPES`.
 
     Raises:
         ValueError: if the dtypes differ or are none of `DTYPES`, the window does not fit, or it is
@@ -79,13 +87,26 @@ def channel_selection(
         TypeError: under `jax.jvp`, and for second derivatives.
     """
     x, window = _canonical(x, (pointwise, depthwise), pointwise.shape, window)
+    if moments:
+        return _forward("chansel_forward", window, x, pointwise, depthwise, moments=True)
     return _channel_selection(window, x, pointwise, depthwise)
 
 
-def dense_conv(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+def dense_conv(
+    x: jax.Array, kernel: jax.Array, window: Window, moments: bool = False
+) -> jax.Array | list[jax.Array]:
     """`chansel_jax.ops.dense.dense_conv` in C++; all else as for `channel_selection`."""
     x, window = _canonical(x, (kernel,), kernel.shape[2:], window)
+    if moments:
+        return _forward("chansel_dense_forward", window, x, kernel, moments=True)
     return _dense_conv(window, x, kernel)
+
+
+def moments(x: jax.Array) -> list[jax.Array]:
+    """Mean and variance `(C,)` of the channels of `x` `(..., C)`, of one of `EXACT_DTYPES`."""
+    _compiled()
+    of_channels = jax.ShapeDtypeStruct(x.shape[-1:], x.dtype)
+    return jax.ffi.ffi_call("chansel_moments", [of_channels, of_channels])(x)
 
 
 def batch_norm(
@@ -93,19 +114,22 @@ def batch_norm(
     scale: jax.Array,
     bias: jax.Array,
     residual: jax.Array | None = None,
+    moments: Sequence[jax.Array] = (),
     *,
     relu: bool,
     epsilon: float,
 ) -> list[jax.Array]:
     """`chansel_jax.ops.norm.batch_norm` in C++, without any derivative.
 
-    `scale` and `bias` are of the dtype of the statistics, that of `x` one of `DTYPES`.
+    `scale`, `bias` and, if they are given, `moments` are of the dtype of the statistics, that of
+    `x` one of `DTYPES`.
     """
     _compiled()
     results = [_like(x), _like(scale), _like(scale)]
     call = jax.ffi.ffi_call("chansel_norm_forward", results)
     residual = _nothing(x) if residual is None else residual
-    return call(x, scale, bias, residual, epsilon=np.float64(epsilon), relu=relu)
+    known = moments or [_nothing(scale)] * 2
+    return call(x, scale, bias, residual, *known, epsilon=np.float64(epsilon), relu=relu)
 
 
 def batch_norm_gradients(
@@ -206,10 +230,15 @@ def _dense_gradients(window, x, kernel, dy):
     )
 
 
-def _forward(name: str, window: Window, x: jax.Array, *kernels: jax.Array) -> jax.Array:
+def _forward(
+    name: str, window: Window, x: jax.Array, *kernels: jax.Array, moments: bool = False
+) -> jax.Array | list[jax.Array]:
     *kernel_size, _, out_channels = kernels[-1].shape
     shape = (x.shape[0], *window.output_size(x.shape[1:3], kernel_size), out_channels)
-    return _call(name, window, jax.ShapeDtypeStruct(shape, x.dtype))(x, *kernels)
+    y = jax.ShapeDtypeStruct(shape, x.dtype)
+    moment = jax.ShapeDtypeStruct((out_channels if moments else 0,), x.dtype)
+    found = _call(name, window, [y, moment, moment])(x, *kernels)
+    return found if moments else found[0]
 
 
 def _call(name: str, window: Window, like: Any) -> Callable:
@@ -261,6 +290,7 @@ def _library() -> ctypes.CDLL | str:
         ("chansel_dense_forward", library.ChanselDenseForward),
         ("chansel_dense_data_gradient", library.ChanselDenseDataGradient),
         ("chansel_dense_kernel_gradient", library.ChanselDenseKernelGradient),
+        ("chansel_moments", library.ChanselMoments),
         ("chansel_norm_forward", library.ChanselNormForward),
         ("chansel_norm_backward", library.ChanselNormBackward),
     ):

@@ -54,21 +54,33 @@ class DenseLayer {
     return std::clamp(rows, std::min<int64_t>(4, g.h), g.h);
   }
 
-  // y[:, first:end] of one image.
-  void Forward(const S* x, const C* panels, int64_t first, int64_t end, S* y) const {
+  // y[:, first:end] of one image, and their differences unless `moments` is null.
+  void Forward(const S* x, const C* panels, int64_t first, int64_t end, S* y,
+               Differences<C>* moments) const {
     Scratch<C>& scratch = ThreadScratch<C>();
     const C* tile = FillImage(x, first, end, scratch);
-    WriteRows<S, C>(
-        (end - first) * g.out_w, g.out, padded_out, g.n * g.OutputSize() * sizeof(S),
-        scratch.line, y + first * g.out_w * g.out, [&](C* lines, auto streamed) {
-          ForPanels<C>(padded_out, [&](auto vectors, int64_t c) {
-            for (int64_t i = 0; i < end - first; ++i) {
-              ProductPanel<kSums / vectors, vectors, streamed>(
-                  OutputRuns(tile + i * g.stride_h * tile_width * g.in), 0, g.out_w,
-                  panels + c * taps * g.in, lines + i * g.out_w * padded_out + c, padded_out);
-            }
-          });
-        });
+    const int64_t pixels = (end - first) * g.out_w;
+    auto compute = [&](C* lines, auto streamed, auto wanted) {
+      ForPanels<C>(padded_out, [&](auto vectors, int64_t c) {
+        const C* panel = panels + c * taps * g.in;
+        C* near = nullptr;
+        if constexpr (decltype(wanted)::value) {
+          near = moments->near.data() + c;
+          ProductBlock<1, vectors, false>(OutputRuns(tile), 0, panel, near, padded_out);
+        }
+        for (int64_t i = 0; i < end - first; ++i) {
+          ProductPanel<kSums / vectors, vectors, streamed, wanted>(
+              OutputRuns(tile + i * g.stride_h * tile_width * g.in), 0, g.out_w, panel,
+              lines + i * g.out_w * padded_out + c, padded_out, near);
+        }
+      });
+    };
+    WriteRows<S, C>(pixels, g.out, padded_out, g.n * g.OutputSize() * sizeof(S), scratch.line,
+                    y + first * g.out_w * g.out, [&](C* lines, auto streamed) {
+                      if (!moments || !pixels) return compute(lines, streamed, std::false_type());
+                      moments->pixels = pixels;
+                      compute(lines, streamed, std::true_type());
+                    });
   }
 
   // dx[:, first:end] of one image.
@@ -124,6 +136,7 @@ class DenseLayer {
   }
 
   int64_t KernelSize() const { return taps * g.in * padded_out; }
+  int64_t PaddedOut() const { return padded_out; }
 
   void StoreKernel(const C* from, S* to) const {
     for (int64_t k = 0; k < taps * g.in; ++k, from += padded_out) {
@@ -183,16 +196,20 @@ class DenseLayer {
   const int64_t padded_in, padded_out, taps, tile_width, gradient_left, gradient_width;
 };
 
+// y, and unless `mean` is null the mean and variance of its channels.
 template <typename S, typename C>
-void DenseForward(const Geometry& g, const S* x, const S* kernel, S* y, const Parallel& parallel) {
+void DenseForward(const Geometry& g, const S* x, const S* kernel, S* y, C* mean, C* variance,
+                  const Parallel& parallel) {
   const DenseLayer<S, C> layer(g);
   const Buffer<C> panels = layer.Panels(kernel);
   const RowUnits units{g.n, g.out_h, layer.OutputRowsPerUnit(kTileBytes)};
+  std::vector<Differences<C>> moments(mean ? units.Count() : 0, Differences<C>(layer.PaddedOut()));
   parallel(units.Count(), [&](int64_t unit) {
     auto [image, first, end] = units.At(unit);
     layer.Forward(x + image * g.InputSize(), panels.data(), first, end,
-                  y + image * g.OutputSize());
+                  y + image * g.OutputSize(), mean ? &moments[unit] : nullptr);
   });
+  if (mean) StoreMoments(moments, g.out, mean, variance);
 }
 
 template <typename S, typename C>

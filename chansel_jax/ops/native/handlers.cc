@@ -356,6 +356,16 @@ Geometry MakeGeometry(const ffi::AnyBuffer& x, const ffi::AnyBuffer& kernel, int
           ys[1], ys[2], strides[0], strides[1], padding[0], padding[1], dilation[0], dilation[1]};
 }
 
+// Mean and variance are wanted where they are not empty; then they are (channels) of the sums' dtype.
+bool MomentsFit(const ffi::AnyBuffer& y, const ffi::AnyBuffer& mean,
+                const ffi::AnyBuffer& variance) {
+  auto dtype = y.element_type(), sums = dtype == ffi::BF16 ? ffi::F32 : dtype;
+  auto fits = [&](const ffi::AnyBuffer& each) {
+    return each.element_type() == sums && int64_t(each.element_count()) == y.dimensions()[3];
+  };
+  return mean.element_count() + variance.element_count() == 0 || (fits(mean) && fits(variance));
+}
+
 // What keeps the kernels within the buffers; the sizes of y follow from the window in Python.
 bool Fit(const ffi::AnyBuffer& x, const ffi::AnyBuffer& pointwise, const ffi::AnyBuffer& depthwise,
          const ffi::AnyBuffer& y) {
@@ -394,17 +404,27 @@ S* Data(const ffi::AnyBuffer& buffer) {
   return static_cast<S*>(buffer.untyped_data());
 }
 
+// Null of an empty one.
+template <typename S>
+S* DataIfAny(const ffi::AnyBuffer& buffer) {
+  return buffer.element_count() ? Data<S>(buffer) : nullptr;
+}
+
 ffi::Error ForwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer pointwise,
-                          ffi::AnyBuffer depthwise, ffi::Result<ffi::AnyBuffer> y, Numbers strides,
-                          Numbers padding, Numbers dilation) {
-  if (!Fit(x, pointwise, depthwise, *y)) return ffi::Error::InvalidArgument(kMisfit);
+                          ffi::AnyBuffer depthwise, ffi::Result<ffi::AnyBuffer> y,
+                          ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> variance,
+                          Numbers strides, Numbers padding, Numbers dilation) {
+  if (!Fit(x, pointwise, depthwise, *y) || !MomentsFit(*y, *mean, *variance)) {
+    return ffi::Error::InvalidArgument(kMisfit);
+  }
   Geometry g =
       MakeGeometry(x, depthwise, depthwise.dimensions()[2], *y, strides, padding, dilation);
   return ForDtype(x.element_type(), [&](auto storage, auto compute) {
     using S = decltype(storage);
     using C = decltype(compute);
     CHANSEL_CALL(SelectionForward<S, C>(g, Data<S>(x), Data<S>(pointwise), Data<S>(depthwise),
-                                        Data<S>(*y), Parallel(pool)));
+                                        Data<S>(*y), DataIfAny<C>(*mean), DataIfAny<C>(*variance),
+                                        Parallel(pool)));
   });
 }
 
@@ -435,14 +455,18 @@ bool DenseFit(const ffi::AnyBuffer& x, const ffi::AnyBuffer& kernel, const ffi::
 }
 
 ffi::Error DenseForwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel,
-                               ffi::Result<ffi::AnyBuffer> y, Numbers strides, Numbers padding,
-                               Numbers dilation) {
-  if (!DenseFit(x, kernel, *y)) return ffi::Error::InvalidArgument(kDenseMisfit);
+                               ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> mean,
+                               ffi::Result<ffi::AnyBuffer> variance, Numbers strides,
+                               Numbers padding, Numbers dilation) {
+  if (!DenseFit(x, kernel, *y) || !MomentsFit(*y, *mean, *variance)) {
+    return ffi::Error::InvalidArgument(kDenseMisfit);
+  }
   Geometry g = MakeGeometry(x, kernel, 1, *y, strides, padding, dilation);
   return ForDtype(x.element_type(), [&](auto storage, auto compute) {
     using S = decltype(storage);
     using C = decltype(compute);
-    CHANSEL_CALL(DenseForward<S, C>(g, Data<S>(x), Data<S>(kernel), Data<S>(*y), Parallel(pool)));
+    CHANSEL_CALL(DenseForward<S, C>(g, Data<S>(x), Data<S>(kernel), Data<S>(*y),
+                                    DataIfAny<C>(*mean), DataIfAny<C>(*variance), Parallel(pool)));
   });
 }
 
@@ -498,21 +522,39 @@ bool NormFit(const ffi::AnyBuffer& x, Buffers of_pixels, Buffers optional, Buffe
          std::all_of(of_channels.begin(), of_channels.end(), is_of_channels);
 }
 
+ffi::Error MomentsHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> mean,
+                          ffi::Result<ffi::AnyBuffer> variance) {
+  if (!NormFit(x, {}, {}, {&*mean, &*variance})) return ffi::Error::InvalidArgument(kNormMisfit);
+  int64_t channels = mean->element_count(), pixels = x.element_count() / channels;
+  return ForDtype(x.element_type(), [&](auto storage, auto compute) {
+    using S = decltype(storage);
+    using C = decltype(compute);
+    CHANSEL_CALL(Moments<S, C>(pixels, channels, Data<S>(x), Data<C>(*mean), Data<C>(*variance),
+                               Parallel(pool)));
+  });
+}
+
 ffi::Error NormForwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale,
                               ffi::AnyBuffer bias, ffi::AnyBuffer residual,
+                              ffi::AnyBuffer known_mean, ffi::AnyBuffer known_variance,
                               ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> mean,
                               ffi::Result<ffi::AnyBuffer> variance, double epsilon, bool relu) {
-  if (!NormFit(x, {&*y}, {&residual}, {&scale, &bias, &*mean, &*variance})) {
+  const bool known = known_mean.element_count() || known_variance.element_count();
+  if (!NormFit(x, {&*y}, {&residual}, {&scale, &bias, &*mean, &*variance}) ||
+      (known && !NormFit(x, {}, {}, {&known_mean, &known_variance}))) {
     return ffi::Error::InvalidArgument(kNormMisfit);
   }
   int64_t channels = scale.element_count(), pixels = x.element_count() / channels;
   return ForDtype(x.element_type(), [&](auto storage, auto compute) {
     using S = decltype(storage);
     using C = decltype(compute);
-    const S* added = residual.element_count() ? Data<S>(residual) : nullptr;
+    if (known) {
+      std::copy_n(Data<C>(known_mean), channels, Data<C>(*mean));
+      std::copy_n(Data<C>(known_variance), channels, Data<C>(*variance));
+    }
     CHANSEL_CALL(NormForward<S, C>(pixels, channels, C(epsilon), relu, Data<S>(x), Data<C>(scale),
-                                   Data<C>(bias), added, Data<S>(*y), Data<C>(*mean),
-                                   Data<C>(*variance), Parallel(pool)));
+                                   Data<C>(bias), DataIfAny<S>(residual), known, Data<S>(*y),
+                                   Data<C>(*mean), Data<C>(*variance), Parallel(pool)));
   });
 }
 
@@ -531,11 +573,10 @@ ffi::Error NormBackwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyB
   return ForDtype(x.element_type(), [&](auto storage, auto compute) {
     using S = decltype(storage);
     using C = decltype(compute);
-    S* to_residual = dresidual->element_count() ? Data<S>(*dresidual) : nullptr;
     CHANSEL_CALL(NormBackward<S, C>(pixels, channels, C(epsilon), relu, Data<S>(x), Data<C>(scale),
                                     Data<C>(bias), Data<S>(y), Data<C>(mean), Data<C>(variance),
                                     Data<S>(dy), Data<S>(*dx), Data<C>(*dscale), Data<C>(*dbias),
-                                    to_residual, Parallel(pool)));
+                                    DataIfAny<S>(*dresidual), Parallel(pool)));
   });
 }
 
@@ -570,7 +611,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselForward, chansel::ForwardHandler,
                                   .Arg<ffi::AnyBuffer>()  // x
                                   .Arg<ffi::AnyBuffer>()  // pointwise
                                   .Arg<ffi::AnyBuffer>()  // depthwise
-                                  .Ret<ffi::AnyBuffer>()));  // y
+                                  .Ret<ffi::AnyBuffer>()  // y
+                                  .Ret<ffi::AnyBuffer>()  // mean, or empty
+                                  .Ret<ffi::AnyBuffer>()));  // variance, or empty
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselBackward, chansel::BackwardHandler,
                               chansel::WithWindow(ffi::Ffi::Bind()
@@ -588,7 +631,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselDenseForward, chansel::DenseForwardHandler,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()  // x
                                   .Arg<ffi::AnyBuffer>()  // kernel
-                                  .Ret<ffi::AnyBuffer>()));  // y
+                                  .Ret<ffi::AnyBuffer>()  // y
+                                  .Ret<ffi::AnyBuffer>()  // mean, or empty
+                                  .Ret<ffi::AnyBuffer>()));  // variance, or empty
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselDenseDataGradient, chansel::DenseDataGradientHandler,
                               chansel::WithWindow(ffi::Ffi::Bind()
@@ -604,6 +649,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselDenseKernelGradient, chansel::DenseKernelGr
                                   .Arg<ffi::AnyBuffer>()  // dy
                                   .Ret<ffi::AnyBuffer>()));  // dkernel
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselMoments, chansel::MomentsHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()  // x
+                                  .Ret<ffi::AnyBuffer>()  // mean
+                                  .Ret<ffi::AnyBuffer>());  // variance
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselNormForward, chansel::NormForwardHandler,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -611,6 +663,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ChanselNormForward, chansel::NormForwardHandler,
                                   .Arg<ffi::AnyBuffer>()  // scale
                                   .Arg<ffi::AnyBuffer>()  // bias
                                   .Arg<ffi::AnyBuffer>()  // residual, or empty
+                                  .Arg<ffi::AnyBuffer>()  // its mean, if it is known, or empty
+                                  .Arg<ffi::AnyBuffer>()  // its variance, likewise
                                   .Ret<ffi::AnyBuffer>()  // y
                                   .Ret<ffi::AnyBuffer>()  // mean
                                   .Ret<ffi::AnyBuffer>()  // variance

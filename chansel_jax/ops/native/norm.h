@@ -95,13 +95,11 @@ C Multiplier(C scale, C variance, C epsilon) {
   return scale / std::sqrt(variance + epsilon);
 }
 
-// y = (x - mean) * multiplier + bias, plus `residual` unless it is null; then ReLU, which leaves
-// what is not a number.
+// Mean and variance of each channel of x.
 template <typename S, typename C>
-void NormForward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S* x, const C* scale,
-                 const C* bias, const S* residual, S* y, C* mean, C* variance,
-                 const Parallel& parallel) {
-  PixelUnits<C> units(pixels, channels);
+void Moments(int64_t pixels, int64_t channels, const S* x, C* mean, C* variance,
+             const Parallel& parallel) {
+  const PixelUnits<C> units(pixels, channels);
   // Differences to the mean of the first unit: sums of squares of large numbers that hardly differ
   // would cancel each other.
   std::vector<double> total(channels, 0.0);
@@ -126,12 +124,21 @@ void NormForward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S
       Store(second_sum + value * value, squares + i);
     });
   });
+  for (int64_t c = 0; c < channels; ++c) {
+    StoreMoments<C>(near[c], sums[c], sums[channels + c], pixels, mean + c, variance + c);
+  }
+}
+
+// y = (x - mean) * multiplier + bias, plus `residual` unless it is null; then ReLU, which leaves
+// what is not a number. Mean and variance are those of x, computed here unless they are `known`.
+template <typename S, typename C>
+void NormForward(int64_t pixels, int64_t channels, C epsilon, bool relu, const S* x, const C* scale,
+                 const C* bias, const S* residual, bool known, S* y, C* mean, C* variance,
+                 const Parallel& parallel) {
+  const PixelUnits<C> units(pixels, channels);
+  if (!known) Moments(pixels, channels, x, mean, variance, parallel);
   Buffer<C> multipliers(channels);
   for (int64_t c = 0; c < channels; ++c) {
-    double shifted = sums[c] / pixels, squares = sums[channels + c] / pixels;
-    mean[c] = C(near[c] + shifted);
-    double difference = squares - shifted * shifted;
-    variance[c] = C(difference < 0 ? 0 : difference);  // what is not a number stays
     multipliers[c] = Multiplier(scale[c], variance[c], epsilon);
   }
   Buffer<C> means = units.Repeated(mean);

@@ -58,6 +58,68 @@ bool Streams(const C* to, int64_t columns, int64_t array_bytes) {
          reinterpret_cast<uintptr_t>(to) % kLineBytes == 0;
 }
 
+// ---------------------------------------------------------------- mean and variance
+
+// For each column of what one unit of work computes: a number near its mean, the sum of the
+// differences to it, and that of their squares. Sums of squares of large numbers that hardly differ
+// would cancel each other.
+template <typename C>
+struct Differences {
+  explicit Differences(int64_t columns) : columns(columns), near(3 * columns, C(0)) {}
+
+  double Sum(int64_t column) const { return near[columns + column]; }
+  double Squares(int64_t column) const { return near[2 * columns + column]; }
+
+  int64_t columns, pixels = 0;
+  Buffer<C> near;  // and the sums behind
+};
+
+// Adds pixels to the sums of the columns whose numbers are from `near` on.
+template <int PIXELS, int VECTORS, typename C>
+CHANSEL_INLINE void AddDifferences(const Vec<C> (&values)[PIXELS][VECTORS], C* near,
+                                   int64_t columns) {
+  CHANSEL_UNROLL
+  for (int v = 0; v < VECTORS; ++v, near += kLanes<C>) {
+    Vec<C> center, sum, squares;
+    Load(near, center);
+    Load(near + columns, sum);
+    Load(near + 2 * columns, squares);
+    CHANSEL_UNROLL
+    for (int p = 0; p < PIXELS; ++p) {
+      const Vec<C> difference = values[p][v] - center;
+      sum += difference;
+      squares += difference * difference;
+    }
+    Store(sum, near + columns);
+    Store(squares, near + 2 * columns);
+  }
+}
+
+// Of so many pixels, from the sums of their differences to `near` and of these differences' squares.
+template <typename C>
+void StoreMoments(double near, double sum, double squares, double pixels, C* mean, C* variance) {
+  const double shifted = sum / pixels, difference = squares / pixels - shifted * shifted;
+  *mean = C(near + shifted);
+  *variance = C(difference < 0 ? 0 : difference);  // what is not a number stays
+}
+
+// Mean and variance of each channel over all units, which are taken in order.
+template <typename C>
+void StoreMoments(const std::vector<Differences<C>>& units, int64_t channels, C* mean,
+                  C* variance) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const double near = units.empty() ? 0 : units[0].near[c];
+    double sum = 0, squares = 0, pixels = 0;
+    for (const Differences<C>& unit : units) {
+      const double apart = unit.near[c] - near, count = unit.pixels;
+      sum += unit.Sum(c) + count * apart;
+      squares += unit.Squares(c) + apart * (2 * unit.Sum(c) + count * apart);
+      pixels += count;
+    }
+    StoreMoments(near, sum, squares, pixels, mean + c, variance + c);
+  }
+}
+
 // A block of sums that are added to at once: as many as the registers hold beside what is added
 // (32 with 64-byte vectors, else 16), and enough for no addition to wait for the one before.
 constexpr int kSums = CHANSEL_VECTOR_BYTES == 64 ? 16 : 8;
@@ -209,10 +271,11 @@ struct Runs {
 template <int VECTORS>
 constexpr bool kWholeLines = VECTORS * CHANSEL_VECTOR_BYTES % kLineBytes == 0;
 
-// out (PIXELS, VECTORS * lanes) = the sum of the runs' products with one panel, from pixel p on.
-template <int PIXELS, int VECTORS, bool STREAMED, typename C>
+// out (PIXELS, VECTORS * lanes) = the sum of the runs' products with one panel, from pixel p on;
+// MOMENTS adds them to the differences of the panel's columns from `near` on.
+template <int PIXELS, int VECTORS, bool STREAMED, bool MOMENTS = false, typename C>
 CHANSEL_INLINE void ProductBlock(const Runs<C>& runs, int64_t p, const C* panel, C* out,
-                                 int64_t out_pitch) {
+                                 int64_t out_pitch, C* near = nullptr) {
   Vec<C> sum[PIXELS][VECTORS] = {};
   const int64_t pitch = runs.pitch;
   for (const Run<C>* run = runs.first; run < runs.first + runs.count; ++run) {
@@ -229,6 +292,7 @@ CHANSEL_INLINE void ProductBlock(const Runs<C>& runs, int64_t p, const C* panel,
       }
     }
   }
+  if constexpr (MOMENTS) AddDifferences<PIXELS, VECTORS>(sum, near, out_pitch);
   CHANSEL_UNROLL
   for (int i = 0; i < PIXELS; ++i) {
     CHANSEL_UNROLL
@@ -239,14 +303,15 @@ CHANSEL_INLINE void ProductBlock(const Runs<C>& runs, int64_t p, const C* panel,
 }
 
 // Pixels p ... pixels - 1, in blocks of PIXELS as long as they last, then of half as many, etc.
-template <int PIXELS, int VECTORS, bool STREAMED, typename C>
+template <int PIXELS, int VECTORS, bool STREAMED, bool MOMENTS = false, typename C>
 CHANSEL_INLINE void ProductPanel(const Runs<C>& runs, int64_t p, int64_t pixels, const C* panel,
-                                 C* out, int64_t out_pitch) {
+                                 C* out, int64_t out_pitch, C* near = nullptr) {
   for (; p + PIXELS <= pixels; p += PIXELS) {
-    ProductBlock<PIXELS, VECTORS, STREAMED>(runs, p, panel, out, out_pitch);
+    ProductBlock<PIXELS, VECTORS, STREAMED, MOMENTS>(runs, p, panel, out, out_pitch, near);
   }
   if constexpr (PIXELS > 1) {
-    ProductPanel<PIXELS / 2, VECTORS, STREAMED>(runs, p, pixels, panel, out, out_pitch);
+    ProductPanel<PIXELS / 2, VECTORS, STREAMED, MOMENTS>(runs, p, pixels, panel, out, out_pitch,
+                                                         near);
   }
 }
 

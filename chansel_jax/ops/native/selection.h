@@ -47,8 +47,10 @@ class SelectionLayer {
     return std::clamp(rows, std::min<int64_t>(4, g.h), g.h);
   }
 
-  // y[:, first:end] of one image. Of the weighted sums, the rows are kept that span one output's.
-  void Forward(const S* x, int64_t first, int64_t end, S* y) const {
+  // y[:, first:end] of one image, and their differences unless `moments` is null. Of the weighted
+  // sums, the rows are kept that span one output's.
+  void Forward(const S* x, int64_t first, int64_t end, S* y, Differences<C>* moments) const {
+    if (g.out_w == 0) return;
     Scratch<C>& scratch = ThreadScratch<C>();
     const int64_t kept = KeptRows(), row_size = tile_width * sums;
     const int64_t top = first * g.stride_h - g.top;
@@ -68,13 +70,23 @@ class SelectionLayer {
       if (first_new < g.h) {
         ahead.Add(x + first_new * g.w * g.in, std::min(kept, g.stride_h) * g.w * g.in);
       }
+      auto compute = [&](C* line, auto streamed, auto wanted) {
+        ForPanels<C>(padded_out, [&](auto vectors, int64_t o) {
+          C* near = nullptr;
+          if constexpr (decltype(wanted)::value) {
+            near = moments->near.data() + o;
+            if (i == first) DepthwiseBlock<1, vectors, false, false>(rows, o, 0, near, nullptr);
+          }
+          DepthwiseRow<vectors, streamed, wanted>(rows, o, ahead, line + o, near);
+        });
+      };
       WriteRows<S, C>(g.out_w, g.out, padded_out, g.n * g.OutputSize() * sizeof(S), scratch.line,
                       y + i * g.out_w * g.out, [&](C* line, auto streamed) {
-                        ForPanels<C>(padded_out, [&](auto vectors, int64_t o) {
-                          DepthwiseRow<vectors, streamed>(rows, o, ahead, line + o);
-                        });
+                        if (!moments) return compute(line, streamed, std::false_type());
+                        compute(line, streamed, std::true_type());
                       });
     }
+    if (moments) moments->pixels = (end - first) * g.out_w;
   }
 
   // dx[:, first:end] of one image, and what these rows add to the gradients of both kernels:
@@ -122,6 +134,7 @@ class SelectionLayer {
 
   int64_t PointwiseSize() const { return g.in * sums; }
   int64_t DepthwiseSize() const { return g.kernel_h * g.kernel_w * sums; }
+  int64_t PaddedOut() const { return padded_out; }
 
   void StorePointwise(const C* from, S* to) const {
     for (int64_t i = 0; i < g.in; ++i) {
@@ -194,20 +207,23 @@ class SelectionLayer {
   }
 
   // One row of outputs, so many vectors of channels from o on, of the rows of sums that it reads.
-  template <int VECTORS, bool STREAMED>
-  void DepthwiseRow(const C* const* rows, int64_t o, Ahead& ahead, C* line) const {
+  template <int VECTORS, bool STREAMED, bool MOMENTS>
+  void DepthwiseRow(const C* const* rows, int64_t o, Ahead& ahead, C* line, C* near) const {
     constexpr int kPixels = kSums / 2 / VECTORS;
     int64_t q = 0;
     for (; q + kPixels <= g.out_w; q += kPixels) {
-      DepthwiseBlock<kPixels, VECTORS, STREAMED>(rows, o, q, line);
+      DepthwiseBlock<kPixels, VECTORS, STREAMED, MOMENTS>(rows, o, q, line, near);
       const Ahead::Lines lines = ahead.Take(kPixels * VECTORS);
       for (int64_t i = 0; i < lines.count; ++i) lines.Ask(i);
     }
-    for (; q < g.out_w; ++q) DepthwiseBlock<1, VECTORS, STREAMED>(rows, o, q, line);
+    for (; q < g.out_w; ++q) {
+      DepthwiseBlock<1, VECTORS, STREAMED, MOMENTS>(rows, o, q, line, near);
+    }
   }
 
-  template <int PIXELS, int VECTORS, bool STREAMED>
-  CHANSEL_INLINE void DepthwiseBlock(const C* const* rows, int64_t o, int64_t q, C* line) const {
+  template <int PIXELS, int VECTORS, bool STREAMED, bool MOMENTS>
+  CHANSEL_INLINE void DepthwiseBlock(const C* const* rows, int64_t o, int64_t q, C* line,
+                                     C* near) const {
     Vec<C> sum[PIXELS][VECTORS] = {};
     for (int64_t r = 0; r < g.rank; ++r) {
       int64_t column = r * padded_out + o;
@@ -229,6 +245,7 @@ class SelectionLayer {
         }
       }
     }
+    if constexpr (MOMENTS) AddDifferences<PIXELS, VECTORS>(sum, near, padded_out);
     CHANSEL_UNROLL
     for (int p = 0; p < PIXELS; ++p) {
       CHANSEL_UNROLL
@@ -322,15 +339,19 @@ class SelectionLayer {
 
 // ---------------------------------------------------------------- all images
 
+// y, and unless `mean` is null the mean and variance of its channels.
 template <typename S, typename C>
 void SelectionForward(const Geometry& g, const S* x, const S* pointwise, const S* depthwise, S* y,
-                      const Parallel& parallel) {
+                      C* mean, C* variance, const Parallel& parallel) {
   const SelectionLayer<S, C> layer(g, pointwise, depthwise);
   const RowUnits units{g.n, g.out_h, layer.OutputRowsPerUnit()};
+  std::vector<Differences<C>> moments(mean ? units.Count() : 0, Differences<C>(layer.PaddedOut()));
   parallel(units.Count(), [&](int64_t unit) {
     auto [image, first, end] = units.At(unit);
-    layer.Forward(x + image * g.InputSize(), first, end, y + image * g.OutputSize());
+    layer.Forward(x + image * g.InputSize(), first, end, y + image * g.OutputSize(),
+                  mean ? &moments[unit] : nullptr);
   });
+  if (mean) StoreMoments(moments, g.out, mean, variance);
 }
 
 template <typename S, typename C>

@@ -1,0 +1,60 @@
+"""Whether channel selection, its few parameters, or the optimiser keeps it from fitting."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.studies.overfit import UNREGULARISED
+from experiments.studies.study import Study
+from experiments.studies.sweep import Outcome, at_rates, best_rates, changed, entries
+from experiments.training.settings import RECIPES, DataSettings, Settings
+
+# `subkernel-w6` has 24,987 parameters, `chansel` 27,363: as many as a dense network comes near it.
+NETWORKS = ("chansel", "subkernel", "subkernel-w6", "chansel-w32", "chansel-r4")
+RATES = (0.005, 0.02, 0.08)
+PLAIN = UNREGULARISED | {"cutout": 0, "label_smoothing": 0.0}
+TUNED_BY = "plain_train_loss"
+
+
+def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
+    """Every network at every rate, with nothing that keeps it from fitting its images."""
+    base = Settings(data=data, training=dataclasses.replace(RECIPES["best"], epochs=epochs))
+    return at_rates(entries(NETWORKS, changed(base, PLAIN)), RATES)
+
+
+def note(epochs: int) -> str:
+    """What was left out, and how the rate was chosen."""
+    return (
+        "Nothing is augmented, dropped, smoothed or decayed. Each network was trained at every "
+        "rate from the first seed, and from the others at the rate of the lowest train loss."
+    )
+
+
+def draw(outcomes: Sequence[Outcome]) -> Figure:
+    """Train loss against epoch of each network at its best rate; the seeds make a band."""
+    picture = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = picture.add_subplot()
+    for outcome in best_rates(outcomes, TUNED_BY):
+        losses = np.array([[row["train_loss"] for row in run.metrics] for run in outcome.runs])
+        epochs = 1 + np.arange(losses.shape[1])
+        (line,) = axes.plot(epochs, losses.mean(axis=0), label=outcome.label, linewidth=1.4)
+        axes.fill_between(
+            epochs, losses.min(axis=0), losses.max(axis=0), alpha=0.25, color=line.get_color()
+        )
+    axes.set(yscale="log", xlabel="epoch", ylabel="train loss, mean over the epoch's steps")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return picture
+
+
+STUDY = Study(
+    question="Is it the layer, the number of parameters or the optimiser that underfits?",
+    epochs=200,
+    entries=settings_of,
+    draw=draw,
+    note=note,
+    scored=("train", "validation"),
+    tuned_by=TUNED_BY,
+)
