@@ -45,6 +45,11 @@ class Dataset:
     splits: dict[str, Split]
 
 
+def with_random_labels(split: Split, seed: int) -> Split:
+    """`split`, in which the images have each other's labels, at random by `seed`."""
+    return Split(split.images, np.random.default_rng(seed).permutation(split.labels))
+
+
 def first_of_each_class(split: Split, count: int, name: str) -> Split:
     """`count` images of `split`, which has that name, in its order, of each class about as many.
 

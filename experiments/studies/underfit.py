@@ -8,20 +8,24 @@ from matplotlib.figure import Figure
 
 from experiments.studies.overfit import UNREGULARISED
 from experiments.studies.study import Study
-from experiments.studies.sweep import Outcome, at_rates, best_rates, changed, entries
+from experiments.studies.sweep import AT_RATE, Outcome, at_rates, best_rates, changed, entries
 from experiments.training.settings import RECIPES, DataSettings, Settings
 
 # `subkernel-w6` has 24,987 parameters, `chansel` 27,363: as many as a dense network comes near it.
 NETWORKS = ("chansel", "subkernel", "subkernel-w6", "chansel-w32", "chansel-r4")
 RATES = (0.005, 0.02, 0.08)
 PLAIN = UNREGULARISED | {"cutout": 0, "label_smoothing": 0.0}
+RANDOM = ", random labels"
 TUNED_BY = "plain_train_loss"
 
 
 def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
     """Every network at every rate, with nothing that keeps it from fitting its images."""
     base = Settings(data=data, training=dataclasses.replace(RECIPES["best"], epochs=epochs))
-    return at_rates(entries(NETWORKS, changed(base, PLAIN)), RATES)
+    plain = changed(base, PLAIN)
+    by_heart = entries(NETWORKS[:3], changed(plain, {"random_labels": True}))
+    by_heart = {f"{name}{RANDOM}": settings for name, settings in by_heart.items()}
+    return at_rates(entries(NETWORKS, plain) | by_heart, RATES)
 
 
 def note(epochs: int) -> str:
@@ -39,10 +43,11 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
     for outcome in best_rates(outcomes, TUNED_BY):
         losses = np.array([[row["train_loss"] for row in run.metrics] for run in outcome.runs])
         epochs = 1 + np.arange(losses.shape[1])
-        (line,) = axes.plot(epochs, losses.mean(axis=0), label=outcome.label, linewidth=1.4)
-        axes.fill_between(
-            epochs, losses.min(axis=0), losses.max(axis=0), alpha=0.25, color=line.get_color()
-        )
+        network = outcome.label.partition(AT_RATE)[0]
+        colour = f"C{NETWORKS.index(network.removesuffix(RANDOM))}"
+        style = {"color": colour, "linestyle": "--" if network.endswith(RANDOM) else "-"}
+        axes.plot(epochs, losses.mean(axis=0), label=outcome.label, linewidth=1.4, **style)
+        axes.fill_between(epochs, losses.min(axis=0), losses.max(axis=0), alpha=0.25, color=colour)
     axes.set(yscale="log", xlabel="epoch", ylabel="train loss, mean over the epoch's steps")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from chansel_jax import data, functional
-from chansel_jax.data.dataset import first_of_each_class
+from chansel_jax.data.dataset import first_of_each_class, with_random_labels
 from chansel_jax.digest import digest
 from chansel_jax.networks.resnet import ResNet
 from chansel_jax.training import devices, step
@@ -244,10 +244,14 @@ def load_data(settings: DataSettings, in_memory: bool = True) -> data.Dataset:
     """
     arguments = dataclasses.asdict(settings)
     wanted = {name: arguments.pop(f"{name}_images") for name in ("train", "validation")}
+    random_labels = arguments.pop("random_labels")
     dataset = data.load(arguments.pop("dataset"), **arguments, in_memory=in_memory)
     few = {
         name: first_of_each_class(dataset.splits[name], count, name)
         for name, count in wanted.items()
         if count is not None
     }
-    return dataclasses.replace(dataset, splits=dataset.splits | few)
+    splits = dataset.splits | few
+    if random_labels:
+        splits["train"] = with_random_labels(splits["train"], settings.split_seed)
+    return dataclasses.replace(dataset, splits=splits)

@@ -106,6 +106,9 @@ class DataSettings:
 
     validation_images: int | None = None
     """Likewise of the validation images."""
+    random_labels: bool = False
+    """The training images have each other's labels, at random, which --split-seed decides: whatever
+    fits them has learned them by heart."""
 
     def __post_init__(self):
         for name in ("train_images", "validation_images"):

@@ -147,6 +147,7 @@ def test_evaluation_is_that_of_the_training(trained, settings, whole, tmp_path, 
     assert found.accuracy == pytest.approx(summary["val_accuracy_at_best"])
     written = json.loads((tmp_path / "evaluation-validation.json").read_text())
     assert written["confusion"] == found.confusion.tolist()
+    assert written["predictions"] == found.predictions.tolist() and len(found.predictions) == 27
     assert written["accuracy"] == found.accuracy and np.sum(written["confusion"]) == 27
     with Image.open(tmp_path / "confusion-validation.png") as picture:
         assert picture.format == "PNG"

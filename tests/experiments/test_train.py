@@ -119,6 +119,22 @@ def test_few_images_of_each_class_train_and_validate(settings, in_memory):
         load_data(many, in_memory)
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_random_labels_are_those_of_the_training_images_in_another_order(settings, in_memory):
+    plain = load_data(settings.data, in_memory).splits
+    found, again, other = (
+        load_data(dataclasses.replace(settings.data, random_labels=True, split_seed=seed)).splits
+        for seed in (0, 0, 1)
+    )
+    train = found["train"].labels
+    np.testing.assert_array_equal(train, again["train"].labels)
+    counts = [np.bincount(splits["train"].labels).tolist() for splits in (plain, found)]
+    assert counts[0] == counts[1]
+    assert (train != plain["train"].labels).any() and (train != other["train"].labels).any()
+    assert found["train"].summary.digest != plain["train"].summary.digest
+    np.testing.assert_array_equal(found["validation"].labels, plain["validation"].labels)
+
+
 def test_missing_library_is_told(settings, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(native, "available", lambda: False)
     monkeypatch.setattr(native, "why_not", lambda: "there is no compiler")

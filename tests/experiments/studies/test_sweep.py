@@ -91,6 +91,31 @@ def test_every_network_from_one_seed_before_the_next(monkeypatch, tmp_path):
     assert not diverged
 
 
+def test_further_seeds_are_trained_at_the_best_rate_only(monkeypatch, tmp_path):
+    """Of two networks at two rates the one is best at the lower, the other at the higher."""
+    losses = {("chansel", 0.01): 1.0, ("chansel", 0.02): 2.0}
+    losses |= {("subkernel", 0.01): 4.0, ("subkernel", 0.02): 3.0}
+    trained = []
+
+    def train(output, name, settings, console, wanted):
+        rate = settings.training.optimization.learning_rate
+        trained.append((settings.conv, rate, settings.seed))
+        return record({"loss": losses[settings.conv, rate], "accuracy": rate})
+
+    monkeypatch.setattr(sweep, "finished", train)
+    entries = sweep.at_rates({"a": Settings(), "b": Settings(conv="subkernel")}, (0.01, 0.02))
+    given = entries, (5, 6, 7), tmp_path, Console(quiet=True)
+    outcomes, _ = sweep.run_tuned("loss", *given)
+    assert trained[4:] == [
+        *(("chansel", 0.01, 6), ("subkernel", 0.02, 6)),
+        *(("chansel", 0.01, 7), ("subkernel", 0.02, 7)),
+    ]
+    lengths = {outcome.label: len(outcome.runs) for outcome in outcomes}
+    assert lengths == {"a at 0.01": 3, "a at 0.02": 1, "b at 0.01": 1, "b at 0.02": 3}
+    best = [outcome.label for outcome in sweep.best_rates(outcomes, "accuracy")]
+    assert best == ["a at 0.02", "b at 0.02"]
+
+
 def test_what_diverges_is_left_out_and_the_rest_trained(monkeypatch, tmp_path):
     def train(output, name, settings, console, wanted):
         if settings.conv == "subkernel" and settings.seed != 9:
