@@ -93,7 +93,7 @@ class BatchNorm(nnx.BatchNorm):
 
 
 def with_moments(
-    norm: nnx.Module, convolve: Callable[[jax.Array], jax.Array], x: jax.Array
+    norm: nnx.Module | None, convolve: Callable[[jax.Array], jax.Array], x: jax.Array
 ) -> tuple[jax.Array, Moments | None]:
     """`convolve(x)`, and its mean and variance, if `norm` behind it will take them.
 
@@ -103,7 +103,7 @@ def with_moments(
         y = norm(y, relu=True, moments=moments)
 
     Args:
-        norm: any layer; one that is no `BatchNorm` of ours, or does not train, takes none.
+        norm: any layer, or None; what is no `BatchNorm` of ours, or does not train, takes none.
         convolve: a layer of `chansel_jax.conv`, or what ends with one; all others have none.
         x: its input.
     """

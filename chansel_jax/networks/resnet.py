@@ -25,6 +25,7 @@ from chansel_jax.conv import (
     unwrapped,
 )
 from chansel_jax.norm import with_moments
+from chansel_jax.ops.moments import Moments
 from chansel_jax.ops.window import positive
 
 CONVS = {
@@ -340,11 +341,11 @@ def _normalised(
     x: jax.Array,
     residual: jax.Array | None = None,
     relu: bool = True,
-    **known: Any,
+    moments: Moments | None = None,
 ) -> jax.Array:
     """`relu(norm(x) + residual)`, of which our own BatchNorm makes one pass."""
     if isinstance(norm, unwrapped(BatchNorm)):
-        return _named(name, norm, x, residual=residual, relu=relu, **known)
+        return _named(name, norm, x, residual=residual, relu=relu, moments=moments)
     y = _named(name, norm, x)
     y = y if residual is None else y + residual
     return nnx.relu(y) if relu else y
@@ -393,12 +394,13 @@ class PreactivationBlock(Block):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(N, H, W, in_channels)` to `(N, H / strides, W / strides, out_channels)`."""
-        y = x
+        y, moments = x, None
         for number in range(1, self.depth + 1):
-            y = _normalised(f"norm{number}", getattr(self, f"norm{number}"), y)
+            y = _normalised(f"norm{number}", getattr(self, f"norm{number}"), y, moments=moments)
             if number == 1 and self.shortcut is not None:
                 x = _named("shortcut", self.shortcut, y)
-            y = _named(f"conv{number}", getattr(self, f"conv{number}"), y)
+            convolve = functools.partial(_named, f"conv{number}", getattr(self, f"conv{number}"))
+            y, moments = with_moments(getattr(self, f"norm{number + 1}", None), convolve, y)
         return x + y
 
 

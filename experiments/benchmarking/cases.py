@@ -5,6 +5,7 @@ memory is that framework's.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,7 +15,21 @@ What = Literal["step", "forward", "layer", "epoch"]
 Dtype = Literal["float32", "tf32", "bfloat16"]
 Framework = Literal["JAX", "PyTorch"]
 Conv = Literal["chansel", "subkernel"]
+NETWORK_FORMAT = "CONV or CONV-wWIDTH, where CONV is chansel or subkernel"
 TorchVariant = Literal["eager", "channels_last", "compiled", "compiled_nhwc", "max_autotune"]
+
+
+def conv_and_width(network: str) -> tuple[Conv, int | None]:
+    """Of a network's name, as `chansel-w32`; the width is None where it is the model's own.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    match = re.fullmatch(r"(chansel|subkernel)(?:-w([1-9]\d{0,5}))?", network)
+    if match is None:
+        raise ValueError(f"convs={network} must be {NETWORK_FORMAT}")
+    conv, width = match.groups()
+    return conv, width and int(width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +104,12 @@ class Contestant:
 
     Attributes:
         framework: JAX or PyTorch.
-        conv: the convolution.
+        conv: the convolution, of a network of another width with that: `conv_and_width`.
         variant: in JAX a lowering, in PyTorch one of `TorchVariant`.
     """
 
     framework: Framework
-    conv: Conv
+    conv: str
     variant: str
 
     @property

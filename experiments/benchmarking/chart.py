@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from experiments.benchmarking.cases import conv_and_width
 from experiments.benchmarking.report import DTYPES, headline, three_digits, unit_of
 
 # By framework and convolution: channel selection is the darker of each pair.
@@ -50,7 +51,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
             axes.set_title(title, fontsize=9, loc="left")
         panels[-1].set_xlabel(f"{unit}, median and 5th to 95th percentile")
     figure.suptitle(f"{headline(results)}\n{results['machine']['device']}", fontsize=11)
-    present = {(bar["framework"], bar["conv"]) for bars in every for bar in bars}
+    present = {_kind(bar) for bars in every for bar in bars}
     handles = [
         Patch(color=c, label=" ".join(kind)) for kind, c in COLOURS.items() if kind in present
     ]
@@ -68,7 +69,7 @@ def draw_bars(axes: Axes, bars: Sequence[Mapping[str, Any]], scale: float) -> No
         axes.barh(
             place,
             limit if cut else median,
-            color=COLOURS[bar["framework"], bar["conv"]],
+            color=COLOURS[_kind(bar)],
             xerr=None if cut else [[median - p5], [p95 - median]],
             error_kw={"ecolor": "0.25", "capsize": 2, "elinewidth": 1},
         )
@@ -79,13 +80,18 @@ def draw_bars(axes: Axes, bars: Sequence[Mapping[str, Any]], scale: float) -> No
             textcoords="offset points",
             ha="right" if cut else "left",
             va="center",
-            color="white" if cut and bar["conv"] == "chansel" else "black",
+            color="white" if cut and "chansel" in _kind(bar) else "black",
             fontsize=8,
         )
     axes.set_yticks(range(len(bars)), [bar["name"] for bar in bars], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, limit)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _kind(bar: Mapping[str, Any]) -> tuple[str, str]:
+    conv, _ = conv_and_width(bar["conv"])
+    return bar["framework"], conv
 
 
 def _longest(bars: Sequence[Mapping[str, Any]]) -> float:

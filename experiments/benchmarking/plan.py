@@ -14,7 +14,6 @@ from chansel_jax.training.optimizer import OptimizerSettings
 from experiments.benchmarking.cases import (
     Case,
     Contestant,
-    Conv,
     Dtype,
     LayerShape,
     Machine,
@@ -22,6 +21,7 @@ from experiments.benchmarking.cases import (
     Task,
     TorchVariant,
     TrainImages,
+    conv_and_width,
 )
 from experiments.benchmarking.contestants.weights import make_weights
 from experiments.benchmarking.rounds import Schedule
@@ -121,20 +121,20 @@ def make_contestants(settings: Settings, machine: Machine, has_torch: bool) -> l
     return contestants
 
 
-def make_lowerings(conv: Conv, settings: Settings, machine: Machine) -> list[str]:
+def make_lowerings(conv: str, settings: Settings, machine: Machine) -> list[str]:
     """Those of a convolution in JAX: those asked for that it has, all, or for epochs the default.
 
     Where it has none of those that are asked for, it is compared in its default one.
     """
-    default = [default_lowering(conv)]
+    default, kind = [default_lowering(conv)], _kind(conv)
     if settings.lowerings == ():
         return []
     if settings.lowerings is not None:
-        chosen = [name for name in settings.lowerings if name in CONVS[conv].LOWERINGS]
+        chosen = [name for name in settings.lowerings if name in kind.LOWERINGS]
         return chosen or default
     if settings.what == "epoch":
         return default
-    return [name for name in CONVS[conv].LOWERINGS if runs_on(name, machine)]
+    return [name for name in kind.LOWERINGS if runs_on(name, machine)]
 
 
 def runs_on(variant: str, machine: Machine) -> bool:
@@ -159,15 +159,15 @@ def make_tasks(
             machine,
             recipe,
             weights[contestant.conv],
-            torch_network(case.model),
+            torch_network(case.model, contestant.conv),
             train_images,
         )
         for contestant in contestants
     ]
 
 
-def torch_network(model: str) -> dict[str, Any]:
-    """What PyTorch's twin of `model` is made with, as plain data."""
+def torch_network(model: str, conv: str = "chansel") -> dict[str, Any]:
+    """What PyTorch's twin of `model`, of the width of `conv`, is made with, as plain data."""
     names = (
         "blocks",
         "width",
@@ -178,7 +178,9 @@ def torch_network(model: str) -> dict[str, Any]:
         "replaced",
         "dropout_rate",
     )
-    return {name: getattr(PRESETS[model], name) for name in names}
+    found = {name: getattr(PRESETS[model], name) for name in names}
+    _, width = conv_and_width(conv)
+    return found | ({"width": width} if width else {})
 
 
 def make_schedule(settings: Settings) -> Schedule:
@@ -210,9 +212,15 @@ def load_train_images(settings: Settings) -> TrainImages | None:
     return TrainImages(split.images, split.labels, summary.mean, summary.std)
 
 
-def default_lowering(conv: Conv) -> str:
+def default_lowering(conv: str) -> str:
     """The lowering of a layer of that convolution that is given none."""
-    return nnx.eval_shape(lambda: CONVS[conv](1, 1, (1, 1), rngs=nnx.Rngs(0))).lowering
+    kind = _kind(conv)
+    return nnx.eval_shape(lambda: kind(1, 1, (1, 1), rngs=nnx.Rngs(0))).lowering
+
+
+def _kind(conv: str) -> type[nnx.Module]:
+    kind, _ = conv_and_width(conv)
+    return CONVS[kind]
 
 
 def model_shapes(case: Case) -> list[LayerShape]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarking.cases import Case
+from experiments.benchmarking.cases import Case, conv_and_width
 from experiments.benchmarking.ceilings import Ceilings
 from experiments.benchmarking.rounds import CaseResult, Schedule, Timing
 from experiments.benchmarking.work import Work
@@ -116,6 +116,11 @@ def ratios(timings: Sequence[Timing], default_lowering: str) -> list[Figures]:
     own = chansel.contestant.name if chansel else ""
     subkernel = fastest("JAX", "subkernel")
     torch_chansel, torch_subkernel = fastest("PyTorch", "chansel"), fastest("PyTorch", "subkernel")
+    wider = {
+        conv: fastest("JAX", conv)
+        for conv in dict.fromkeys(timing.contestant.conv for timing in timings)
+        if conv_and_width(conv)[1]
+    }
     found = {}
     for name, numerator, denominator in [
         (f"{own} / fastest JAX subkernel", chansel, subkernel),
@@ -125,6 +130,7 @@ def ratios(timings: Sequence[Timing], default_lowering: str) -> list[Figures]:
         (f"{own} / JAX chansel grouped", chansel, fastest("JAX", "chansel", "grouped")),
         ("fastest JAX subkernel / fastest PyTorch subkernel", subkernel, torch_subkernel),
         ("PyTorch chansel / subkernel, fastest each", torch_chansel, torch_subkernel),
+        *((f"fastest JAX {conv} / subkernel", each, subkernel) for conv, each in wider.items()),
     ]:
         if numerator and denominator and numerator is not denominator:
             both = numerator.contestant, denominator.contestant

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from chansel_jax.networks.resnet import CONVS, Model
-from experiments.benchmarking.cases import Conv, Dtype, LayerShape, TorchVariant, What
+from experiments.benchmarking.cases import Dtype, LayerShape, TorchVariant, What, conv_and_width
 from experiments.cli.flags import check_different
 
 SHAPE_FORMAT = "SIZExC_INxC_OUTxKERNELxSTRIDE"
@@ -59,8 +59,9 @@ class Settings:
     dtypes: tuple[Dtype, ...] = ()
     """All is computed in each of these; by default in float32, and on GPUs in all three. float32
     forbids TF32, tf32 allows it, bfloat16 keeps the parameters in float32."""
-    convs: tuple[Conv, ...] = ("chansel", "subkernel")
-    """Channel selection, the ordinary dense convolution, or both are timed."""
+    convs: tuple[str, ...] = ("chansel", "subkernel")
+    """Networks with channel selection, the ordinary dense convolution, or both are timed. A name
+    with a width, as chansel-w32, has so many channels in the first stage."""
     lowerings: tuple[str, ...] | None = None
     """JAX's layers are timed in these lowerings, each convolution in those that it has; by default
     in all, with --what=epoch in the default one."""
@@ -99,6 +100,10 @@ class Settings:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be in [0, 2**32)")
         check_different("convs", self.convs, "convolutions")
+        for conv in self.convs:
+            _, width = conv_and_width(conv)
+            if width and self.what == "layer":
+                raise ValueError(f"convs={conv} has no meaning with what=layer: layers have shapes")
         for name in ("shapes", "dtypes", "lowerings", "torch"):
             check_different(name, getattr(self, name) or ())
         if self.lowerings == self.torch == ():

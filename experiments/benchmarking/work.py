@@ -19,7 +19,7 @@ import math
 
 from chansel_jax.counting import chansel_cost, count_network, subkernel_cost
 from chansel_jax.networks.resnet import CONVS, PRESETS, ResNetConfig
-from experiments.benchmarking.cases import Case, Conv
+from experiments.benchmarking.cases import Case, conv_and_width
 
 ELEMENT_BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2}
 PARAMETER_BYTES = 4
@@ -36,7 +36,7 @@ class Work:
     bytes_moved: int
 
 
-def work_of(case: Case, conv: Conv) -> Work:
+def work_of(case: Case, conv: str) -> Work:
     """What one step of `case` takes; in an epoch too, one of its steps."""
     layer = case.layer
     if layer is None:
@@ -63,6 +63,10 @@ def work_of(case: Case, conv: Conv) -> Work:
     )
 
 
-def network_config(case: Case, conv: Conv) -> ResNetConfig:
-    """Of the case's network."""
-    return dataclasses.replace(PRESETS[case.model], conv=CONVS[conv], num_classes=case.num_classes)
+def network_config(case: Case, conv: str) -> ResNetConfig:
+    """Of the case's network, with that convolution, and its width if it names one."""
+    kind, width = conv_and_width(conv)
+    preset = PRESETS[case.model]
+    return dataclasses.replace(
+        preset, conv=CONVS[kind], num_classes=case.num_classes, width=width or preset.width
+    )

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from chansel_jax.counting import count_network
 from chansel_jax.errors import OneLineError
+from chansel_jax.networks.resnet import PRESETS
 from experiments import benchmark
 from experiments.benchmarking import plan, survey
 from experiments.benchmarking.ceilings import Effort
@@ -48,6 +50,32 @@ def run(settings):
     console = Console(file=io.StringIO(), width=120, markup=False)
     results = benchmark.benchmark(settings, console)
     return results, console.file.getvalue()
+
+
+def test_networks_of_several_widths_are_compared_with_one(surveyed, tmp_path):
+    settings = Settings(
+        **TINY,
+        image_size=8,
+        convs=("subkernel", "chansel-w3"),
+        lowerings=("auto",),
+        torch=("eager",),
+        output=tmp_path / "results",
+    )
+    results, printed = run(settings)
+    (case,) = results["cases"]
+    names = {each["name"] for each in case["contestants"]}
+    assert names == {
+        f"{framework} {conv} {variant}"
+        for framework, variant in (("JAX", "auto"), ("PyTorch", "eager"))
+        for conv in settings.convs
+    }
+    assert case["work"]["subkernel"]["parameters"] == 174_787
+    narrow = sum(
+        row.parameters
+        for row in count_network(dataclasses.replace(PRESETS["resnet14"], width=3), 32)
+    )
+    assert case["work"]["chansel-w3"]["parameters"] == narrow < 27_363
+    assert "JAX chansel-w3 auto / JAX subkernel auto" in printed
 
 
 def test_step_is_compared_timed_and_written(surveyed, tmp_path):

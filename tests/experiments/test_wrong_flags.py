@@ -222,6 +222,8 @@ WRONG = [
     ("benchmark", "--convs=", "--convs= must be different convolutions, at least one"),
     ("benchmark", "--lowerings=quick", "--lowerings=quick may name "),
     ("benchmark", "--torch=slow", "--torch: no type matching"),
+    ("benchmark", "--convs=dense", "--convs=dense must be CONV or CONV-w"),
+    ("benchmark", "--what=layer --convs=chansel-w8", "--convs=chansel-w8 has no meaning with "),
     ("benchmark", "--convs=chansel,chansel", "--convs=chansel,chansel must be different"),
     ("benchmark", "--dtypes=float32,float32", "--dtypes=float32,float32 must be different values"),
     ("benchmark", "--lowerings=lax,lax", "--lowerings=lax,lax must be different values"),

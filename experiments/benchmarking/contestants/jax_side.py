@@ -33,6 +33,7 @@ from experiments.benchmarking.cases import (
     Machine,
     Recipe,
     Task,
+    conv_and_width,
     image_batch,
     layer_batch,
 )
@@ -59,7 +60,8 @@ def make_runner(task: Task) -> Runner:
 
 def conv_of(contestant: Contestant) -> Callable[..., nnx.Module]:
     """The convolution, called as `nnx.Conv` is."""
-    return functools.partial(CONVS[contestant.conv], lowering=contestant.variant)
+    kind, _ = conv_and_width(contestant.conv)
+    return functools.partial(CONVS[kind], lowering=contestant.variant)
 
 
 def make_network(task: Task) -> ResNet:

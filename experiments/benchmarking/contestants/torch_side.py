@@ -23,6 +23,7 @@ from experiments.benchmarking.cases import (
     Recipe,
     Task,
     TorchVariant,
+    conv_and_width,
     image_batch,
     layer_batch,
 )
@@ -98,7 +99,8 @@ def make_adamw(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 def make_module(task: Task) -> nn.Module:
     """The network, without dropout where outputs are compared, or the layer; weights follow."""
-    case, conv, arguments = task.case, task.contestant.conv, dict(task.torch_network)
+    case, arguments = task.case, dict(task.torch_network)
+    conv, _ = conv_and_width(task.contestant.conv)
     if case.layer is None:
         if case.what != "epoch":
             arguments["dropout_rate"] = 0.0

@@ -7,16 +7,16 @@ from flax import nnx
 
 from chansel_jax.networks.resnet import ResNet, ResNetConfig
 from chansel_jax.torch_weights import to_numpy
-from experiments.benchmarking.cases import Case, Conv
+from experiments.benchmarking.cases import Case
 from experiments.benchmarking.work import network_config
 
 
-def make_weights(case: Case, conv: Conv) -> dict[str, np.ndarray]:
+def make_weights(case: Case, conv: str) -> dict[str, np.ndarray]:
     """What `case` initialises a contestant of `conv` with."""
     return network_weights(case, conv) if case.layer is None else layer_weights(case, conv)
 
 
-def network_weights(case: Case, conv: Conv) -> dict[str, np.ndarray]:
+def network_weights(case: Case, conv: str) -> dict[str, np.ndarray]:
     """A network's, with the variances the library initialises with.
 
     But biases, scales and running statistics differ from each other and from 0 and 1, or a mistake
@@ -49,7 +49,7 @@ def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.asarray(np.zeros(leaf.shape, leaf.dtype))
 
 
-def layer_weights(case: Case, conv: Conv) -> dict[str, np.ndarray]:
+def layer_weights(case: Case, conv: str) -> dict[str, np.ndarray]:
     """A single layer's, normal, each kernel scaled by its inputs."""
     layer, rng = case.layer, np.random.default_rng(case.seed)
     window = (layer.kernel_size, layer.kernel_size)
