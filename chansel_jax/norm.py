@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
@@ -56,17 +57,29 @@ class BatchNorm(nnx.BatchNorm):
             y = y + residual.astype(y.dtype)
         return nnx.relu(y) if relu else y
 
-    def _is_usual(self, x: jax.Array) -> bool:
+    @property
+    def takes_moments(self) -> bool:
+        """Whether mean and variance of its input, by `with_moments`, are of use as it is now."""
+        computed = (self.dtype,) if self.dtype is not None else ()
+        exact = all(jnp.dtype(dtype) in (jnp.float32, jnp.float64) for dtype in computed)
+        return self.use_running_average is False and self._is_usual_layer() and exact
+
+    def _is_usual_layer(self) -> bool:
         return (
-            self.axis in (-1, x.ndim - 1)
-            and x.ndim > 1
-            and x.size > 0
-            and self.scale is not None
+            self.scale is not None
             and self.bias is not None
             and self.axis_name is None
             and self.use_fast_variance
             and self.promote_dtype is dtypes.promote_dtype
             and isinstance(self.epsilon, float | int)
+        )
+
+    def _is_usual(self, x: jax.Array) -> bool:
+        return (
+            self._is_usual_layer()
+            and self.axis in (-1, x.ndim - 1)
+            and x.ndim > 1
+            and x.size > 0
             and {str(x.dtype), str(self.scale.dtype)} <= USUAL_DTYPES
         )
 
@@ -107,7 +120,9 @@ def with_moments(
         convolve: a layer of `chansel_jax.conv`, or what ends with one; all others have none.
         x: its input.
     """
-    if not isinstance(norm, BatchNorm) or norm.use_running_average is not False:
+    if (
+        type(norm) is not BatchNorm or not norm.takes_moments
+    ):  # a subclass may change what it is given
         return convolve(x), None
     with finding_moments() as found:
         y = convolve(x)

@@ -345,17 +345,18 @@ def _normalised(
 ) -> jax.Array:
     """`relu(norm(x) + residual)`, of which our own BatchNorm makes one pass."""
     if isinstance(norm, unwrapped(BatchNorm)):
-        return _named(name, norm, x, residual=residual, relu=relu, moments=moments)
+        known = {} if moments is None else {"moments": moments}  # a subclass may not know them
+        return _named(name, norm, x, residual=residual, relu=relu, **known)
     y = _named(name, norm, x)
     y = y if residual is None else y + residual
     return nnx.relu(y) if relu else y
 
 
-def _convolved(layers: nnx.Module, conv: str, norm: str, x: jax.Array, *how: Any) -> jax.Array:
+def _convolved(layers: nnx.Module, conv: str, norm: str, x: jax.Array, **how: Any) -> jax.Array:
     """`_normalised` behind a convolution, both by the names that they have in `layers`."""
     convolve = functools.partial(_named, conv, getattr(layers, conv))
     y, moments = with_moments(getattr(layers, norm), convolve, x)
-    return _normalised(norm, getattr(layers, norm), y, *how, moments=moments)
+    return _normalised(norm, getattr(layers, norm), y, moments=moments, **how)
 
 
 class Block(nnx.Module):
@@ -379,10 +380,10 @@ class Block(nnx.Module):
         """`(N, H, W, in_channels)` to `(N, H / strides, W / strides, out_channels)`."""
         y = x
         if self.shortcut is not None:
-            x = _convolved(self, "shortcut", "shortcut_norm", x, None, False)
+            x = _convolved(self, "shortcut", "shortcut_norm", x, relu=False)
         for number in range(1, self.depth + 1):
             residual = x if number == self.depth else None
-            y = _convolved(self, f"conv{number}", f"norm{number}", y, residual)
+            y = _convolved(self, f"conv{number}", f"norm{number}", y, residual=residual)
         return y
 
 

@@ -311,7 +311,7 @@ def _over_others(gradient: jax.Array, has_axis: Sequence[bool]) -> jax.Array:
     return gradient.sum([level for level, has_it in enumerate(has_axis) if not has_it])
 
 
-def _output_transpose(dy: Any, *operands: Any, levels: Any, **how: Any) -> list:
+def output_transpose(dy: Any, *operands: Any, levels: Any, **how: Any) -> list:
     """The output is linear in each operand, so the gradient by one does not depend on its value."""
     which = tuple(map(ad.is_undefined_primal, operands))
     zeros = [
@@ -560,5 +560,5 @@ _register(
     _gradient_types,
     by_jax(_gradients, functools.partial(_compute_gradients, ANYWHERE)),
 )
-ad.primitive_transposes[_output] = _output_transpose
+ad.primitive_transposes[_output] = output_transpose
 ad.primitive_transposes[_tangent] = _tangent_transpose

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import ShapedArray
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, get_opaque_trace_state
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -32,9 +32,11 @@ def finding_moments() -> Iterator[Found]:
         gradient flows.
     """
     found: Found = []
+    here = get_opaque_trace_state()
 
     def bind(*operands: jax.Array, **how: Any) -> jax.Array:
-        if not _has_moments(how["function"], *operands):
+        # What is traced on its own within, as by jax.jit, is kept and called elsewhere too.
+        if get_opaque_trace_state() != here or not _has_moments(how["function"], *operands):
             return late.bind(*operands, **how)
         y, *moments = _primitive.bind(*operands, **how)
         found.append((y, tuple(moments)))
@@ -44,13 +46,11 @@ def finding_moments() -> Iterator[Found]:
         yield found
 
 
-def moments_of(y: jax.Array) -> Moments:
-    """Mean and variance of each channel of `y` `(..., C)`, in the dtype of `y`."""
+def mean_and_variance(y: jax.Array) -> Moments:
+    """Those of each channel of `y` `(..., C)`, in the dtype of `y`; in one pass, as by Flax."""
     axes = tuple(range(y.ndim - 1))
     mean = y.mean(axes)
-    # In one pass over y, as Flax does.
-    variance = jnp.maximum(0, jnp.square(y).mean(axes) - jnp.square(mean))
-    return lax.stop_gradient(mean), lax.stop_gradient(variance)
+    return mean, jnp.maximum(0, jnp.square(y).mean(axes) - jnp.square(mean))
 
 
 def _has_moments(function: late.Function, x: jax.Array, *_: jax.Array) -> bool:
@@ -63,7 +63,7 @@ _primitive.multiple_results = True
 
 def _definition(*operands: jax.Array, **how: Any) -> list[jax.Array]:
     y = late.bind(*operands, **how)
-    return [y, *moments_of(y)]
+    return [y, *map(lax.stop_gradient, mean_and_variance(y))]
 
 
 def _types(*operands: Any, **how: Any) -> list[Any]:
@@ -77,6 +77,13 @@ def _jvp(primals: Any, tangents: Any, **how: Any) -> tuple[list, list]:
     found = _primitive.bind(*primals, **how)
     tangent = late.bind_tangent(primals, tangents, **how)
     return found, [tangent, *(ad.Zero(jax.typeof(each).to_tangent_aval()) for each in found[1:])]
+
+
+def _transpose(cotangents: Any, *operands: Any, **how: Any) -> list:
+    dy, *_ = cotangents
+    if type(dy) is ad.Zero:
+        return [ad.Zero(o.aval) if ad.is_undefined_primal(o) else None for o in operands]
+    return late.output_transpose(dy, *operands, **how)
 
 
 def _batched(operands: Any, axes: Any, **how: Any) -> tuple[Any, Any]:
@@ -106,6 +113,7 @@ def _lowered(platform: str | None) -> Any:
 always_compile(_primitive, ("function", "levels", "divided"))
 _primitive.def_abstract_eval(_types)
 ad.primitive_jvps[_primitive] = _jvp
+ad.primitive_transposes[_primitive] = _transpose
 batching.primitive_batchers[_primitive] = _batched
 late.define(_primitive, _definition)
 for _platform in (None, "cpu"):

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from chansel_jax.ops import native
 from chansel_jax.ops.late import always_compile, by_jax, place_of, some_of, varying_alike
 from chansel_jax.ops.lowerings import nearest_asked_for
-from chansel_jax.ops.moments import Moments
+from chansel_jax.ops.moments import Moments, mean_and_variance
 
 
 class Form(NamedTuple):
@@ -104,6 +104,9 @@ def _check(x: jax.Array, scale: jax.Array, bias: jax.Array, added: Sequence[jax.
 def _known(x: jax.Array, moments: Moments | None) -> Moments | tuple[()]:
     if moments is None:
         return ()
+    if len(moments) != 2:
+        raise ValueError(f"moments of length {len(moments)} must be mean and variance")
+    moments = tuple(map(jnp.asarray, moments))
     for name, array in zip(("mean", "variance"), moments, strict=True):
         if (array.shape, array.dtype) != (x.shape[-1:], _dtype_of_sums(x)):
             raise ValueError(
@@ -123,13 +126,16 @@ def _is_explicit(x: jax.Array) -> bool:
     return sharding.mesh.size > 1 and any(axis is not None for axis in sharding.spec)
 
 
+def _own_and_known(operands: Sequence, form: Form) -> tuple[Sequence, Sequence]:
+    """The operands, and mean and variance behind them, if they are known."""
+    count = len(operands) - 2 * form.known
+    return operands[:count], operands[count:]
+
+
 def _definition(*operands: jax.Array, form: Form) -> list[jax.Array]:
-    x, scale, bias, *added = operands[: len(operands) - 2 * form.known]
+    (x, scale, bias, *added), _ = _own_and_known(operands, form)
     wide = x.astype(_dtype_of_sums(x))
-    axes = tuple(range(x.ndim - 1))
-    mean = wide.mean(axes)
-    # In one pass over x, as Flax does.
-    variance = jnp.maximum(0, jnp.square(wide).mean(axes) - jnp.square(mean))
+    mean, variance = mean_and_variance(wide)
     multiplier = lax.rsqrt(variance + form.epsilon) * scale
     y = ((wide - _of_pixels(mean, x)) * _of_pixels(multiplier, x) + _of_pixels(bias, x)).astype(
         x.dtype
@@ -190,8 +196,7 @@ def _xla_gradients(*arguments: jax.Array, form: Form) -> list[jax.Array]:
 
 @jax.named_scope("batch_norm")
 def _native_output(*operands: jax.Array, form: Form) -> list[jax.Array]:
-    count = len(operands) - 2 * form.known
-    operands, moments = operands[:count], operands[count:]
+    operands, moments = _own_and_known(operands, form)
     how = {"epsilon": form.epsilon, "relu": form.relu}
     return native.batch_norm(*operands, moments=moments, **how)
 
@@ -232,8 +237,8 @@ def _gradient_types(*arguments: Any, form: Form) -> list[Any]:
 
 def _output_jvp(primals: Sequence, tangents: Sequence, form: Form) -> tuple[list, list]:
     results = _output.bind(*primals, form=form)
-    count, form = len(primals) - 2 * form.known, form._replace(known=False)
-    primals, tangents = primals[:count], tangents[:count]
+    (primals, _), (tangents, _) = (_own_and_known(each, form) for each in (primals, tangents))
+    form = form._replace(known=False)
     which = tuple(type(tangent) is not ad.Zero for tangent in tangents)
     given = [tangent for tangent, has_one in zip(tangents, which, strict=True) if has_one]
     found = _tangent.bind(*primals, *results, *given, form=form, which=which)

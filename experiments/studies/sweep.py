@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -77,6 +78,19 @@ def run_all(
     Raises:
         OneLineError: as `finished`, or if an entry has wrong settings, or no loss was finite.
     """
+    outcomes, diverged = _train_all(entries, seeds, output, console, wanted)
+    if not outcomes:
+        raise CommandError("; ".join(diverged))
+    return outcomes, diverged
+
+
+def _train_all(
+    entries: Mapping[str, Settings],
+    seeds: Sequence[int],
+    output: Path,
+    console: Console,
+    wanted: Sequence[Wanted],
+) -> tuple[list[Outcome], list[str]]:
     check_networks(entries)
     done: dict[str, list[Record]] = {label: [] for label in entries}
     diverged: list[str] = []
@@ -89,8 +103,6 @@ def run_all(
         except DivergedError as error:
             diverged.append(f"{label}, seed {seed}: {error}")
             console.print(diverged[-1])
-    if not any(done.values()):
-        raise CommandError("; ".join(diverged))
     return [Outcome(label, runs) for label, runs in done.items() if runs], diverged
 
 
@@ -110,7 +122,7 @@ def run_tuned(
     outcomes, diverged = run_all(entries, seeds[:1], output, console, wanted)
     if seeds[1:]:
         best = {outcome.label: entries[outcome.label] for outcome in best_rates(outcomes, figure)}
-        further, lost = run_all(best, seeds[1:], output, console, wanted)
+        further, lost = _train_all(best, seeds[1:], output, console, wanted)
         runs = {outcome.label: outcome.runs for outcome in further}
         outcomes = [Outcome(o.label, [*o.runs, *runs.get(o.label, ())]) for o in outcomes]
         diverged += lost
@@ -191,9 +203,14 @@ def best_rates(outcomes: Sequence[Outcome], figure: str) -> list[Outcome]:
         figure: its name; of a loss the lowest is best, of an accuracy the highest.
     """
     sign = -1 if figure.endswith("accuracy") else 1
+
+    def badness(outcome: Outcome) -> tuple[bool, float]:
+        value = outcome.values(figure)[0]
+        return math.isnan(value), sign * value
+
     best: dict[str, Outcome] = {}
-    for outcome in sorted(outcomes, key=lambda each: sign * each.values(figure)[0]):
-        best.setdefault(outcome.label.partition(AT_RATE)[0], outcome)
+    for outcome in sorted(outcomes, key=badness):
+        best.setdefault(outcome.label.rpartition(AT_RATE)[0], outcome)
     return [outcome for outcome in outcomes if outcome in best.values()]
 
 

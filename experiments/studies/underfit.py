@@ -43,7 +43,7 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
     for outcome in best_rates(outcomes, TUNED_BY):
         losses = np.array([[row["train_loss"] for row in run.metrics] for run in outcome.runs])
         epochs = 1 + np.arange(losses.shape[1])
-        network = outcome.label.partition(AT_RATE)[0]
+        network = outcome.label.rpartition(AT_RATE)[0]
         colour = f"C{NETWORKS.index(network.removesuffix(RANDOM))}"
         style = {"color": colour, "linestyle": "--" if network.endswith(RANDOM) else "-"}
         axes.plot(epochs, losses.mean(axis=0), label=outcome.label, linewidth=1.4, **style)

@@ -13,7 +13,7 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from layers import assert_close, normal
 
-from chansel_jax import ChannelSelectionConv, SubKernelConv, lowering
+from chansel_jax import ChannelSelectionConv, SubKernelConv, lowering, resnet14
 from chansel_jax.conv import BatchNorm
 from chansel_jax.norm import with_moments
 from chansel_jax.ops import native
@@ -21,6 +21,7 @@ from chansel_jax.ops.dense import dense_conv
 from chansel_jax.ops.moments import finding_moments
 from chansel_jax.ops.norm import batch_norm
 from chansel_jax.ops.selection import channel_selection
+from chansel_jax.ops.window import Window
 
 COMPILED = [native] if native.available() else []
 CONVS = [ChannelSelectionConv, SubKernelConv]
@@ -91,6 +92,25 @@ def test_every_instruction_set_in_float32_and_64(library, most):
                 assert_moments(*dense(x, kernel))
     finally:
         library.limit_instruction_set()
+
+
+@pytest.mark.parametrize("conv", CONVS)
+@pytest.mark.parametrize(
+    "kind, tolerance", [("first pixels 0", 2e-4), ("0 or 1.2345", 3e-6), ("normal", 1e-6)]
+)
+def test_large_images_are_as_exact_as_a_pass_of_its_own(conv, kind, tolerance):
+    """Their first pixels may be unlike all others, and their numbers many."""
+    (x,) = normal((4, 224, 224, 1))
+    if kind == "first pixels 0":
+        x = (1000 + x).at[:, 0, 0].set(0)
+    elif kind == "0 or 1.2345":
+        x = 1.2345 * (x > 0).astype(x.dtype)
+    layer = conv(1, 4, (1, 1), use_bias=False, rngs=nnx.Rngs(0))
+    y, mean, variance = jax.jit(functools.partial(found_with, layer))(x)
+    expected_mean, expected_variance = in_float64(y)
+    deviation = np.sqrt(expected_variance)
+    np.testing.assert_allclose(mean, expected_mean, rtol=1e-6, atol=1e-6 * deviation.max())
+    np.testing.assert_allclose(variance, expected_variance, rtol=tolerance)
 
 
 def layers(conv=ChannelSelectionConv, **how):
@@ -211,8 +231,63 @@ def test_what_is_exported_calls_nothing():
 
 
 @pytest.mark.parametrize(
-    "moments", [(jnp.ones(3), jnp.ones(4)), (jnp.ones(4), jnp.ones(4, jnp.bfloat16))]
+    "moments, message",
+    [
+        ((jnp.ones(3), jnp.ones(4)), "mean of shape .* in moments must be of"),
+        ((jnp.ones(4), jnp.ones(4, jnp.bfloat16)), "variance of shape .* in moments must be of"),
+        ((jnp.ones(4),), "moments of length 1 must be mean and variance"),
+    ],
 )
-def test_wrong_moments_are_refused(moments):
-    with pytest.raises(ValueError, match="in moments must be of"):
+def test_wrong_moments_are_refused(moments, message):
+    with pytest.raises(ValueError, match=message):
         batch_norm(jnp.ones((2, 4)), jnp.ones(4), jnp.ones(4), moments=moments)
+
+
+def test_what_is_traced_within_keeps_no_moments():
+    """By a convolution that is compiled or recomputed on its own; no tracer of it stays either."""
+    (x,) = normal((2, 5, 5, 4))
+    conv, norm = layers()
+    graph, state = nnx.split(conv)
+
+    def plain(x):
+        return nnx.merge(graph, state)(x)
+
+    for wrapped in (jax.jit(plain), jax.checkpoint(plain)):
+        with jax.checking_leaks():
+            y, moments = with_moments(norm, wrapped, x)
+        assert moments is None
+        assert_close(y, plain(x), 1e-5)
+        assert "with_moments" not in str(jax.make_jaxpr(wrapped)(x))
+
+
+@pytest.mark.parametrize("library", COMPILED)
+def test_output_is_linear_in_the_images(library):
+    (x, kernel) = normal((2, 5, 5, 4), (3, 3, 4, 6))
+
+    def convolve(x):
+        return found_with(dense_conv, x, kernel)[0]
+
+    y = convolve(x)
+    (back,) = jax.linear_transpose(convolve, x)(y)
+    expected = jax.vjp(lambda x: dense_conv(x, kernel), x)[1](y)
+    assert_close(back, expected[0], 1e-5)
+
+
+def test_a_subclass_is_given_what_it_knows():
+    class Own(type(layers()[1])):
+        def __call__(self, x, use_running_average=None, *, mask=None, residual=None, relu=False):
+            return super().__call__(2 * x, use_running_average, residual=residual, relu=relu)
+
+    (x,) = normal((2, 5, 5, 4))
+    conv, _ = layers()
+    assert with_moments(Own(6, rngs=nnx.Rngs(1)), conv, x)[1] is None
+    network = resnet14(width=4, blocks=(1,), rngs=nnx.Rngs(0))
+    network.blocks[0].norm1 = Own(4, rngs=nnx.Rngs(0))
+    assert network(jnp.ones((2, 8, 8, 3))).shape == (2, 3)
+
+
+@pytest.mark.parametrize("library", COMPILED)
+def test_dtypes_whose_outputs_are_rounded_have_none(library):
+    x, kernel = (each.astype("bfloat16") for each in normal((2, 5, 5, 4), (3, 3, 4, 6)))
+    with pytest.raises(ValueError, match="x of dtype bfloat16 must be of one of"):
+        library.dense_conv(x, kernel, Window.of(), moments=True)

@@ -21,7 +21,7 @@ import numpy as np
 
 from chansel_jax.ops.window import Pair, Window
 
-EXACT_DTYPES = ("float32", "float64")  # of whose results nothing is rounded before it is stored
+EXACT_DTYPES = ("float32", "float64")  # in which outputs are stored as they were computed
 DTYPES = (*EXACT_DTYPES, "bfloat16")
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 MOST_NUMBERS = 2**48
@@ -235,6 +235,8 @@ def _forward(
 ) -> jax.Array | list[jax.Array]:
     *kernel_size, _, out_channels = kernels[-1].shape
     shape = (x.shape[0], *window.output_size(x.shape[1:3], kernel_size), out_channels)
+    if moments and str(x.dtype) not in EXACT_DTYPES:
+        raise ValueError(f"x of dtype {x.dtype} must be of one of {EXACT_DTYPES} with moments")
     y = jax.ShapeDtypeStruct(shape, x.dtype)
     moment = jax.ShapeDtypeStruct((out_channels if moments else 0,), x.dtype)
     found = _call(name, window, [y, moment, moment])(x, *kernels)

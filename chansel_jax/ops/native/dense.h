@@ -63,15 +63,16 @@ class DenseLayer {
     auto compute = [&](C* lines, auto streamed, auto wanted) {
       ForPanels<C>(padded_out, [&](auto vectors, int64_t c) {
         const C* panel = panels + c * taps * g.in;
-        C* near = nullptr;
+        constexpr int64_t kColumns = vectors * kLanes<C>;
         if constexpr (decltype(wanted)::value) {
-          near = moments->near.data() + c;
-          ProductBlock<1, vectors, false>(OutputRuns(tile), 0, panel, near, padded_out);
+          ProductBlock<1, vectors, false>(OutputRuns(tile), 0, panel, moments->near.data() + c, 0);
+          moments->Begin(c, kColumns);
         }
         for (int64_t i = 0; i < end - first; ++i) {
           ProductPanel<kSums / vectors, vectors, streamed, wanted>(
               OutputRuns(tile + i * g.stride_h * tile_width * g.in), 0, g.out_w, panel,
-              lines + i * g.out_w * padded_out + c, padded_out, near);
+              lines + i * g.out_w * padded_out + c, padded_out, moments, c);
+          if constexpr (decltype(wanted)::value) moments->Fold(c, kColumns, g.out_w);
         }
       });
     };

@@ -125,7 +125,7 @@ void Moments(int64_t pixels, int64_t channels, const S* x, C* mean, C* variance,
     });
   });
   for (int64_t c = 0; c < channels; ++c) {
-    StoreMoments<C>(near[c], sums[c], sums[channels + c], pixels, mean + c, variance + c);
+    StoreMoment<C>(near[c], sums[c], sums[channels + c], pixels, mean + c, variance + c);
   }
 }
 

@@ -60,44 +60,62 @@ bool Streams(const C* to, int64_t columns, int64_t array_bytes) {
 
 // ---------------------------------------------------------------- mean and variance
 
-// For each column of what one unit of work computes: a number near its mean, the sum of the
-// differences to it, and that of their squares. Sums of squares of large numbers that hardly differ
-// would cancel each other.
+// For each column of what one unit of work computes: a number near it (the first, then the mean of
+// the last row), and the sums of the differences to that and of their squares. Sums of squares of
+// large numbers that hardly differ would cancel each other. After each row they are folded into
+// sums in float64 of the differences to the first number, so that rounding stays that of a row.
 template <typename C>
 struct Differences {
-  explicit Differences(int64_t columns) : columns(columns), near(3 * columns, C(0)) {}
+  explicit Differences(int64_t columns) : columns(columns), near(columns, C(0)),
+      sums(2 * columns, C(0)), first(columns, 0.0), totals(2 * columns, 0.0) {}
 
-  double Sum(int64_t column) const { return near[columns + column]; }
-  double Squares(int64_t column) const { return near[2 * columns + column]; }
+  // Begins with the numbers that `near` holds.
+  void Begin(int64_t column, int64_t count) {
+    for (int64_t c = column; c < column + count; ++c) first[c] = near[c];
+  }
+
+  void Fold(int64_t column, int64_t count, int64_t row_pixels) {
+    const double pixels = row_pixels, share = 1 / pixels;
+    for (int64_t c = column; c < column + count; ++c) {
+      const double apart = near[c] - first[c], sum = sums[c], squares = sums[columns + c];
+      totals[c] += sum + pixels * apart;
+      totals[columns + c] += squares + apart * (2 * sum + pixels * apart);
+      near[c] += C(sum * share);
+      sums[c] = sums[columns + c] = C(0);
+    }
+  }
 
   int64_t columns, pixels = 0;
-  Buffer<C> near;  // and the sums behind
+  Buffer<C> near, sums;
+  std::vector<double> first, totals;
 };
 
-// Adds pixels to the sums of the columns whose numbers are from `near` on.
+// Adds pixels of a panel, whose columns begin at `column`, to the sums.
 template <int PIXELS, int VECTORS, typename C>
-CHANSEL_INLINE void AddDifferences(const Vec<C> (&values)[PIXELS][VECTORS], C* near,
-                                   int64_t columns) {
+CHANSEL_INLINE void AddDifferences(const Vec<C> (&values)[PIXELS][VECTORS], int64_t column,
+                                   Differences<C>& to) {
+  const C* near = to.near.data() + column;
+  C* sums = to.sums.data() + column;
   CHANSEL_UNROLL
-  for (int v = 0; v < VECTORS; ++v, near += kLanes<C>) {
+  for (int v = 0; v < VECTORS; ++v, near += kLanes<C>, sums += kLanes<C>) {
     Vec<C> center, sum, squares;
     Load(near, center);
-    Load(near + columns, sum);
-    Load(near + 2 * columns, squares);
+    Load(sums, sum);
+    Load(sums + to.columns, squares);
     CHANSEL_UNROLL
     for (int p = 0; p < PIXELS; ++p) {
       const Vec<C> difference = values[p][v] - center;
       sum += difference;
       squares += difference * difference;
     }
-    Store(sum, near + columns);
-    Store(squares, near + 2 * columns);
+    Store(sum, sums);
+    Store(squares, sums + to.columns);
   }
 }
 
 // Of so many pixels, from the sums of their differences to `near` and of these differences' squares.
 template <typename C>
-void StoreMoments(double near, double sum, double squares, double pixels, C* mean, C* variance) {
+void StoreMoment(double near, double sum, double squares, double pixels, C* mean, C* variance) {
   const double shifted = sum / pixels, difference = squares / pixels - shifted * shifted;
   *mean = C(near + shifted);
   *variance = C(difference < 0 ? 0 : difference);  // what is not a number stays
@@ -108,15 +126,15 @@ template <typename C>
 void StoreMoments(const std::vector<Differences<C>>& units, int64_t channels, C* mean,
                   C* variance) {
   for (int64_t c = 0; c < channels; ++c) {
-    const double near = units.empty() ? 0 : units[0].near[c];
+    const double near = units.empty() ? 0 : units[0].first[c];
     double sum = 0, squares = 0, pixels = 0;
     for (const Differences<C>& unit : units) {
-      const double apart = unit.near[c] - near, count = unit.pixels;
-      sum += unit.Sum(c) + count * apart;
-      squares += unit.Squares(c) + apart * (2 * unit.Sum(c) + count * apart);
+      const double apart = unit.first[c] - near, of_unit = unit.totals[c], count = unit.pixels;
+      sum += of_unit + count * apart;
+      squares += unit.totals[unit.columns + c] + apart * (2 * of_unit + count * apart);
       pixels += count;
     }
-    StoreMoments(near, sum, squares, pixels, mean + c, variance + c);
+    StoreMoment(near, sum, squares, pixels, mean + c, variance + c);
   }
 }
 
@@ -272,10 +290,11 @@ template <int VECTORS>
 constexpr bool kWholeLines = VECTORS * CHANSEL_VECTOR_BYTES % kLineBytes == 0;
 
 // out (PIXELS, VECTORS * lanes) = the sum of the runs' products with one panel, from pixel p on;
-// MOMENTS adds them to the differences of the panel's columns from `near` on.
+// MOMENTS adds them to the differences, where the panel's columns begin at `column`.
 template <int PIXELS, int VECTORS, bool STREAMED, bool MOMENTS = false, typename C>
 CHANSEL_INLINE void ProductBlock(const Runs<C>& runs, int64_t p, const C* panel, C* out,
-                                 int64_t out_pitch, C* near = nullptr) {
+                                 int64_t out_pitch, Differences<C>* moments = nullptr,
+                                 int64_t column = 0) {
   Vec<C> sum[PIXELS][VECTORS] = {};
   const int64_t pitch = runs.pitch;
   for (const Run<C>* run = runs.first; run < runs.first + runs.count; ++run) {
@@ -292,7 +311,7 @@ CHANSEL_INLINE void ProductBlock(const Runs<C>& runs, int64_t p, const C* panel,
       }
     }
   }
-  if constexpr (MOMENTS) AddDifferences<PIXELS, VECTORS>(sum, near, out_pitch);
+  if constexpr (MOMENTS) AddDifferences<PIXELS, VECTORS>(sum, column, *moments);
   CHANSEL_UNROLL
   for (int i = 0; i < PIXELS; ++i) {
     CHANSEL_UNROLL
@@ -305,13 +324,15 @@ CHANSEL_INLINE void ProductBlock(const Runs<C>& runs, int64_t p, const C* panel,
 // Pixels p ... pixels - 1, in blocks of PIXELS as long as they last, then of half as many, etc.
 template <int PIXELS, int VECTORS, bool STREAMED, bool MOMENTS = false, typename C>
 CHANSEL_INLINE void ProductPanel(const Runs<C>& runs, int64_t p, int64_t pixels, const C* panel,
-                                 C* out, int64_t out_pitch, C* near = nullptr) {
+                                 C* out, int64_t out_pitch, Differences<C>* moments = nullptr,
+                                 int64_t column = 0) {
   for (; p + PIXELS <= pixels; p += PIXELS) {
-    ProductBlock<PIXELS, VECTORS, STREAMED, MOMENTS>(runs, p, panel, out, out_pitch, near);
+    ProductBlock<PIXELS, VECTORS, STREAMED, MOMENTS>(runs, p, panel, out, out_pitch, moments,
+                                                     column);
   }
   if constexpr (PIXELS > 1) {
     ProductPanel<PIXELS / 2, VECTORS, STREAMED, MOMENTS>(runs, p, pixels, panel, out, out_pitch,
-                                                         near);
+                                                         moments, column);
   }
 }
 

@@ -72,12 +72,13 @@ class SelectionLayer {
       }
       auto compute = [&](C* line, auto streamed, auto wanted) {
         ForPanels<C>(padded_out, [&](auto vectors, int64_t o) {
-          C* near = nullptr;
-          if constexpr (decltype(wanted)::value) {
-            near = moments->near.data() + o;
-            if (i == first) DepthwiseBlock<1, vectors, false, false>(rows, o, 0, near, nullptr);
+          constexpr int64_t kColumns = vectors * kLanes<C>;
+          if (wanted && i == first) {
+            DepthwiseBlock<1, vectors, false, false>(rows, o, 0, moments->near.data() + o, nullptr);
+            moments->Begin(o, kColumns);
           }
-          DepthwiseRow<vectors, streamed, wanted>(rows, o, ahead, line + o, near);
+          DepthwiseRow<vectors, streamed, wanted>(rows, o, ahead, line + o, moments);
+          if (wanted) moments->Fold(o, kColumns, g.out_w);
         });
       };
       WriteRows<S, C>(g.out_w, g.out, padded_out, g.n * g.OutputSize() * sizeof(S), scratch.line,
@@ -208,22 +209,23 @@ class SelectionLayer {
 
   // One row of outputs, so many vectors of channels from o on, of the rows of sums that it reads.
   template <int VECTORS, bool STREAMED, bool MOMENTS>
-  void DepthwiseRow(const C* const* rows, int64_t o, Ahead& ahead, C* line, C* near) const {
+  void DepthwiseRow(const C* const* rows, int64_t o, Ahead& ahead, C* line,
+                    Differences<C>* moments) const {
     constexpr int kPixels = kSums / 2 / VECTORS;
     int64_t q = 0;
     for (; q + kPixels <= g.out_w; q += kPixels) {
-      DepthwiseBlock<kPixels, VECTORS, STREAMED, MOMENTS>(rows, o, q, line, near);
+      DepthwiseBlock<kPixels, VECTORS, STREAMED, MOMENTS>(rows, o, q, line, moments);
       const Ahead::Lines lines = ahead.Take(kPixels * VECTORS);
       for (int64_t i = 0; i < lines.count; ++i) lines.Ask(i);
     }
     for (; q < g.out_w; ++q) {
-      DepthwiseBlock<1, VECTORS, STREAMED, MOMENTS>(rows, o, q, line, near);
+      DepthwiseBlock<1, VECTORS, STREAMED, MOMENTS>(rows, o, q, line, moments);
     }
   }
 
   template <int PIXELS, int VECTORS, bool STREAMED, bool MOMENTS>
   CHANSEL_INLINE void DepthwiseBlock(const C* const* rows, int64_t o, int64_t q, C* line,
-                                     C* near) const {
+                                     Differences<C>* moments) const {
     Vec<C> sum[PIXELS][VECTORS] = {};
     for (int64_t r = 0; r < g.rank; ++r) {
       int64_t column = r * padded_out + o;
@@ -245,7 +247,7 @@ class SelectionLayer {
         }
       }
     }
-    if constexpr (MOMENTS) AddDifferences<PIXELS, VECTORS>(sum, near, padded_out);
+    if constexpr (MOMENTS) AddDifferences<PIXELS, VECTORS>(sum, o, *moments);
     CHANSEL_UNROLL
     for (int p = 0; p < PIXELS; ++p) {
       CHANSEL_UNROLL

@@ -1,5 +1,7 @@
 """Networks by name, figures over seeds, where overfitting begins."""
 
+import math
+
 import pytest
 from rich.console import Console
 
@@ -114,6 +116,20 @@ def test_further_seeds_are_trained_at_the_best_rate_only(monkeypatch, tmp_path):
     assert lengths == {"a at 0.01": 3, "a at 0.02": 1, "b at 0.01": 1, "b at 0.02": 3}
     best = [outcome.label for outcome in sweep.best_rates(outcomes, "accuracy")]
     assert best == ["a at 0.02", "b at 0.02"]
+
+
+def test_what_further_seeds_lose_does_not_take_the_first_away(monkeypatch, tmp_path):
+    def train(output, name, settings, console, wanted):
+        if settings.seed:
+            raise DivergedError("the training loss is not finite at step 3")
+        rate = settings.training.optimization.learning_rate
+        return record({"loss": math.nan if rate < 0.02 else 1.0})
+
+    monkeypatch.setattr(sweep, "finished", train)
+    entries = sweep.at_rates({"a at home": Settings()}, (0.01, 0.02))
+    outcomes, diverged = sweep.run_tuned("loss", entries, (0, 1), tmp_path, Console(quiet=True))
+    assert [outcome.label for outcome in outcomes] == ["a at home at 0.01", "a at home at 0.02"]
+    assert diverged == ["a at home at 0.02, seed 1: the training loss is not finite at step 3"]
 
 
 def test_what_diverges_is_left_out_and_the_rest_trained(monkeypatch, tmp_path):
