@@ -72,7 +72,9 @@ class DenseLayer {
           ProductPanel<kSums / vectors, vectors, streamed, wanted>(
               OutputRuns(tile + i * g.stride_h * tile_width * g.in), 0, g.out_w, panel,
               lines + i * g.out_w * padded_out + c, padded_out, moments, c);
-          if constexpr (decltype(wanted)::value) moments->Fold(c, kColumns, g.out_w);
+          if constexpr (decltype(wanted)::value) {
+            moments->FoldAfter(i, g.out_w, first + i + 1 == end, c, kColumns);
+          }
         }
       });
     };

@@ -61,9 +61,9 @@ bool Streams(const C* to, int64_t columns, int64_t array_bytes) {
 // ---------------------------------------------------------------- mean and variance
 
 // For each column of what one unit of work computes: a number near it (the first, then the mean of
-// the last row), and the sums of the differences to that and of their squares. Sums of squares of
-// large numbers that hardly differ would cancel each other. After each row they are folded into
-// sums in float64 of the differences to the first number, so that rounding stays that of a row.
+// the last rows), and the sums of the differences to that and of their squares. Sums of squares of
+// large numbers that hardly differ would cancel each other. After some rows they are folded into
+// sums in float64 of the differences to the first number, so that rounding stays that of few pixels.
 template <typename C>
 struct Differences {
   explicit Differences(int64_t columns) : columns(columns), near(columns, C(0)),
@@ -74,8 +74,15 @@ struct Differences {
     for (int64_t c = column; c < column + count; ++c) first[c] = near[c];
   }
 
-  void Fold(int64_t column, int64_t count, int64_t row_pixels) {
-    const double pixels = row_pixels, share = 1 / pixels;
+  // Of the row that is the `number`th of a unit, so wide: folds where so many pixels were added since,
+  // or it is the last.
+  void FoldAfter(int64_t number, int64_t width, bool last, int64_t column, int64_t count) {
+    const int64_t rows = std::max<int64_t>(1, kFoldedPixels / width), added = number % rows + 1;
+    if (added == rows || last) Fold(column, count, added * width);
+  }
+
+  void Fold(int64_t column, int64_t count, int64_t added) {
+    const double pixels = added, share = 1 / pixels;
     for (int64_t c = column; c < column + count; ++c) {
       const double apart = near[c] - first[c], sum = sums[c], squares = sums[columns + c];
       totals[c] += sum + pixels * apart;
@@ -85,6 +92,7 @@ struct Differences {
     }
   }
 
+  static constexpr int64_t kFoldedPixels = 256;
   int64_t columns, pixels = 0;
   Buffer<C> near, sums;
   std::vector<double> first, totals;
@@ -98,16 +106,26 @@ CHANSEL_INLINE void AddDifferences(const Vec<C> (&values)[PIXELS][VECTORS], int6
   C* sums = to.sums.data() + column;
   CHANSEL_UNROLL
   for (int v = 0; v < VECTORS; ++v, near += kLanes<C>, sums += kLanes<C>) {
-    Vec<C> center, sum, squares;
+    Vec<C> center, sum, squares, difference[PIXELS], square[PIXELS];
     Load(near, center);
     Load(sums, sum);
     Load(sums + to.columns, squares);
+    // In pairs, since one addition awaits another.
     CHANSEL_UNROLL
     for (int p = 0; p < PIXELS; ++p) {
-      const Vec<C> difference = values[p][v] - center;
-      sum += difference;
-      squares += difference * difference;
+      difference[p] = values[p][v] - center;
+      square[p] = difference[p] * difference[p];
     }
+    CHANSEL_UNROLL
+    for (int half = PIXELS / 2; half > 0; half /= 2) {
+      CHANSEL_UNROLL
+      for (int p = 0; p < half; ++p) {
+        difference[p] += difference[p + half];
+        square[p] += square[p + half];
+      }
+    }
+    sum += difference[0];
+    squares += square[0];
     Store(sum, sums);
     Store(squares, sums + to.columns);
   }
@@ -311,7 +329,6 @@ CHANSEL_INLINE void ProductBlock(const Runs<C>& runs, int64_t p, const C* panel,
       }
     }
   }
-  if constexpr (MOMENTS) AddDifferences<PIXELS, VECTORS>(sum, column, *moments);
   CHANSEL_UNROLL
   for (int i = 0; i < PIXELS; ++i) {
     CHANSEL_UNROLL
@@ -319,6 +336,7 @@ CHANSEL_INLINE void ProductBlock(const Runs<C>& runs, int64_t p, const C* panel,
       Put<STREAMED && kWholeLines<VECTORS>>(sum[i][v], out + (p + i) * out_pitch + v * kLanes<C>);
     }
   }
+  if constexpr (MOMENTS) AddDifferences<PIXELS, VECTORS>(sum, column, *moments);
 }
 
 // Pixels p ... pixels - 1, in blocks of PIXELS as long as they last, then of half as many, etc.

@@ -78,7 +78,7 @@ class SelectionLayer {
             moments->Begin(o, kColumns);
           }
           DepthwiseRow<vectors, streamed, wanted>(rows, o, ahead, line + o, moments);
-          if (wanted) moments->Fold(o, kColumns, g.out_w);
+          if (wanted) moments->FoldAfter(i - first, g.out_w, i + 1 == end, o, kColumns);
         });
       };
       WriteRows<S, C>(g.out_w, g.out, padded_out, g.n * g.OutputSize() * sizeof(S), scratch.line,
@@ -247,7 +247,6 @@ class SelectionLayer {
         }
       }
     }
-    if constexpr (MOMENTS) AddDifferences<PIXELS, VECTORS>(sum, o, *moments);
     CHANSEL_UNROLL
     for (int p = 0; p < PIXELS; ++p) {
       CHANSEL_UNROLL
@@ -256,6 +255,7 @@ class SelectionLayer {
                                               line + (q + p) * padded_out + v * kLanes<C>);
       }
     }
+    if constexpr (MOMENTS) AddDifferences<PIXELS, VECTORS>(sum, o, *moments);
   }
 
   // For each row of taps, the row of the output's gradient that it multiplies with input row `row`,
