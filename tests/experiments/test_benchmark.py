@@ -55,6 +55,7 @@ def run(settings):
 def test_networks_of_several_widths_are_compared_with_one(surveyed, tmp_path):
     settings = Settings(
         **TINY,
+        what="forward",
         image_size=8,
         convs=("subkernel", "chansel-w3"),
         lowerings=("auto",),
