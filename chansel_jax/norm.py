@@ -8,6 +8,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from chansel_jax.ops.moments import Moments, finding_moments
+from chansel_jax.ops.native import EXACT_DTYPES
 from chansel_jax.ops.norm import batch_norm
 
 USUAL_DTYPES = {"float16", "bfloat16", "float32", "float64"}
@@ -60,8 +61,7 @@ class BatchNorm(nnx.BatchNorm):
     @property
     def takes_moments(self) -> bool:
         """Whether mean and variance of its input, by `with_moments`, are of use as it is now."""
-        computed = (self.dtype,) if self.dtype is not None else ()
-        exact = all(jnp.dtype(dtype) in (jnp.float32, jnp.float64) for dtype in computed)
+        exact = self.dtype is None or str(jnp.dtype(self.dtype)) in EXACT_DTYPES
         return self.use_running_average is False and self._is_usual_layer() and exact
 
     def _is_usual_layer(self) -> bool:
@@ -91,14 +91,15 @@ class BatchNorm(nnx.BatchNorm):
         moments: Moments | None,
     ) -> jax.Array:
         variables = (each[...] for each in (self.mean, self.var, self.scale, self.bias))
-        given = x.dtype
+        moments_dtype = x.dtype
         # As Flax does, for the dtypes of the statistics count too.
         x, _, _, scale, bias = self.promote_dtype((x, *variables), dtype=self.dtype)
         if residual is not None:
             residual = residual.astype(x.dtype)
-        how = {"relu": relu, "epsilon": self.epsilon}
-        how |= {"moments": moments} if x.dtype == given else {}
-        y, *found = batch_norm(x, scale, bias, residual, **how)
+        known = moments if x.dtype == moments_dtype else None
+        y, *found = batch_norm(
+            x, scale, bias, residual, relu=relu, epsilon=self.epsilon, moments=known
+        )
         for average, of_batch in zip((self.mean, self.var), found, strict=True):
             kept = self.momentum * average[...]
             average[...] = jax.lax.stop_gradient(kept + (1 - self.momentum) * of_batch)
@@ -120,9 +121,8 @@ def with_moments(
         convolve: a layer of `chansel_jax.conv`, or what ends with one; all others have none.
         x: its input.
     """
-    if (
-        type(norm) is not BatchNorm or not norm.takes_moments
-    ):  # a subclass may change what it is given
+    # A subclass may change what it is given.
+    if type(norm) is not BatchNorm or not norm.takes_moments:
         return convolve(x), None
     with finding_moments() as found:
         y = convolve(x)

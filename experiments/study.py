@@ -22,7 +22,7 @@ from experiments.reporting import machine, report
 from experiments.studies import STUDIES
 from experiments.studies.runs import check_runs_output, image_digests
 from experiments.studies.study import Study
-from experiments.studies.sweep import Outcome, run_all, run_tuned
+from experiments.studies.sweep import Outcome, run_all
 from experiments.training.scores import Wanted
 from experiments.training.settings import DataSettings, ReadingSettings, check_seeds
 
@@ -83,10 +83,7 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
     check_runs_output(output, data, f"study {settings.name}")
     scored = [split for split in chosen.scored if split in image_digests(data)]
     wanted = [Wanted(split, "last") for split in scored]
-    trained = entries, settings.seeds, output, console, wanted
-    outcomes, diverged = (
-        run_tuned(chosen.tuned_by, *trained) if chosen.tuned_by else run_all(*trained)
-    )
+    outcomes, diverged = run_all(entries, settings.seeds, output, console, wanted, chosen.tuned_by)
     command, shown = typed("study", settings), table(outcomes, chosen, scored)
     results = {
         "command": command,

@@ -91,14 +91,11 @@ def call(function: Function, *operands: jax.Array) -> jax.Array:
     how = {"function": function, "levels": (), "divided": divided}
     sharding = jax.typeof(operands[0]).sharding
     if sharding.spec[0] is None or sharding.mesh.size == 1:
-        return (_bind.get() or bind)(*varying_alike(*operands), **how)
+        return (_bind.get() or bind)(*operands, **how)
     # The axes are explicit, so it is known here how the batch is divided.
     batch = PartitionSpec(sharding.spec[0])
     specs = (batch, *[PartitionSpec()] * (len(operands) - 1))
-
-    def bound(*operands: jax.Array) -> jax.Array:
-        return bind(*varying_alike(*operands), **how)
-
+    bound = functools.partial(bind, **how)
     return jax.shard_map(bound, mesh=sharding.mesh, in_specs=specs, out_specs=batch)(*operands)
 
 
@@ -160,8 +157,8 @@ _gradients.multiple_results = True
 
 
 def bind(*operands: jax.Array, **how: Any) -> jax.Array:
-    """The output, of operands that vary alike."""
-    return _output.bind(*operands, **how)
+    """The output, of operands that in `jax.shard_map` may vary over other axes."""
+    return _output.bind(*varying_alike(*operands), **how)
 
 
 def _compute_output(

@@ -16,7 +16,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from chansel_jax.ops import late, native
-from chansel_jax.ops.late import always_compile, place_of
+from chansel_jax.ops.late import always_compile, place_of, varying_alike
 from chansel_jax.ops.lowerings import NATIVE
 
 Moments = tuple[jax.Array, jax.Array]
@@ -38,7 +38,7 @@ def finding_moments() -> Iterator[Found]:
         # What is traced on its own within, as by jax.jit, is kept and called elsewhere too.
         if get_opaque_trace_state() != here or not _has_moments(how["function"], *operands):
             return late.bind(*operands, **how)
-        y, *moments = _primitive.bind(*operands, **how)
+        y, *moments = _primitive.bind(*varying_alike(*operands), **how)
         found.append((y, tuple(moments)))
         return y
 

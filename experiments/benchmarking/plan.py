@@ -159,15 +159,15 @@ def make_tasks(
             machine,
             recipe,
             weights[contestant.conv],
-            torch_network(case.model, contestant.conv),
+            torch_network(case, contestant.conv),
             train_images,
         )
         for contestant in contestants
     ]
 
 
-def torch_network(model: str, conv: str = "chansel") -> dict[str, Any]:
-    """What PyTorch's twin of `model`, of the width of `conv`, is made with, as plain data."""
+def torch_network(case: Case, conv: str) -> dict[str, Any]:
+    """What PyTorch's twin of the case's network is made with, as plain data."""
     names = (
         "blocks",
         "width",
@@ -178,9 +178,8 @@ def torch_network(model: str, conv: str = "chansel") -> dict[str, Any]:
         "replaced",
         "dropout_rate",
     )
-    found = {name: getattr(PRESETS[model], name) for name in names}
-    _, width = conv_and_width(conv)
-    return found | ({"width": width} if width else {})
+    config = network_config(case, conv)
+    return {name: getattr(config, name) for name in names}
 
 
 def make_schedule(settings: Settings) -> Schedule:

@@ -116,7 +116,7 @@ def ratios(timings: Sequence[Timing], default_lowering: str) -> list[Figures]:
     own = chansel.contestant.name if chansel else ""
     subkernel = fastest("JAX", "subkernel")
     torch_chansel, torch_subkernel = fastest("PyTorch", "chansel"), fastest("PyTorch", "subkernel")
-    wider = {
+    of_widths = {
         conv: fastest("JAX", conv)
         for conv in dict.fromkeys(timing.contestant.conv for timing in timings)
         if conv_and_width(conv)[1]
@@ -130,7 +130,7 @@ def ratios(timings: Sequence[Timing], default_lowering: str) -> list[Figures]:
         (f"{own} / JAX chansel grouped", chansel, fastest("JAX", "chansel", "grouped")),
         ("fastest JAX subkernel / fastest PyTorch subkernel", subkernel, torch_subkernel),
         ("PyTorch chansel / subkernel, fastest each", torch_chansel, torch_subkernel),
-        *((f"fastest JAX {conv} / subkernel", each, subkernel) for conv, each in wider.items()),
+        *((f"fastest JAX {conv} / subkernel", each, subkernel) for conv, each in of_widths.items()),
     ]:
         if numerator and denominator and numerator is not denominator:
             both = numerator.contestant, denominator.contestant

@@ -3,10 +3,11 @@
 import contextlib
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -59,11 +60,7 @@ def curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
                 values = np.array([[row[f"{split}_{kind}"] for row in run] for run in runs])
                 label = {"train": "train", "val": "validation"}[split]
                 marker = "o" if len(epochs) < FEW_EPOCHS else None
-                mean = values.mean(axis=0)
-                axes.plot(epochs, mean, color=colour, label=label, linewidth=1.2, marker=marker)
-                axes.fill_between(
-                    epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2
-                )
+                draw_runs(axes, epochs, values, label, color=colour, marker=marker)
             axes.set(ylabel=heading)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.3)
@@ -71,6 +68,14 @@ def curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
         column[1].set_xlabel("epoch")
     grid[0, 0].legend()
     return picture
+
+
+def draw_runs(
+    axes: Axes, epochs: Sequence[int], values: np.ndarray, label: str, color: str, **style: Any
+) -> None:
+    """The mean of `values` `(runs, epochs)` as a line, in a band from the least to the greatest."""
+    axes.plot(epochs, values.mean(axis=0), label=label, color=color, linewidth=1.2, **style)
+    axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2)
 
 
 def confusion_matrices(matrices: Mapping[str, np.ndarray], class_names: Sequence[str]) -> Figure:

@@ -60,6 +60,7 @@ def run_all(
     output: Path,
     console: Console,
     wanted: Sequence[Wanted] = (),
+    tuned_by: str | None = None,
 ) -> tuple[list[Outcome], list[str]]:
     """Trains every entry from every seed, as far as it is not done already.
 
@@ -71,6 +72,8 @@ def run_all(
         output: holds their records and folders, named after label and seed; see `finished`.
         console: takes the progress.
         wanted: scores of each run.
+        tuned_by: of entries `at_rates`, the figure by which `best_rates` chooses after the first
+            seed; the others are trained from no further one.
 
     Returns:
         What came out, and a line for each training that is left out: it diverged.
@@ -78,20 +81,27 @@ def run_all(
     Raises:
         OneLineError: as `finished`, or if an entry has wrong settings, or no loss was finite.
     """
-    outcomes, diverged = _train_all(entries, seeds, output, console, wanted)
+    check_networks(entries)
+    how = output, console, wanted
+    outcomes, diverged = _train(entries, seeds[:1] if tuned_by else seeds, *how)
     if not outcomes:
         raise CommandError("; ".join(diverged))
+    if tuned_by and seeds[1:]:
+        best = {outcome.label: entries[outcome.label] for outcome in best_rates(outcomes, tuned_by)}
+        further, lost = _train(best, seeds[1:], *how)
+        runs = {outcome.label: outcome.runs for outcome in further}
+        outcomes = [Outcome(o.label, [*o.runs, *runs.get(o.label, ())]) for o in outcomes]
+        diverged += lost
     return outcomes, diverged
 
 
-def _train_all(
+def _train(
     entries: Mapping[str, Settings],
     seeds: Sequence[int],
     output: Path,
     console: Console,
     wanted: Sequence[Wanted],
 ) -> tuple[list[Outcome], list[str]]:
-    check_networks(entries)
     done: dict[str, list[Record]] = {label: [] for label in entries}
     diverged: list[str] = []
     every = list(itertools.product(seeds, entries.items()))
@@ -104,29 +114,6 @@ def _train_all(
             diverged.append(f"{label}, seed {seed}: {error}")
             console.print(diverged[-1])
     return [Outcome(label, runs) for label, runs in done.items() if runs], diverged
-
-
-def run_tuned(
-    figure: str,
-    entries: Mapping[str, Settings],
-    seeds: Sequence[int],
-    output: Path,
-    console: Console,
-    wanted: Sequence[Wanted] = (),
-) -> tuple[list[Outcome], list[str]]:
-    """`run_all` of entries `at_rates`: from further seeds than the first at the best rates only.
-
-    Args:
-        figure: by which a rate is best, as in `best_rates`; the others are as in `run_all`.
-    """
-    outcomes, diverged = run_all(entries, seeds[:1], output, console, wanted)
-    if seeds[1:]:
-        best = {outcome.label: entries[outcome.label] for outcome in best_rates(outcomes, figure)}
-        further, lost = _train_all(best, seeds[1:], output, console, wanted)
-        runs = {outcome.label: outcome.runs for outcome in further}
-        outcomes = [Outcome(o.label, [*o.runs, *runs.get(o.label, ())]) for o in outcomes]
-        diverged += lost
-    return outcomes, diverged
 
 
 def check_networks(entries: Mapping[str, Settings]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.reporting import plots
 from experiments.studies.overfit import UNREGULARISED
 from experiments.studies.study import Study
 from experiments.studies.sweep import AT_RATE, Outcome, at_rates, best_rates, changed, entries
@@ -42,12 +43,11 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
     axes = picture.add_subplot()
     for outcome in best_rates(outcomes, TUNED_BY):
         losses = np.array([[row["train_loss"] for row in run.metrics] for run in outcome.runs])
-        epochs = 1 + np.arange(losses.shape[1])
+        epochs = range(1, losses.shape[1] + 1)
         network = outcome.label.rpartition(AT_RATE)[0]
         colour = f"C{NETWORKS.index(network.removesuffix(RANDOM))}"
-        style = {"color": colour, "linestyle": "--" if network.endswith(RANDOM) else "-"}
-        axes.plot(epochs, losses.mean(axis=0), label=outcome.label, linewidth=1.4, **style)
-        axes.fill_between(epochs, losses.min(axis=0), losses.max(axis=0), alpha=0.25, color=colour)
+        line = "--" if network.endswith(RANDOM) else "-"
+        plots.draw_runs(axes, epochs, losses, outcome.label, color=colour, linestyle=line)
     axes.set(yscale="log", xlabel="epoch", ylabel="train loss, mean over the epoch's steps")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

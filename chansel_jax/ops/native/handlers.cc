@@ -356,14 +356,33 @@ Geometry MakeGeometry(const ffi::AnyBuffer& x, const ffi::AnyBuffer& kernel, int
           ys[1], ys[2], strides[0], strides[1], padding[0], padding[1], dilation[0], dilation[1]};
 }
 
-// Mean and variance are wanted where they are not empty; then they are (channels) of the sums' dtype.
+using Buffers = std::initializer_list<const ffi::AnyBuffer*>;
+
+// Whether all `of_pixels` are as x (those of `optional` may be empty), all `of_channels` (C).
+bool NormFit(const ffi::AnyBuffer& x, Buffers of_pixels, Buffers optional, Buffers of_channels) {
+  auto shape = x.dimensions();
+  if (shape.size() == 0 || x.element_count() == 0) return false;
+  auto dtype = x.element_type(), sums = dtype == ffi::BF16 ? ffi::F32 : dtype;
+  auto fits = [&](const ffi::AnyBuffer* each) {
+    return each->element_type() == dtype && each->element_count() == x.element_count();
+  };
+  auto may_be_empty = [&](const ffi::AnyBuffer* each) {
+    return each->element_count() == 0 || fits(each);
+  };
+  auto is_of_channels = [&](const ffi::AnyBuffer* each) {
+    return each->element_type() == sums &&
+           int64_t(each->element_count()) == shape[shape.size() - 1];
+  };
+  return std::all_of(of_pixels.begin(), of_pixels.end(), fits) &&
+         std::all_of(optional.begin(), optional.end(), may_be_empty) &&
+         std::all_of(of_channels.begin(), of_channels.end(), is_of_channels);
+}
+
+// Mean and variance of y are wanted where they are not empty.
 bool MomentsFit(const ffi::AnyBuffer& y, const ffi::AnyBuffer& mean,
                 const ffi::AnyBuffer& variance) {
-  auto dtype = y.element_type(), sums = dtype == ffi::BF16 ? ffi::F32 : dtype;
-  auto fits = [&](const ffi::AnyBuffer& each) {
-    return each.element_type() == sums && int64_t(each.element_count()) == y.dimensions()[3];
-  };
-  return mean.element_count() + variance.element_count() == 0 || (fits(mean) && fits(variance));
+  bool wanted = mean.element_count() || variance.element_count();
+  return !wanted || NormFit(y, {}, {}, {&mean, &variance});
 }
 
 // What keeps the kernels within the buffers; the sizes of y follow from the window in Python.
@@ -500,28 +519,6 @@ constexpr char kNormMisfit[] =
     "x must be (..., C) and not empty; residual, where there is one, y and dy of its size and dtype; "
     "scale, bias, mean and variance (C) of the dtype of the sums";
 
-using Buffers = std::initializer_list<const ffi::AnyBuffer*>;
-
-// Whether all `of_pixels` are as x (those of `optional` may be empty), all `of_channels` (C).
-bool NormFit(const ffi::AnyBuffer& x, Buffers of_pixels, Buffers optional, Buffers of_channels) {
-  auto shape = x.dimensions();
-  if (shape.size() == 0 || x.element_count() == 0) return false;
-  auto dtype = x.element_type(), sums = dtype == ffi::BF16 ? ffi::F32 : dtype;
-  auto fits = [&](const ffi::AnyBuffer* each) {
-    return each->element_type() == dtype && each->element_count() == x.element_count();
-  };
-  auto may_be_empty = [&](const ffi::AnyBuffer* each) {
-    return each->element_count() == 0 || fits(each);
-  };
-  auto is_of_channels = [&](const ffi::AnyBuffer* each) {
-    return each->element_type() == sums &&
-           int64_t(each->element_count()) == shape[shape.size() - 1];
-  };
-  return std::all_of(of_pixels.begin(), of_pixels.end(), fits) &&
-         std::all_of(optional.begin(), optional.end(), may_be_empty) &&
-         std::all_of(of_channels.begin(), of_channels.end(), is_of_channels);
-}
-
 ffi::Error MomentsHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> mean,
                           ffi::Result<ffi::AnyBuffer> variance) {
   if (!NormFit(x, {}, {}, {&*mean, &*variance})) return ffi::Error::InvalidArgument(kNormMisfit);
@@ -539,15 +536,15 @@ ffi::Error NormForwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBu
                               ffi::AnyBuffer known_mean, ffi::AnyBuffer known_variance,
                               ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> mean,
                               ffi::Result<ffi::AnyBuffer> variance, double epsilon, bool relu) {
-  const bool known = known_mean.element_count() || known_variance.element_count();
   if (!NormFit(x, {&*y}, {&residual}, {&scale, &bias, &*mean, &*variance}) ||
-      (known && !NormFit(x, {}, {}, {&known_mean, &known_variance}))) {
+      !MomentsFit(x, known_mean, known_variance)) {
     return ffi::Error::InvalidArgument(kNormMisfit);
   }
   int64_t channels = scale.element_count(), pixels = x.element_count() / channels;
   return ForDtype(x.element_type(), [&](auto storage, auto compute) {
     using S = decltype(storage);
     using C = decltype(compute);
+    const bool known = known_mean.element_count();
     if (known) {
       std::copy_n(Data<C>(known_mean), channels, Data<C>(*mean));
       std::copy_n(Data<C>(known_variance), channels, Data<C>(*variance));

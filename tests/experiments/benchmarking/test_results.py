@@ -269,7 +269,7 @@ def test_no_weights_of_a_network_are_zero_or_alike(monkeypatch):
         PRESETS, "resnet14", dataclasses.replace(PRESETS["resnet14"], blocks=(1, 1))
     )
     weights = network_weights(STEP, "chansel")
-    twin = TorchResNet("chansel", num_classes=3, **plan.torch_network("resnet14"))
+    twin = TorchResNet("chansel", num_classes=3, **plan.torch_network(STEP, "chansel"))
     shapes = {name: a.shape for name, a in twin.state_dict().items()}
     assert {name: array.shape for name, array in weights.items()} == {
         name: tuple(shape) for name, shape in shapes.items() if "num_batches" not in name

@@ -31,7 +31,7 @@ RECIPE = Recipe(0.01, 0.1)
 
 def make_task(framework, conv, variant, case=CASE):
     contestant = Contestant(framework, conv, variant)
-    weights, network = make_weights(case, conv), torch_network(case.model)
+    weights, network = make_weights(case, conv), torch_network(case, conv)
     return Task(case, contestant, Machine("cpu", 2), RECIPE, weights, network)
 
 

@@ -107,7 +107,7 @@ def test_further_seeds_are_trained_at_the_best_rate_only(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, "finished", train)
     entries = sweep.at_rates({"a": Settings(), "b": Settings(conv="subkernel")}, (0.01, 0.02))
     given = entries, (5, 6, 7), tmp_path, Console(quiet=True)
-    outcomes, _ = sweep.run_tuned("loss", *given)
+    outcomes, _ = run_all(*given, tuned_by="loss")
     assert trained[4:] == [
         *(("chansel", 0.01, 6), ("subkernel", 0.02, 6)),
         *(("chansel", 0.01, 7), ("subkernel", 0.02, 7)),
@@ -127,7 +127,7 @@ def test_what_further_seeds_lose_does_not_take_the_first_away(monkeypatch, tmp_p
 
     monkeypatch.setattr(sweep, "finished", train)
     entries = sweep.at_rates({"a at home": Settings()}, (0.01, 0.02))
-    outcomes, diverged = sweep.run_tuned("loss", entries, (0, 1), tmp_path, Console(quiet=True))
+    outcomes, diverged = run_all(entries, (0, 1), tmp_path, Console(quiet=True), tuned_by="loss")
     assert [outcome.label for outcome in outcomes] == ["a at home at 0.01", "a at home at 0.02"]
     assert diverged == ["a at home at 0.02, seed 1: the training loss is not finite at step 3"]
 
