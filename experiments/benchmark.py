@@ -93,7 +93,7 @@ def describe(settings: Settings, surveyed: Survey) -> dict[str, Any]:
     del asked["images"]["data_dir"], asked["output"]
     return {
         **asked,
-        "command": typed("benchmark", settings),
+        "command": machine.with_variables(typed("benchmark", settings)),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": surveyed.figures(),
         "versions": machine.versions(),

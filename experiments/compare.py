@@ -17,7 +17,7 @@ from rich.console import Console
 from experiments.cli.command import run
 from experiments.cli.console import make_console
 from experiments.cli.flags import check_different, typed
-from experiments.reporting import machine, plots, report
+from experiments.reporting import machine, plots, report, tables
 from experiments.studies.runs import check_runs_output
 from experiments.studies.sweep import Outcome, entries, overfitting_epoch, run_all
 from experiments.training.scores import Wanted
@@ -132,7 +132,7 @@ def compare(settings: Settings, console: Console) -> dict[str, Any]:
     return results
 
 
-def table(outcomes: Sequence[Outcome], class_names: Sequence[str]) -> report.Table:
+def table(outcomes: Sequence[Outcome], class_names: Sequence[str]) -> tables.Table:
     """The original's table with a column a network, and what it published for the same classes.
 
     Its seconds are left out where an epoch has another number of images.
@@ -178,7 +178,7 @@ def column(outcome: Outcome) -> dict[str, str]:
     }
 
 
-def text(outcomes: Sequence[Outcome], settings: Settings, shown: report.Table, command: str) -> str:
+def text(outcomes: Sequence[Outcome], settings: Settings, shown: tables.Table, command: str) -> str:
     """The report."""
     headings, rows = shown
     note = PUBLISHED_NOTE if len(headings) > len(outcomes) + 1 else ""
@@ -188,7 +188,7 @@ def text(outcomes: Sequence[Outcome], settings: Settings, shown: report.Table, c
     devices = " and ".join(sorted({each.get("device", "another machine") for each in summaries}))
     return f"""\
 Each network was trained on {images["train"]:,} images for \
-{report.counted(settings.training.epochs, "epoch")}, from \
+{tables.counted(settings.training.epochs, "epoch")}, from \
 the seeds {seeds}, and measured on {images["validation"]:,} validation images after every epoch. \
 The table shows the mean over the seeds ± the standard deviation. The train loss is the mean over \
 the steps of an epoch, with the augmentation and the dropout of the recipe. A network overfits \
@@ -196,7 +196,7 @@ from the epoch of its lowest validation loss, averaged over five epochs, if that
 rises by 2 %; the table names this epoch for each seed. Epochs were chosen by the validation \
 images, and nothing by any other images. The seconds are those of the training steps on {devices}.
 
-{report.table(headings, rows)}
+{tables.table(headings, rows)}
 
 {note}![losses and accuracies; the bands reach from the least to the greatest seed](curves.png)
 

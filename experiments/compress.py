@@ -33,7 +33,7 @@ from experiments.cli.command import run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import check_different, typed
-from experiments.reporting import machine, report
+from experiments.reporting import machine, report, tables
 from experiments.studies.runs import check_runs_output, finished
 from experiments.studies.sweep import folder_name
 from experiments.training.load import Checkpoint, Run, data_settings, load_images, load_run
@@ -252,7 +252,7 @@ def results_of(
     }
 
 
-def accuracy_table(results: Mapping[str, Any]) -> report.Table:
+def accuracy_table(results: Mapping[str, Any]) -> tables.Table:
     """A row for each network, with its accuracies."""
     measured = {when: key for when, key in WHEN.items() if key in results["compressed"][0]}
     headings = ["", "parameters", "ranks", *measured]
@@ -266,7 +266,7 @@ def accuracy_table(results: Mapping[str, Any]) -> report.Table:
     return headings, rows
 
 
-def energy_table(results: Mapping[str, Any]) -> report.Table:
+def energy_table(results: Mapping[str, Any]) -> tables.Table:
     """Each layer's share of energy in its first components, and their mean."""
     headings = ["layer", "first", *(f"first {count}" for count in range(2, COMPONENTS + 1))]
     kept = {path: np.cumsum(shares)[:COMPONENTS] for path, shares in results["energies"].items()}
@@ -285,16 +285,16 @@ Each row but the first is a network of channel selection, made from the kernels 
 dense network (epoch {dense["epoch"]}) by singular value decomposition; at rank 0 a convolution \
 has stayed dense. The table shows the accuracy on the validation images as the kernels are cut, \
 with the statistics of BatchNorm estimated anew on the training images, and after \
-{report.counted(epochs, "epoch")} of fine-tuning{taught}.
+{tables.counted(epochs, "epoch")} of fine-tuning{taught}.
 
-{report.table(*accuracy_table(results))}
+{tables.table(*accuracy_table(results))}
 
 ![accuracy against parameters](accuracy.png)
 
 This is how much of each trained kernel is in its leading components: their share of the energy, \
 which is the sum of the squared singular values.
 
-{report.table(*energy_table(results))}
+{tables.table(*energy_table(results))}
 
 ```bash
 {results["command"]}

@@ -12,7 +12,7 @@ from rich.console import Console
 from chansel_jax.training.prediction import Scores
 from experiments.cli.command import check_output, run
 from experiments.cli.console import make_console
-from experiments.reporting import plots, report
+from experiments.reporting import plots, tables
 from experiments.training.load import Checkpoint, Run, data_settings, load_run
 from experiments.training.scores import Wanted, measure, share_or_none
 from experiments.training.workdir import refuse_among_images
@@ -75,7 +75,7 @@ def print_scores(found: Scores, trained: Run, console: Console) -> None:
         counted = (f"{count:,}" for count in counts[: len(taken_for)])
         rows.append([name, f"{counts.sum():,}", *shares, *counted])
     title = "rows: the class; columns on the right: taken for" if taken_for else ""
-    report.print_table(headings, rows, console, title)
+    tables.print_table(headings, rows, console, title)
     if not taken_for:
         console.print("the files show what each class was taken for")
 

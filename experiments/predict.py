@@ -24,7 +24,7 @@ from chansel_jax.training.prediction import BATCH_SIZE, make_predict
 from experiments.cli.command import run
 from experiments.cli.console import make_console, tracked
 from experiments.cli.errors import CommandError
-from experiments.reporting.report import counted
+from experiments.reporting.tables import counted
 from experiments.training.load import Checkpoint, Run, load_run
 
 

@@ -45,7 +45,7 @@ from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import check_different, typed
 from experiments.reporting import machine
-from experiments.reporting.report import print_table
+from experiments.reporting.tables import print_table
 from experiments.training.noise import layer_on_noise, training_on_noise
 from experiments.training.settings import Conv
 
@@ -175,7 +175,7 @@ def _copy_rate(platform: str) -> float:
 def as_json(settings: Settings, profiles: Mapping[str, Profile], rate: float) -> dict[str, Any]:
     """The profiles of the convolutions, with what they were measured on."""
     return {
-        "command": typed("profile", settings),
+        "command": machine.with_variables(typed("profile", settings)),
         "device": machine.device_name(),
         "cores": len(machine.usable_cores()),
         "versions": machine.versions(),

@@ -28,6 +28,7 @@ from experiments.parallelism.allreduce import Link
 from experiments.parallelism.report import Measured, Point
 from experiments.parallelism.timing import Case, measured_link, prepare, time_in_turn
 from experiments.reporting import machine, report
+from experiments.reporting.tables import print_table
 from experiments.training.settings import Conv
 
 
@@ -125,7 +126,7 @@ def write(measured: Measured, settings: Settings, console: Console) -> None:
     )
     for name, table in scaling_report.tables(measured).items():
         console.print(f"\n{name}")
-        report.print_table(*table, console)
+        print_table(*table, console)
     console.print(f"\n{scaling_report.legend(measured)}")
     console.print(f"the results are written to {settings.output}")
 

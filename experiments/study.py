@@ -18,7 +18,7 @@ from experiments.cli.command import run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import typed
-from experiments.reporting import machine, report
+from experiments.reporting import machine, report, tables
 from experiments.studies import STUDIES
 from experiments.studies.runs import check_runs_output, image_digests
 from experiments.studies.study import Study
@@ -98,7 +98,7 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
     return outcomes
 
 
-def table(outcomes: Sequence[Outcome], chosen: Study, scored: Collection[str]) -> report.Table:
+def table(outcomes: Sequence[Outcome], chosen: Study, scored: Collection[str]) -> tables.Table:
     """Headings and rows."""
     columns = {
         "parameters": ("parameters", ""),
@@ -134,14 +134,14 @@ def text(
     outcomes: Sequence[Outcome],
     settings: Settings,
     chosen: Study,
-    shown: report.Table,
+    shown: tables.Table,
     command: str,
 ) -> str:
     """The report."""
     runs = [run.summary for outcome in outcomes for run in outcome.runs]
     lengths = sorted({(run["images"]["train"], run["epochs"]) for run in runs})
     trained = " or ".join(
-        f"on {images:,} images for {report.counted(epochs, 'epoch')}" for images, epochs in lengths
+        f"on {images:,} images for {tables.counted(epochs, 'epoch')}" for images, epochs in lengths
     )
     seeds = f"seed {settings.seeds[0]}"
     if len(settings.seeds) > 1:
@@ -162,7 +162,7 @@ Each network was trained {trained}{short if epochs != chosen.epochs else ""}, fr
 and the accuracy are those after the last epoch; the lowest loss and the highest accuracy are the \
 best of all epochs.{note}
 
-{report.table(*shown)}{published}
+{tables.table(*shown)}{published}
 
 ![{chosen.question}](picture.png)
 

@@ -25,7 +25,7 @@ from chansel_jax.ops.norm import batch_norm
 from experiments.cli.command import run
 from experiments.cli.console import make_console
 from experiments.cli.flags import check_different
-from experiments.reporting.report import table
+from experiments.reporting.tables import table
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 
 from experiments.benchmarking.cases import LayerShape
-from experiments.reporting import report
 from experiments.reporting.machine import BUSY_LIMIT
+from experiments.reporting.tables import print_table, table
 
 Figures = Mapping[str, Any]
 Table = tuple[str, list[str], list[list[str]]]  # title, headings and rows
@@ -44,7 +44,7 @@ def print_report(results: Figures, console: Console) -> None:
         console.print(line)
     for title, headings, rows in tables(results):
         console.print()
-        report.print_table(headings, rows, console, title)
+        print_table(headings, rows, console, title)
     for line in failures(results):
         console.print(line)
 
@@ -55,7 +55,7 @@ def markdown(results: Figures) -> str:
     shown = tables(results)
     if results["what"] == "layer":
         shown += [_case_table(case) for case in results["cases"]]
-    parts += [f"{title}:\n\n{report.table(*table)}" for title, *table in shown]
+    parts += [f"{title}:\n\n{table(*cells)}" for title, *cells in shown]
     if found := failures(results):
         parts.append("\n".join(f"- {line}" for line in found))
     parts.append("\n".join(f"- {line}" for line in context(results)))

@@ -12,6 +12,7 @@ import jax
 
 from chansel_jax.files import read_json
 from chansel_jax.memory import keep_freed_memory
+from chansel_jax.ops import native
 from experiments.cli.compiled import keep_compiled
 from experiments.cli.console import print_any_character
 from experiments.cli.ending import (
@@ -67,6 +68,7 @@ def _call(main: Callable[[Settings], object], settings: Settings) -> None:
     try:
         if jax.config.jax_disable_jit:
             raise CommandError("JAX_DISABLE_JIT=1 must not be set: commands compile what they run")
+        native.available()  # or the environment variable that limits it is wrong
         with jax.transfer_guard("allow"):  # to be disallowed within steps
             main(settings)
     except Interrupted:

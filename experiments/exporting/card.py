@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.exporting.formats import FORMATS, Name, code
-from experiments.reporting.report import escape
+from experiments.reporting.tables import escape
 from experiments.studies.runs import Record
 from experiments.training.load import Run
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from experiments.parallelism.allreduce import Link, efficiency, messages
-from experiments.reporting import report
+from experiments.reporting.tables import table
 
 KINDS = ("weak", "strong")
 PREDICTED = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -176,7 +176,7 @@ def text(measured: Measured, command: str) -> str:
     return f"""\
 {measured.machine}; medians of {measured.rounds} rounds of {measured.steps} steps.
 
-{report.table(*found["images/s"])}
+{table(*found["images/s"])}
 
 {legend(measured)}
 
@@ -189,7 +189,7 @@ array. For more devices as fast as one of these that take nothing from each othe
 {assumed.bandwidth / 1e9:g} GB/s, {assumed.latency * 1e6:g} µs and a message for each all-reduce, \
 it predicts these efficiencies:
 
-{report.table(*found["predicted efficiency"])}
+{table(*found["predicted efficiency"])}
 
 ![Efficiency against devices](efficiency.png)
 

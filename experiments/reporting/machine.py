@@ -3,13 +3,19 @@
 import importlib.metadata
 import os
 import platform
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
+from chansel_jax.ops import native
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
+
+# Environment variables that change how fast the libraries compute.
+VARIABLES = (native.LIMIT, "XLA_FLAGS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 
 # Of the cores, beyond which a machine is called busy.
 BUSY_LIMIT = 0.1
@@ -31,6 +37,12 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def with_variables(command: str) -> str:
+    """`command` behind those of `VARIABLES` that are set, as a shell takes them."""
+    given = [f"{name}={shlex.quote(os.environ[name])}" for name in VARIABLES if name in os.environ]
+    return " ".join([*given, command])
 
 
 def cpu_name() -> str:

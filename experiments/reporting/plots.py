@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import numpy as np
 from matplotlib import font_manager
@@ -22,27 +22,13 @@ LONGEST_NAME = 24  # in letters, beside a picture
 MOST_NAMES = 100  # that can be read beside a picture
 
 
-class Row(TypedDict):
-    """What is known of an epoch of a run: a line of its `metrics.jsonl`."""
-
-    epoch: int
-    train_loss: float
-    train_accuracy: float
-    val_loss: float
-    val_accuracy: float
-    learning_rate: float
-    images_per_second: float
-    seconds: float
-    val_top5_accuracy: NotRequired[float]  # where the classes are many
-
-
 def save(picture: Figure, path: Path) -> None:
     """Writes a PNG; a reader sees the old file or the new one, never half."""
     with replaced(path) as partial:
         picture.savefig(partial, dpi=DPI, format="png")
 
 
-def curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
+def curves(histories: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> Figure:
     """Losses above, accuracies below, a column a network: train blue, validation orange.
 
     Args:
@@ -67,6 +53,29 @@ def curves(histories: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
         column[0].set_title(name)
         column[1].set_xlabel("epoch")
     grid[0, 0].legend()
+    return picture
+
+
+def losses(history: Sequence[Mapping[str, float]], best: Mapping[str, float], title: str) -> Figure:
+    """Train (blue) and validation (orange) losses over the epochs of a run, the best one marked."""
+    picture = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = picture.add_subplot()
+    epochs = [row["epoch"] for row in history]
+    for name, label, colour in (
+        ("train_loss", "train", "tab:blue"),
+        ("val_loss", "validation", "tab:orange"),
+    ):
+        axes.plot(epochs, [row[name] for row in history], ".-", label=label, color=colour)
+    axes.plot(
+        *(best["epoch"], best["val_loss"], "o"),
+        mfc="none",
+        color="tab:orange",
+        label=f"{best['val_loss']:.4f} after epoch {best['epoch']}",
+    )
+    axes.set(title=title, xlabel="epoch", ylabel="cross-entropy")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
     return picture
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from chansel_jax.counting import LayerCount
 from chansel_jax.data import Dataset
-from experiments.reporting.report import print_table
+from experiments.reporting.tables import print_table
 from experiments.training.records import Row, best_epoch
 
 EPOCH_HEADER = (

@@ -12,9 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from matplotlib.figure import Figure
 
-from experiments.reporting.plots import Row, save
+class Row(TypedDict):
+    """What is known of an epoch of a run: a line of its `metrics.jsonl`."""
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    learning_rate: float
+    images_per_second: float
+    seconds: float
+    val_top5_accuracy: NotRequired[float]  # where the classes are many
 
 
 class Counts(TypedDict):
@@ -78,9 +88,12 @@ def recorded(workdir: Path, history: Sequence[Row], title: str) -> Iterator[Call
             events.flush()
 
         def draw(error: type | None, *_: object) -> None:
+            from experiments.reporting import plots  # Matplotlib: most of a second, not needed yet
+
             try:
                 if every := [*history, *rows]:
-                    plot_losses(every, workdir / "losses.png", title)
+                    picture = plots.losses(every, best_epoch(every), title)
+                    plots.save(picture, workdir / "losses.png")
             except OSError:
                 if error is None:  # else it says more
                     raise
@@ -151,27 +164,3 @@ def summarise(history: Sequence[Row]) -> dict[str, float]:
         "seconds_per_epoch": statistics.median(row["seconds"] for row in history),
         **({"best_val_top5_accuracy": max(top5)} if top5 else {}),
     }
-
-
-def plot_losses(history: Sequence[Row], path: Path, title: str) -> None:
-    """Draws train (blue) and validation (orange) losses over the epochs into a PNG."""
-    picture = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = picture.add_subplot()
-    epochs = [row["epoch"] for row in history]
-    for name, label, colour in (
-        ("train_loss", "train", "tab:blue"),
-        ("val_loss", "validation", "tab:orange"),
-    ):
-        axes.plot(epochs, [row[name] for row in history], ".-", label=label, color=colour)
-    best = best_epoch(history)
-    axes.plot(
-        *(best["epoch"], best["val_loss"], "o"),
-        mfc="none",
-        color="tab:orange",
-        label=f"{best['val_loss']:.4f} after epoch {best['epoch']}",
-    )
-    axes.set(title=title, xlabel="epoch", ylabel="cross-entropy")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    save(picture, path)

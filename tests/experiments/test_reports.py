@@ -26,7 +26,7 @@ from experiments import compare, compress, evaluate, predict, study
 from experiments.cli.differences import differences
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import parse, typed
-from experiments.reporting import plots, report
+from experiments.reporting import plots, report, tables
 from experiments.studies import STUDIES, data, overfit, runs, sweep, width
 from experiments.training.experiment import build
 from experiments.training.load import load_images, load_run
@@ -58,7 +58,7 @@ def assert_whole(folder, *names):
 
 
 def test_page_shows_what_the_markdown_says(tmp_path):
-    table = report.table(["", "a"], [["x < y | z", "1"]])
+    table = tables.table(["", "a"], [["x < y | z", "1"]])
     text = f"{table}\n\n![one](one.png) <b>not bold</b>"
     report.write(tmp_path, "A & B", text, {"one": Figure()})
     page = (tmp_path / "report.html").read_text()
@@ -77,7 +77,7 @@ def test_page_shows_what_the_markdown_says(tmp_path):
     ["*a*", "<b>", "_a_", "__a__", "a_b_c", "`a`", "[a](b)", "a\\*", "~~a~~", "&lt;", "A & B"],
 )
 def test_names_are_shown_as_they_are(tmp_path, name):
-    report.write(tmp_path, name, report.table(["", name], [[name, "1"]]), {})
+    report.write(tmp_path, name, tables.table(["", name], [[name, "1"]]), {})
     page = (tmp_path / "report.html").read_text()
     shown = html.escape(name, quote=False)
     assert f"<td>{shown}</td>" in page and f">{shown}</th>" in page
@@ -95,7 +95,7 @@ STUDY_ROWS = [
 @pytest.mark.parametrize("width", [30, 60, 80, 120])
 def test_wide_tables_fold_and_no_figure_or_word_is_cut(width):
     console = Console(file=io.StringIO(), width=width, soft_wrap=True)
-    report.print_table(STUDY_HEADINGS, STUDY_ROWS, console, "title")
+    tables.print_table(STUDY_HEADINGS, STUDY_ROWS, console, "title")
     printed = console.file.getvalue()
     assert printed.startswith("title\n") and max(map(len, printed.splitlines())) <= width
     for row in STUDY_ROWS:
@@ -109,7 +109,7 @@ def test_wide_tables_fold_and_no_figure_or_word_is_cut(width):
 @pytest.mark.parametrize("width", [1, 5])
 def test_a_table_is_printed_at_any_width(width):
     console = Console(file=io.StringIO(), width=width, soft_wrap=True)
-    report.print_table(STUDY_HEADINGS, STUDY_ROWS, console)
+    tables.print_table(STUDY_HEADINGS, STUDY_ROWS, console)
     assert all(cell in console.file.getvalue() for row in STUDY_ROWS for cell in row[1:])
 
 

@@ -699,6 +699,15 @@ def test_a_command_without_compilation_is_refused(settings, capsys):
     )
 
 
+def test_a_wrong_instruction_set_is_refused(settings, capsys, monkeypatch):
+    monkeypatch.setattr(native, "_library", native._library.__wrapped__)
+    monkeypatch.setenv(native.LIMIT, "sse9")
+    with pytest.raises(SystemExit):
+        command._call(run, settings)
+    told = "CHANSEL_JAX_INSTRUCTION_SET='sse9' must be one of ('baseline', 'avx2', 'avx512')"
+    assert capsys.readouterr().err == f"error: {told}\n"
+
+
 def test_many_classes_have_their_accuracy_among_five(settings, tmp_path):
     rng = np.random.default_rng(0)
     for number in range(10):

@@ -142,6 +142,11 @@ def test_a_wrong_instruction_set(library):
         library.limit_instruction_set("sse9")
 
 
+def test_an_instruction_set_by_environment():
+    program = "from chansel_jax.ops import native; print(native.instruction_set())"
+    assert printed(program, CHANSEL_JAX_INSTRUCTION_SET="baseline") == ["baseline"]
+
+
 @pytest.mark.parametrize("library", COMPILED)
 def test_gradients_do_not_depend_on_the_number_of_threads(library):
     (*digests_of_one, one), (*digests_of_five, five) = (

@@ -9,6 +9,7 @@ same bit for bit for any number of threads.
 import ctypes
 import functools
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,13 +20,19 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
+from chansel_jax.errors import OneLineError
 from chansel_jax.ops.window import Pair, Window
 
 EXACT_DTYPES = ("float32", "float64")  # in which outputs are stored as they were computed
 DTYPES = (*EXACT_DTYPES, "bfloat16")
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+LIMIT = "CHANSEL_JAX_INSTRUCTION_SET"  # an environment variable: no instruction set beyond it
 MOST_NUMBERS = 2**48
 MOST_LANES = 16  # of a vector
+
+
+class InstructionSetError(OneLineError, ValueError):
+    """The environment variable `LIMIT` is none of `INSTRUCTION_SETS`."""
 
 
 def available() -> bool:
@@ -41,9 +48,11 @@ def why_not() -> str:
 def instruction_set() -> str:
     """Which of `INSTRUCTION_SETS` it computes with: the best that the processor has.
 
-    `"baseline"` is what every processor of its kind has, vectors of 16 bytes.
+    `"baseline"` is what every processor of its kind has, vectors of 16 bytes. The environment
+    variable `CHANSEL_JAX_INSTRUCTION_SET` names the most that is taken, if it is set.
 
     Raises:
+        InstructionSetError: if that variable has another value; so wherever the library is used.
         RuntimeError: if the library is not available.
     """
     return INSTRUCTION_SETS[_compiled().ChanselInstructionSet()]
@@ -272,6 +281,9 @@ def _compiled() -> ctypes.CDLL:
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """The library, its handlers registered with XLA; or why there is none."""
+    most = os.environ.get(LIMIT, INSTRUCTION_SETS[-1])
+    if most not in INSTRUCTION_SETS:
+        raise InstructionSetError(f"{LIMIT}={most!r} must be one of {INSTRUCTION_SETS}")
     path = Path(__file__).with_name("_handlers.so")
     if not path.exists():
         return "it was not compiled; install a C++ compiler, then install the package again"
@@ -297,6 +309,7 @@ def _library() -> ctypes.CDLL | str:
         ("chansel_norm_backward", library.ChanselNormBackward),
     ):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
+    library.ChanselLimitInstructionSet(INSTRUCTION_SETS.index(most))
     return library
 
 

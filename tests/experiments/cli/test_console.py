@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from experiments.cli.console import make_console, print_any_character
-from experiments.reporting.report import print_table
+from experiments.reporting.tables import print_table
 
 UNREAD = """
 import sys

@@ -15,9 +15,9 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from chansel_jax.files import replaced, write_json
+from experiments.reporting import plots
 from experiments.training.records import (
     best_epoch,
-    plot_losses,
     recorded,
     summarise,
     summary_writer,
@@ -229,7 +229,8 @@ def rows_of(path, colour):
 @pytest.mark.parametrize("train_loss, val_loss", [(0.1, 2.0), (2.0, 0.1)])
 def test_plot_draws_train_losses_blue_and_validation_losses_orange(tmp_path, train_loss, val_loss):
     path = tmp_path / "losses.png"
-    plot_losses([row(epoch, train_loss, val_loss) for epoch in range(1, 9)], path, "title")
+    history = [row(epoch, train_loss, val_loss) for epoch in range(1, 9)]
+    plots.save(plots.losses(history, history[0], "title"), path)
     blue, orange = rows_of(path, BLUE), rows_of(path, ORANGE)
     assert len(blue) > 100 and len(orange) > 100
     assert (np.median(blue) > np.median(orange)) == (train_loss < val_loss)
@@ -237,7 +238,7 @@ def test_plot_draws_train_losses_blue_and_validation_losses_orange(tmp_path, tra
 
 def test_plot_of_a_single_epoch_shows_both_losses(tmp_path):
     path = tmp_path / "losses.png"
-    plot_losses(HISTORY[:1], path, "title")
+    plots.save(plots.losses(HISTORY[:1], HISTORY[0], "title"), path)
     assert len(rows_of(path, BLUE)) and len(rows_of(path, ORANGE))
 
 
