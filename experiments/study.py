@@ -7,6 +7,7 @@ where it stopped.
 """
 
 import dataclasses
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
@@ -45,7 +46,8 @@ class Settings:
     seeds: tuple[int, ...] = (0,)
     """Each row is trained from each of these seeds."""
     only: str = ""
-    """Only the rows whose label contains this are trained."""
+    """Only the rows are trained whose label this regular expression matches somewhere:
+    "w6|random" takes those with either."""
     output: Path | None = None
     """The runs and the report are written to this folder, by default runs/study-NAME-DATASET."""
 
@@ -53,6 +55,10 @@ class Settings:
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs={self.epochs} must be at least 1")
         check_seeds(self.seeds)
+        try:
+            re.compile(self.only)
+        except re.error as error:
+            raise ValueError(f"only={self.only} is no regular expression: {error}") from error
 
 
 def main(settings: Settings) -> None:
@@ -75,10 +81,10 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
     entries = {
         label: dataclasses.replace(row, reading=settings.reading)
         for label, row in every.items()
-        if settings.only in label
+        if re.search(settings.only, label)
     }
     if not entries:
-        raise CommandError(f"only={settings.only} is part of none of: {'; '.join(every)}")
+        raise CommandError(f"only={settings.only} matches none of: {'; '.join(every)}")
     output = settings.output or Path("runs", f"study-{settings.name}-{data.dataset}")
     check_runs_output(output, data, f"study {settings.name}")
     scored = [split for split in chosen.scored if split in image_digests(data)]

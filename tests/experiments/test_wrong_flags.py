@@ -155,7 +155,8 @@ WRONG = [
     ("study", "--epochs=0", "--epochs=0 must be at least 1"),
     ("study", "--train-images=0", "--train-images=0 must be at least 1"),
     ("study", "--seeds=", "--seeds= must be different seeds, at least one"),
-    ("study", "--only=r5", "--only=r5 is part of none of: subkernel; chansel-r1"),
+    ("study", "--only=r5", "--only=r5 matches none of: subkernel; chansel-r1"),
+    ("study", "--only=(", "--only=( is no regular expression: missing )"),
     (
         "study",
         "--dataset=folder --data-dir=IMAGES --image-size=8 --epochs=1 --train-images=90",
