@@ -133,12 +133,14 @@ def compare(settings: Settings, console: Console) -> dict[str, Any]:
 
 
 def table(outcomes: Sequence[Outcome], class_names: Sequence[str]) -> tables.Table:
-    """The original's table with a column a network, and what it published for the same classes.
+    """The original's table with a column a network, and what it published for photographs of the
+    same classes.
 
     Its seconds are left out where an epoch has another number of images.
     """
     columns = {outcome.label: column(outcome) for outcome in outcomes}
-    if set(class_names) == PUBLISHED_CLASSES:
+    photographs = outcomes[0].runs[0].summary["dataset"] != "silhouettes"
+    if photographs and set(class_names) == PUBLISHED_CLASSES:
         images = outcomes[0].runs[0].summary["images"]["train"]
         other = () if images == PUBLISHED_IMAGES else (SECONDS,)
         columns |= {

@@ -57,7 +57,7 @@ class Settings:
         check_seeds(self.seeds)
         try:
             re.compile(self.only)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"only={self.only} is no regular expression: {error}") from error
 
 

@@ -138,6 +138,6 @@ def _is_something(path: Path) -> bool:
 def _command_of(results: Path) -> str:
     """The command that wrote this `results.json`, with its flags, as far as that can be told."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        command = read_json(results).get("command", "").partition("experiments.")[2]
+        command = read_json(results).get("command", "").partition("python -m experiments.")[2]
         return command or "an unknown one"
     return "an unknown one"

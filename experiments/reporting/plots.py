@@ -28,7 +28,7 @@ def save(picture: Figure, path: Path) -> None:
         picture.savefig(partial, dpi=DPI, format="png")
 
 
-def curves(histories: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> Figure:
+def curves(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Figure:
     """Losses above, accuracies below, a column a network: train blue, validation orange.
 
     Args:
@@ -56,7 +56,7 @@ def curves(histories: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> 
     return picture
 
 
-def losses(history: Sequence[Mapping[str, float]], best: Mapping[str, float], title: str) -> Figure:
+def losses(history: Sequence[Mapping[str, Any]], best: Mapping[str, Any], title: str) -> Figure:
     """Train (blue) and validation (orange) losses over the epochs of a run, the best one marked."""
     picture = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = picture.add_subplot()

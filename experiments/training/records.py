@@ -88,9 +88,9 @@ def recorded(workdir: Path, history: Sequence[Row], title: str) -> Iterator[Call
             events.flush()
 
         def draw(error: type | None, *_: object) -> None:
-            from experiments.reporting import plots  # Matplotlib: most of a second, not needed yet
-
             try:
+                from experiments.reporting import plots  # imports Matplotlib, most of a second
+
                 if every := [*history, *rows]:
                     picture = plots.losses(every, best_epoch(every), title)
                     plots.save(picture, workdir / "losses.png")

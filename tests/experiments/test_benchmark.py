@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shlex
 
 import numpy as np
 import pytest
@@ -109,6 +110,7 @@ def test_step_is_compared_timed_and_written(surveyed, tmp_path):
     assert results["machine"]["threads"] >= 1 and results["versions"]["jax"]
     text = (tmp_path / "results" / "results.md").read_text()
     assert all(f"| {name} | " in text for name in names) and results["command"] in text
+    assert f"XLA_FLAGS={shlex.quote(os.environ['XLA_FLAGS'])} " in results["command"]
     with Image.open(tmp_path / "results" / "chart.png") as picture:
         picture.load()
         assert picture.format == "PNG"

@@ -168,7 +168,13 @@ def measured(**figures):
         ),
         0.5,
     )
-    summary |= {"parameters": 1, "multiply_adds": 1, "images": {"train": 1}, "epochs": 1}
+    summary |= {
+        "parameters": 1,
+        "multiply_adds": 1,
+        "images": {"train": 1},
+        "epochs": 1,
+        "dataset": "folder",
+    }
     scores = {"validation-flip-averaged": {"loss": 0.5, "accuracy": 0.5}}
     metrics = [{"epoch": 1, "val_loss": 0.5}]
     return runs.Record("", {}, {}, metrics, summary | figures, scores)
@@ -201,6 +207,8 @@ def test_published_figures_stand_beside_the_same_network_and_classes(
     run = measured(parameters=parameters, images={"train": images})
     headings, rows = compare.table([sweep.Outcome("chansel", [run])], classes)
     assert headings == ["", "chansel", *["chansel, published"] * shown]
+    run.summary["dataset"] = "silhouettes"
+    assert compare.table([sweep.Outcome("chansel", [run])], classes)[0] == ["", "chansel"]
     cells = {row[0]: row[1:] for row in rows}
     assert cells["validation accuracy, last epoch"] == ["50.00%", *[""] * shown]
     assert cells.get("score in the competition") == (["", "81.53 %"] if shown else None)
@@ -265,7 +273,7 @@ def test_a_study_from_beginning_to_end(settings, one_epoch, monkeypatch, tmp_pat
         STUDIES["overfit"], entries=entries, published=[("theirs", "1 M", "99 %")]
     )
     monkeypatch.setitem(STUDIES, "overfit", chosen)
-    given = study.Settings("overfit", data=settings.data, epochs=1, only="few", output=tmp_path)
+    given = study.Settings("overfit", data=settings.data, epochs=1, only="^few|x", output=tmp_path)
     (outcome,) = study.study(given, console)
     text, results = assert_whole(tmp_path, "picture")
     assert outcome.runs[0].summary["images"] == {"train": 32, "validation": 27}
@@ -273,11 +281,11 @@ def test_a_study_from_beginning_to_end(settings, one_epoch, monkeypatch, tmp_pat
     assert "| few, none / all | 247 |" in text and "the whole study has `--epochs=100`" in text
     assert "| theirs (published) | 1 M |" in text
     command = results["command"]
-    assert command.startswith("python -m experiments.study overfit --epochs=1 --only=few --dataset")
+    assert command.startswith("python -m experiments.study overfit --epochs=1 '--only=^few|x' --")
     assert "theirs (published)" in console.file.getvalue()
     (record,) = runs.read_records(tmp_path / runs.RUNS).values()
     assert record == outcome.runs[0] == runs.record_of(tmp_path / "runs" / "few-none-all-seed0")
-    with pytest.raises(CommandError, match="only=many is part of none of: few, none / all; all"):
+    with pytest.raises(CommandError, match="only=many matches none of: few, none / all; all"):
         study.study(dataclasses.replace(given, only="many"), console)
 
 

@@ -142,7 +142,8 @@ def test_a_wrong_instruction_set(library):
         library.limit_instruction_set("sse9")
 
 
-def test_an_instruction_set_by_environment():
+@pytest.mark.parametrize("library", COMPILED)
+def test_an_instruction_set_by_environment(library):
     program = "from chansel_jax.ops import native; print(native.instruction_set())"
     assert printed(program, CHANSEL_JAX_INSTRUCTION_SET="baseline") == ["baseline"]
 

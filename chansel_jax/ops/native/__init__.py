@@ -36,7 +36,12 @@ class InstructionSetError(OneLineError, ValueError):
 
 
 def available() -> bool:
-    """Whether the library was compiled when the package was installed, and fits this jaxlib."""
+    """Whether the library was compiled when the package was installed, and fits this jaxlib.
+
+    Raises:
+        InstructionSetError: if the environment variable `LIMIT` is set to none of
+            `INSTRUCTION_SETS`; so wherever the library is asked for.
+    """
     return isinstance(_library(), ctypes.CDLL)
 
 
@@ -52,14 +57,13 @@ def instruction_set() -> str:
     variable `CHANSEL_JAX_INSTRUCTION_SET` names the most that is taken, if it is set.
 
     Raises:
-        InstructionSetError: if that variable has another value; so wherever the library is used.
         RuntimeError: if the library is not available.
     """
     return INSTRUCTION_SETS[_compiled().ChanselInstructionSet()]
 
 
 def limit_instruction_set(most: str = INSTRUCTION_SETS[-1]) -> None:
-    """Computes with no instruction set beyond `most`, to compare them.
+    """Computes with no instruction set beyond `most`, whatever `LIMIT` says, to compare them.
 
     Raises:
         ValueError: if `most` is none of `INSTRUCTION_SETS`.
@@ -281,7 +285,7 @@ def _compiled() -> ctypes.CDLL:
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """The library, its handlers registered with XLA; or why there is none."""
-    most = os.environ.get(LIMIT, INSTRUCTION_SETS[-1])
+    most = os.environ.get(LIMIT) or INSTRUCTION_SETS[-1]
     if most not in INSTRUCTION_SETS:
         raise InstructionSetError(f"{LIMIT}={most!r} must be one of {INSTRUCTION_SETS}")
     path = Path(__file__).with_name("_handlers.so")

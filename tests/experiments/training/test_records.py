@@ -6,6 +6,7 @@ import json
 import os
 import re
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -240,6 +241,11 @@ def test_plot_of_a_single_epoch_shows_both_losses(tmp_path):
     path = tmp_path / "losses.png"
     plots.save(plots.losses(HISTORY[:1], HISTORY[0], "title"), path)
     assert len(rows_of(path, BLUE)) and len(rows_of(path, ORANGE))
+
+
+def test_commands_start_without_matplotlib():
+    program = "import sys, experiments.train; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 def test_pytorch_is_not_imported(monkeypatch):
