@@ -19,7 +19,7 @@ NAMES = ("auto", *BY_XLA)
 
 # Weights of the pointwise part from which on the matrix products decide, where XLA is the faster,
 # by instruction set.
-WIDE = {"avx512": 256 * 256, "avx2": 64 * 64, "baseline": 0}
+WIDE = {"avx512": 256 * 256, "avx2": 128 * 128, "baseline": 0}
 # Pairs of channels up to which the dense convolution in C++ is the faster; vectors of 16 bytes gain
 # nothing.
 DENSE = {"avx512": 256 * 256, "avx2": 128 * 128, "baseline": 0}

@@ -269,12 +269,12 @@ def test_wrong_dtypes(library, dtypes):
 
 @pytest.mark.parametrize(
     ("instructions", "widest", "widest_dense"),
-    [("avx512", 255, 256), ("avx2", 63, 128), ("baseline", 0, 0), (None, 0, 0)],
+    [("avx512", 255, 256), ("avx2", 127, 128), ("baseline", 0, 0), (None, 0, 0)],
 )
 def test_what_auto_chooses_on_a_cpu(monkeypatch, instructions, widest, widest_dense):
     monkeypatch.setattr(native, "available", lambda: instructions is not None)
     monkeypatch.setattr(native, "instruction_set", lambda: instructions)
-    for channels in (16, 63, 64, 128, 129, 255, 256, 512):
+    for channels in (16, 63, 64, 127, 128, 129, 255, 256, 512):
         fits = channels <= widest
         assert layer_choice(channels) == ("native" if fits else "shifted")
         assert layer_choice(channels, dtype="float16") == "shifted"
