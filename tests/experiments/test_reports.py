@@ -281,7 +281,8 @@ def test_a_study_from_beginning_to_end(settings, one_epoch, monkeypatch, tmp_pat
     assert "| few, none / all | 247 |" in text and "the whole study has `--epochs=100`" in text
     assert "| theirs (published) | 1 M |" in text
     command = results["command"]
-    assert command.startswith("python -m experiments.study overfit --epochs=1 '--only=^few|x' --")
+    expected = "python -m experiments.study overfit --epochs=1 '--only=^few|x' --dataset"
+    assert command.startswith(expected)
     assert "theirs (published)" in console.file.getvalue()
     (record,) = runs.read_records(tmp_path / runs.RUNS).values()
     assert record == outcome.runs[0] == runs.record_of(tmp_path / "runs" / "few-none-all-seed0")
