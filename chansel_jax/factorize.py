@@ -18,6 +18,7 @@ from flax import nnx
 
 from chansel_jax.conv import ChannelSelectionConv, unwrapped
 from chansel_jax.decomposition import component_energies, factorize_kernel
+from chansel_jax.functional import Tree, network_tree
 from chansel_jax.networks.resnet import DENSE, ResNet, ResNetConfig
 from chansel_jax.ops.window import positive
 from chansel_jax.surgery import (
@@ -36,6 +37,7 @@ __all__ = [
     "factorize_kernel",
     "highest_rank",
     "recalibrate",
+    "take_factors",
 ]
 
 
@@ -112,6 +114,45 @@ def highest_rank(layer: DenseConv) -> int:
     """The highest rank at which its factors hold fewer parameters than its kernel; 0 if none do."""
     kernel, factors = _sizes(layer)
     return (kernel - 1) // factors
+
+
+def take_factors(network: nnx.Module, dense: nnx.Module) -> None:
+    """Gives `network`, in place, the parameters and batch statistics of a dense network.
+
+    Each channel selection of `network` has the leading singular vectors of the kernel in its place,
+    as many as its rank is. With a `dense` that is trained it begins with what that one has learned,
+    with one that is only initialised as Khodak et al., "Initialization and Regularization of
+    Factorized Neural Layers" (2021), begin: their spectral initialisation.
+
+    Args:
+        network: with channel selection, without BatchNorm between the parts.
+        dense: the same but for dense convolutions in the place of channel selection.
+
+    Raises:
+        ValueError: naming the first array that is not of the same shape in both.
+    """
+    own, others = network_tree(network), network_tree(dense)
+    new = {kind: _factored(own[kind], tree, kind) for kind, tree in others.items()}
+    nnx.update(network, *new.values())
+
+
+def _factored(own: Tree, dense: Tree, path: str) -> Tree:
+    """`dense`, a tree like `own`, but for kernels where `own` has the parts of a selection."""
+    if not isinstance(dense, Mapping):
+        if jnp.shape(own) != dense.shape:
+            there = f"{path} of shape {dense.shape}, has shape {jnp.shape(own)} in"
+            raise ValueError(f"dense, with {there} network")
+        return dense
+    if "kernel" in dense and "depthwise" in own:
+        kernel = np.asarray(dense["kernel"])
+        parts = factorize_kernel(kernel, own["depthwise"].shape[-2])
+        cut = dict(zip(("pointwise", "depthwise"), parts, strict=True))
+        cut = {name: jnp.asarray(part, kernel.dtype) for name, part in cut.items()}
+        dense = {name: leaf for name, leaf in dense.items() if name != "kernel"} | cut
+    if lonely := own.keys() ^ dense.keys():
+        holder = "network" if min(lonely, key=str) in own else "dense"
+        raise ValueError(f"{path}.{min(map(str, lonely))} is in {holder} only")
+    return {name: _factored(own[name], leaf, f"{path}.{name}") for name, leaf in dense.items()}
 
 
 def recalibrate(module: nnx.Module, batches: Iterable[Any]) -> nnx.Module:

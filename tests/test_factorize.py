@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,14 @@ from flax import nnx
 from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
 from chansel_jax.counting import count_network
 from chansel_jax.decomposition import component_energies
-from chansel_jax.factorize import factorizable, factorize, highest_rank, recalibrate
+from chansel_jax.factorize import (
+    factorizable,
+    factorize,
+    factorize_kernel,
+    highest_rank,
+    recalibrate,
+    take_factors,
+)
 from chansel_jax.functional import network_tree
 from chansel_jax.networks.resnet import ResNet, ResNetConfig
 from chansel_jax.surgery import parameter_count
@@ -46,6 +54,53 @@ def logits(network):
     x = np.random.default_rng(1).standard_normal((2, 12, 10, 3)).astype(np.float32)
     network.eval()
     return np.asarray(forward(network, jnp.asarray(x)))
+
+
+# Factors for a network that is there
+
+
+def selecting(rank, **changes):
+    """A network of channel selection that differs from `dense()` in nothing else."""
+    config = dataclasses.replace(dense().config, conv=ChannelSelectionConv, rank=rank, **changes)
+    return ResNet(config, rngs=nnx.Rngs(7))
+
+
+def test_factors_of_full_rank_compute_what_the_dense_network_does():
+    """Its 1 × 1 shortcut among them, which `factorize` leaves."""
+    network = selecting((6, 6, 6, 9))
+    take_factors(network, dense())
+    assert isinstance(network.blocks[1].shortcut, ChannelSelectionConv)
+    np.testing.assert_allclose(logits(network), logits(dense()), rtol=2e-5, atol=2e-5)
+
+
+def test_each_layer_has_the_factors_of_its_kernel_and_a_dense_one_the_kernel():
+    network = selecting((1, 2, 0, 3))
+    take_factors(network, dense())
+    for block, name, rank in ((0, "conv1", 1), (0, "conv2", 2), (1, "conv2", 3)):
+        found, kernel = (getattr(each.blocks[block], name) for each in (network, dense()))
+        pointwise, depthwise = factorize_kernel(np.asarray(kernel.kernel[...]), rank)
+        np.testing.assert_allclose(found.pointwise[...], pointwise, rtol=1e-6)
+        np.testing.assert_allclose(found.depthwise[...], depthwise, rtol=1e-6)
+        np.testing.assert_array_equal(found.bias[...], kernel.bias[...])
+    same = network.blocks[1].conv1, dense().blocks[1].conv1
+    np.testing.assert_array_equal(*(layer.kernel[...] for layer in same))
+    same = network.blocks[1].norm2, dense().blocks[1].norm2
+    np.testing.assert_array_equal(*(layer.var[...] for layer in same))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 8}, "dense, with params.blocks.0.conv1.bias of shape (6,), has shape (8,) in"),
+        ({"blocks": (1, 2)}, "params.blocks.2 is in network only"),
+        ({"use_bias": False}, "params.blocks.0.conv1.bias is in dense only"),
+    ],
+)
+def test_factors_of_a_network_of_another_shape_are_refused(changes, message):
+    before = network_tree(network := selecting(1, **changes))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        take_factors(network, dense())
+    jax.tree.map(np.testing.assert_array_equal, before, network_tree(network))
 
 
 # Networks that have a config

@@ -44,6 +44,7 @@ def folder(
     classes: Sequence[str] = (),
     train_per_class: int | None = None,
     split_seed: int = 0,
+    fold: int = 0,
 ) -> Source:
     """The source of the images under `root`; the arguments are those of `load`.
 
@@ -55,14 +56,16 @@ def folder(
     for option, value in (("--image-size", image_size), ("--train-per-class", train_per_class)):
         if value is not None and value < 1:
             raise DataError(f"{option}={value} must be at least 1")
-    if split_seed < 0:
-        raise DataError(f"--split-seed={split_seed} must not be negative")
+    for option, value in (("--split-seed", split_seed), ("--fold", fold)):
+        if value < 0:
+            raise DataError(f"{option}={value} must not be negative")
     try:
         class_names, found = _find(root, classes)
-        digest = _digest(root, found, class_names, image_size, train_per_class, split_seed)
+        division = train_per_class, split_seed, fold
+        digest = _digest(root, found, class_names, image_size, *division)
     except OSError as error:
         raise DataError(f"cannot read {root}: {error}") from error
-    splits = _divide(found, class_names, train_per_class, split_seed)
+    splits = _divide(found, class_names, *division)
 
     def read(download_dir: Path) -> Content:
         size = image_size and (image_size, image_size)
@@ -219,9 +222,17 @@ def _digest(root: Path, found: dict[str, Files], *settings: object) -> str:
 
 
 def _divide(
-    found: dict[str, Files], class_names: Sequence[str], train_per_class: int | None, seed: int
+    found: dict[str, Files],
+    class_names: Sequence[str],
+    train_per_class: int | None,
+    seed: int,
+    fold: int,
 ) -> dict[str, Files]:
     """Splits off the validation set, where there is none, and limits the training set."""
+    if "validation" in found and fold:
+        raise DataError(
+            f"--fold={fold} chooses images for validation, for which there is a folder already"
+        )
     if "validation" in found and train_per_class is None:
         return found
     labels = np.array([label for _, label in found["train"]])
@@ -237,7 +248,13 @@ def _divide(
         sizes = counts - np.maximum(1, counts // VALIDATION_SHARE)
     else:
         sizes = [train_per_class] * len(class_names)
-    chosen, rest = choose_per_class(labels, sizes, seed)
+    folds = int(min(counts // (counts - sizes))) if split else 1
+    if fold >= folds:
+        raise DataError(
+            f"--fold={fold} must be at most {folds - 1}: the images for validation can be chosen "
+            f"{folds} times without taking one twice"
+        )
+    chosen, rest = choose_per_class(labels, sizes, seed, fold)
     train = [found["train"][i] for i in chosen]
     validation = found.get("validation") or [found["train"][i] for i in rest]
     return {**found, "train": train, "validation": validation}

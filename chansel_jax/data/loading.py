@@ -28,6 +28,7 @@ def load(
     classes: Sequence[str] = (),
     train_per_class: int | None = None,
     split_seed: int = 0,
+    fold: int = 0,
     in_memory: bool = True,
 ) -> Dataset:
     """Loads a data set; the first time it is prepared, and downloaded if need be.
@@ -49,6 +50,8 @@ def load(
         train_per_class: how many training images to take of each class. Where there is no
             validation set, the rest is that; by default a fifth is.
         split_seed: which images those are.
+        fold: of the validation images of one `split_seed`: 0, 1 and so on have no image in common,
+            so that a fifth of all gives five folds. Default 0.
 
     Returns:
         The data set, with images (N, H, W, 3) uint8 and labels (N,) int32.
@@ -71,6 +74,7 @@ def load(
             classes=classes,
             train_per_class=train_per_class,
             split_seed=split_seed,
+            fold=fold,
         )
         return dataclasses.replace(load_source(source, in_memory=in_memory), name=name)
 
@@ -81,6 +85,7 @@ def load(
         ("--classes", ",".join(classes) or None),
         ("--train-per-class", train_per_class),
         ("--split-seed", split_seed or None),
+        ("--fold", fold or None),
     ):
         if value is not None:
             raise DataError(f"{option}={value} is for the data set folder only, not for {name}")

@@ -36,7 +36,7 @@ class Source:
 
 
 def choose_per_class(
-    labels: np.ndarray, sizes: Sequence[int], seed: int
+    labels: np.ndarray, sizes: Sequence[int], seed: int, fold: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chooses `sizes[c]` images of each class c at random.
 
@@ -44,6 +44,8 @@ def choose_per_class(
         labels: (N,) labels 0, 1, ....
         sizes: how many to choose of each class.
         seed: the same seed chooses the same images.
+        fold: which are the rest: other numbers give other images, until every image of a class has
+            once been among the rest; 0 by default.
 
     Returns:
         The indices of those chosen and of the rest, each ascending.
@@ -51,5 +53,6 @@ def choose_per_class(
     rng = np.random.default_rng(seed)
     chosen = np.zeros(len(labels), dtype=bool)
     for label, size in enumerate(sizes):
-        chosen[rng.permutation(np.flatnonzero(labels == label))[:size]] = True
+        images = rng.permutation(np.flatnonzero(labels == label))
+        chosen[np.roll(images, fold * (len(images) - size))[:size]] = True
     return np.flatnonzero(chosen), np.flatnonzero(~chosen)

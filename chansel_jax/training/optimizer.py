@@ -2,12 +2,16 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import DictKey
+
+from chansel_jax.ops.selection import composed_kernel
 
 Undecayed = Literal["biases", "norms", "depthwise"]
 
@@ -37,6 +41,9 @@ class OptimizerSettings:
     leaves them as they are."""
     undecayed: tuple[Undecayed, ...] = ("biases", "norms")
     """These have no weight decay: any of biases, norms and depthwise (kernels)."""
+    decay_composed: bool = False
+    """Of channel selection the composed kernel decays, by its own norm, instead of each of its two
+    parts."""
 
     def __post_init__(self):
         for name in ("learning_rate", "weight_decay", "clip_norm"):
@@ -115,15 +122,16 @@ def make_optimizer(
 def _unclipped(
     settings: OptimizerSettings, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    def mask(params: Any) -> Any:
-        return decayed(params, settings.undecayed)
-
     match settings.optimizer:
         case "adamw":
-            return optax.adamw(schedule, weight_decay=settings.weight_decay, mask=mask)
+            return optax.chain(
+                optax.scale_by_adam(),
+                _decay(settings, settings.weight_decay),
+                optax.scale_by_learning_rate(schedule),
+            )
         case "sgd":
             return optax.chain(
-                optax.add_decayed_weights(settings.weight_decay, mask),
+                _decay(settings, settings.weight_decay),
                 optax.sgd(schedule, momentum=settings.momentum),
             )
         case "muon":
@@ -138,11 +146,46 @@ def _unclipped(
                     muon_weight_dimension_numbers=as_matrices,
                     consistent_rms=0.2,
                 ),
-                optax.add_decayed_weights(-settings.weight_decay, mask),
+                _decay(settings, -settings.weight_decay),
                 optax.scale_by_schedule(schedule),
             )
         case other:
             raise ValueError(f"optimizer={other!r} must be adamw, sgd or muon")
+
+
+def _decay(settings: OptimizerSettings, strength: float) -> optax.GradientTransformation:
+    """Adds `strength` times the parameters that decay, or what `composed_decay` makes of them."""
+
+    def mask(params: Any) -> Any:
+        return decayed(params, settings.undecayed)
+
+    if not settings.decay_composed:
+        return optax.add_decayed_weights(strength, mask)
+
+    def update(updates: Any, params: Any) -> Any:
+        def add(update, decay, decays):
+            return update + strength * decay if decays else update
+
+        return jax.tree.map(add, updates, composed_decay(params), mask(params))
+
+    return optax.stateless(update)
+
+
+def composed_decay(params: Any) -> Any:
+    """The gradient of half the squared norm of all kernels; a tree like `params`.
+
+    Of ordinary kernels, and of all other parameters, that is the parameter itself. Of the two parts
+    of a channel selection it is the gradient by way of the dense kernel that they compose, so that
+    the norm of what is computed decays: the Frobenius decay of Khodak et al., "Initialization and
+    Regularization of Factorized Neural Layers" (2021).
+    """
+    if not isinstance(params, Mapping):
+        return params
+    parts = {name: params[name] for name in ("pointwise", "depthwise") if name in params}
+    found = {name: composed_decay(params[name]) for name in params.keys() - parts.keys()}
+    if parts:
+        found |= jax.grad(lambda parts: jnp.sum(composed_kernel(**parts) ** 2) / 2)(parts)
+    return found
 
 
 def as_matrices(params: Any) -> Any:

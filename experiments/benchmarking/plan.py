@@ -205,7 +205,6 @@ def load_train_images(settings: Settings) -> TrainImages | None:
         image_size=settings.image_size if folder else None,
         classes=images.classes,
         train_per_class=images.train_per_class,
-        split_seed=0,
     ).splits["train"]
     summary = split.summary
     return TrainImages(split.images, split.labels, summary.mean, summary.std)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from experiments.studies.study import Study
-from experiments.studies.sweep import Outcome, draw_outcomes, entries
+from experiments.studies.sweep import Outcome, draw_seeds, entries
 from experiments.training.settings import RECIPES, DataSettings, Settings
 
 RANKS = (1, 2, 3, 4, 6, 9)
@@ -35,8 +35,9 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
     ):
         for dense in outcomes:
             if dense.label == "subkernel":
-                axes.axhline(dense.mean(name), color="tab:orange", label="dense")
-        draw_outcomes(axes, list(factored), list(factored.values()), name, "channel selection")
+                axes.axhline(dense.mean(name), color="C1", label="dense")
+        places, rows = list(factored), list(factored.values())
+        draw_seeds(axes, places, rows, name, "channel selection", "C0")
         axes.set(xlabel="rank", ylabel=heading, xticks=RANKS)
         axes.grid(alpha=0.3)
     axes.legend()

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 from rich.console import Console
 
@@ -31,6 +32,7 @@ from experiments.training.typed_json import from_json
 from experiments.training.workdir import DATA_DIR, filled, refuse_among_images
 
 RUNS = "runs.jsonl"
+MOST_FOLDS = 10  # of images that are kept in mind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +172,7 @@ def finished(
     wanted: Sequence[Wanted] = (),
     network: ResNet | None = None,
     teacher: Teacher | None = None,
+    same_beginning: bool = True,
 ) -> Record:
     """The record of a run, from its line in `output/runs.jsonl`.
 
@@ -185,6 +188,8 @@ def finished(
         wanted: scores that the record must hold; they are measured if it does not.
         network: with the parameters to begin with, as in `train_and_evaluate`.
         teacher: what the network learns from, likewise.
+        same_beginning: whether a run that is there must have begun with the parameters of
+            `network`, and learned from `teacher`; True by default.
 
     Raises:
         OneLineError: as `train_and_evaluate` and `measure`, also for a refused setting; or if the
@@ -196,7 +201,7 @@ def finished(
     recorded = read_records(path).get(name)
     record = recorded or whole_record(workdir)
     if record:
-        if found := others(record, settings, network, teacher):
+        if found := others(record, settings, network, teacher, same_beginning):
             raise CommandError(
                 f"the run {name} in {output} has other settings ({'; '.join(found)}): "
                 "take another --output"
@@ -237,26 +242,30 @@ def refuse(damaged: str) -> None:
 
 
 def others(
-    record: Record, settings: Settings, network: ResNet | None, teacher: Teacher | None
+    record: Record,
+    settings: Settings,
+    network: ResNet | None,
+    teacher: Teacher | None,
+    same_beginning: bool,
 ) -> list[str]:
     """In what a run differs from one of `settings`, their images and these networks' parameters."""
-    there = {
-        "settings": record.settings,
-        "images": record.data.get("digests"),
-        "begins_with": record.begins_with,
-        "teacher": record.teacher,
-    }
-    asked = {
-        "settings": decisive(settings),
-        "images": image_digests(settings.data),
-        "begins_with": network and digest(network_tree(network)),
-        "teacher": describe_teacher(teacher),
-    }
+    there = {"settings": record.settings, "images": record.data.get("digests")}
+    asked = {"settings": decisive(settings), "images": image_digests(settings.data)}
+    if same_beginning:
+        there |= {"begins_with": record.begins_with, "teacher": record.teacher}
+        asked["begins_with"] = network and digest(network_tree(network))
+        asked["teacher"] = describe_teacher(teacher)
     return differences(filled(there, BEFORE_THEY_WERE), asked)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=MOST_FOLDS)
 def image_digests(settings: DataSettings) -> Mapping[str, str]:
     """Of the images of each split."""
     splits = load_data(settings, in_memory=False).splits
     return {name: split.summary.digest for name, split in splits.items()}
+
+
+@functools.lru_cache(maxsize=MOST_FOLDS)
+def image_labels(settings: DataSettings, split: str) -> np.ndarray:
+    """Of the images of a split, `(N,)`."""
+    return load_data(settings, in_memory=False).splits[split].labels

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from experiments.studies.sweep import Outcome
+from experiments.studies.sweep import Origin, Outcome
 from experiments.training.settings import DataSettings, Settings
 
 
@@ -24,6 +24,10 @@ class Study:
         tuned_by: the figure by which the best learning rate of each network is chosen, from the
             first seed, if its entries are those of `at_rates`; further seeds are trained at this
             rate only.
+        origins: of rows that need another row's network, by label.
+        folds: whether a seed is the number of a fold too, so that five seeds validate on all images
+            of a folder.
+        reference: the label of the row that others are compared with, image by image.
         published: rows to compare with: label, parameters, accuracy.
         published_note: where they are from.
         note: a sentence for the report on trainings of a number of epochs, if there is more to say.
@@ -36,6 +40,9 @@ class Study:
     dataset: str = "dog_cat_bird"
     scored: Sequence[str] = ()
     tuned_by: str | None = None
+    origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict)
+    folds: bool = False
+    reference: str | None = None
     published: Sequence[tuple[str, str, str]] = ()
     published_note: str = ""
     note: Callable[[int], str] = lambda epochs: ""

@@ -7,21 +7,27 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 from flax import nnx
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 
+from chansel_jax.factorize import take_factors
+from chansel_jax.training.distillation import Teacher
 from experiments.cli.errors import CommandError
-from experiments.studies.runs import Record, finished
+from experiments.studies.runs import RUNS, Record, finished, read_records, refuse
+from experiments.training.load import load_run
 from experiments.training.loop import DivergedError
 from experiments.training.records import Row
 from experiments.training.scores import Wanted
-from experiments.training.settings import Settings, build_network
+from experiments.training.settings import Settings, build_network, with_dense
 
 NAME_FORMAT = "CONV[-wWIDTH][-rRANK]"
 AT_RATE = " at "  # between the label of an entry and its learning rate
+NO_ORIGINS: Mapping[str, "Origin"] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +60,20 @@ class Outcome:
         return mean if len(self.runs) == 1 else f"{mean} ± {format(self.deviation(name), form)}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Another entry, whose network of the same seed, after its last epoch, one needs.
+
+    Attributes:
+        label: of the other entry, which comes before the one that needs it.
+        use: whether that one begins with the network's factors, as `take_factors` gives them, or
+            has the network as its teacher.
+    """
+
+    label: str
+    use: Literal["factors", "teacher"]
+
+
 def run_all(
     entries: Mapping[str, Settings],
     seeds: Sequence[int],
@@ -61,6 +81,8 @@ def run_all(
     console: Console,
     wanted: Sequence[Wanted] = (),
     tuned_by: str | None = None,
+    origins: Mapping[str, Origin] = NO_ORIGINS,
+    folds: bool = False,
 ) -> tuple[list[Outcome], list[str]]:
     """Trains every entry from every seed, as far as it is not done already.
 
@@ -74,6 +96,8 @@ def run_all(
         wanted: scores of each run.
         tuned_by: of entries `at_rates`, the figure by which `best_rates` chooses after the first
             seed; the others are trained from no further one.
+        origins: of entries that need another's network, by label.
+        folds: whether each seed has a fold of the images of its own, as in `of_seed`.
 
     Returns:
         What came out, and a line for each training that is left out: it diverged.
@@ -82,7 +106,7 @@ def run_all(
         OneLineError: as `finished`, or if an entry has wrong settings, or no loss was finite.
     """
     check_networks(entries)
-    how = output, console, wanted
+    how = output, console, wanted, origins, folds
     outcomes, diverged = _train(entries, seeds[:1] if tuned_by else seeds, *how)
     if not outcomes:
         raise CommandError("; ".join(diverged))
@@ -101,19 +125,46 @@ def _train(
     output: Path,
     console: Console,
     wanted: Sequence[Wanted],
+    origins: Mapping[str, Origin],
+    folds: bool,
 ) -> tuple[list[Outcome], list[str]]:
     done: dict[str, list[Record]] = {label: [] for label in entries}
     diverged: list[str] = []
     every = list(itertools.product(seeds, entries.items()))
     for number, (seed, (label, settings)) in enumerate(every, start=1):
         console.print(f"\n[{number}/{len(every)}] {label}, seed {seed}")
-        given, name = dataclasses.replace(settings, seed=seed), f"{folder_name(label)}-seed{seed}"
+        given, name = of_seed(settings, seed, folds), run_name(label, seed)
+        learned = origin_of(origins[label], seed, given, output, name) if label in origins else {}
         try:
-            done[label].append(finished(output, name, given, console, wanted))
+            done[label].append(finished(output, name, given, console, wanted, **learned))
         except DivergedError as error:
             diverged.append(f"{label}, seed {seed}: {error}")
             console.print(diverged[-1])
     return [Outcome(label, runs) for label, runs in done.items() if runs], diverged
+
+
+def of_seed(settings: Settings, seed: int, folds: bool) -> Settings:
+    """`settings` with a seed; with `folds` that one is the number of the fold too."""
+    data = dataclasses.replace(settings.data, fold=seed) if folds else settings.data
+    return dataclasses.replace(settings, seed=seed, data=data)
+
+
+def origin_of(
+    origin: Origin, seed: int, settings: Settings, output: Path, name: str
+) -> dict[str, Any]:
+    """What `finished` is to be given of the network that an entry needs.
+
+    Where that network is gone and the run has its line, the line is trusted.
+    """
+    workdir = output / "runs" / run_name(origin.label, seed)
+    if not workdir.exists() and name in read_records(output / RUNS):
+        return {"same_beginning": False}
+    run = load_run(workdir, "last", refuse)
+    if origin.use == "teacher":
+        return {"teacher": Teacher(run.network)}
+    network = build_network(settings, len(run.class_names))
+    take_factors(network, run.network)
+    return {"network": network}
 
 
 def check_networks(entries: Mapping[str, Settings]) -> None:
@@ -123,6 +174,11 @@ def check_networks(entries: Mapping[str, Settings]) -> None:
             nnx.eval_shape(lambda settings=settings: build_network(settings, 2))
         except ValueError as error:
             raise CommandError(f"{label}: {error}") from error
+
+
+def run_name(label: str, seed: int) -> str:
+    """What the run of an entry is called."""
+    return f"{folder_name(label)}-seed{seed}"
 
 
 def folder_name(label: str) -> str:
@@ -142,9 +198,7 @@ def named(name: str, settings: Settings) -> Settings:
     if match is None:
         raise ValueError(f"{name} must be named {NAME_FORMAT}, where CONV is chansel or subkernel")
     conv, width, rank = match.groups()
-    network = settings.network
-    if conv == "subkernel":
-        network = dataclasses.replace(network, rank=1, ranks=(), norm=False)
+    network = (with_dense(settings) if conv == "subkernel" else settings).network
     if width is not None:
         network = dataclasses.replace(network, width=int(width))
     if rank is not None:
@@ -201,12 +255,35 @@ def best_rates(outcomes: Sequence[Outcome], figure: str) -> list[Outcome]:
     return [outcome for outcome in outcomes if outcome in best.values()]
 
 
-def draw_outcomes(
-    axes: Axes, places: Sequence[float], outcomes: Sequence[Outcome], name: str, label: str
+def draw_seeds(
+    axes: Axes,
+    places: Sequence[float],
+    outcomes: Sequence[Outcome],
+    name: str,
+    label: str,
+    color: str,
 ) -> None:
-    """A line through a figure of outcomes, each at its place, with standard deviations."""
-    means, deviations = ([f(o, name) for o in outcomes] for f in (Outcome.mean, Outcome.deviation))
-    axes.errorbar(places, means, yerr=deviations, marker="o", capsize=3, label=label)
+    """A line through the means of a figure, each at its place, and a dot for every seed."""
+    order = sorted(range(len(places)), key=places.__getitem__)
+    line = [places[i] for i in order], [outcomes[i].mean(name) for i in order]
+    axes.plot(*line, color=color, label=label, linewidth=1.2)
+    for place, outcome in zip(places, outcomes, strict=True):
+        axes.plot([place] * len(outcome.runs), outcome.values(name), "o", color=color, alpha=0.6)
+
+
+def draw_rows(outcomes: Sequence[Outcome], name: str, heading: str) -> Figure:
+    """A figure of every outcome, one below the other: a dot for every seed, a bar at the mean."""
+    picture = Figure(figsize=(8, 1.1 + 0.4 * len(outcomes)), layout="constrained")
+    axes = picture.add_subplot()
+    for place, outcome in enumerate(outcomes):
+        values = outcome.values(name)
+        axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.6)
+        axes.plot(outcome.mean(name), place, "|", color="black", markersize=16)
+    axes.set_yticks(range(len(outcomes)), [outcome.label for outcome in outcomes])
+    axes.set_ylim(len(outcomes) - 0.5, -0.5)  # the first on top
+    axes.set(xlabel=heading)
+    axes.grid(alpha=0.3)
+    return picture
 
 
 def overfitting_epoch(history: Sequence[Row], window: int = 5, rise: float = 0.02) -> int | None:

@@ -22,8 +22,8 @@ from experiments.training.settings import (
     DataSettings,
     Settings,
     TrainingSettings,
-    build_network,
     decisive,
+    initial_network,
 )
 
 
@@ -175,7 +175,7 @@ def build(
     schedule, optimizer = schedule_and_optimizer(recipe, updates_per_epoch)
     mesh = devices.data_mesh()
     devices.check_batch_size(recipe.batch_size, mesh, recipe.accumulate)
-    own = build_network(settings, len(dataset.class_names))
+    own = initial_network(settings, len(dataset.class_names))
     known = True
     if network is not None:
         known = network.config.num_classes == len(dataset.class_names)

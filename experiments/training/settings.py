@@ -13,7 +13,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from flax import nnx
 
+from chansel_jax.conv import SHARE
 from chansel_jax.counting import count_network
+from chansel_jax.factorize import take_factors
 from chansel_jax.networks.resnet import (
     CONVS,
     PRESETS,
@@ -39,6 +41,7 @@ INITIALISERS = {
     "he": None,
     # Variance 1 / (3 · fan_in), uniform: `torch.nn.Linear` and `torch.nn.Conv2d`.
     "torch": nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+    "spectral": None,  # `initial_network` makes it of He's dense kernels
 }
 
 
@@ -66,7 +69,7 @@ class NetworkSettings:
     ranks: tuple[int, ...] = ()
     """These are, in place of --rank, the ranks of the 3 × 3 convolutions in the network's order;
     0 is a dense one."""
-    share: float = 0.25
+    share: float = SHARE
     """With --conv=subspace the subspace has this share of the channels, but at least 4 of them."""
     norm: bool = False
     """BatchNorm stands between the parts of channel selection."""
@@ -75,8 +78,9 @@ class NetworkSettings:
     input_norm: bool = False
     """BatchNorm normalises the images; in the models of the package bsconv (cifar_...) it always
     does."""
-    initialiser: Literal["he", "torch"] = "he"
-    """The convolutions begin with He's variance, or with PyTorch's default."""
+    initialiser: Literal["he", "torch", "spectral"] = "he"
+    """The convolutions begin with He's variance, or with PyTorch's default, or channel selection
+    with the leading singular vectors of dense kernels of He's variance."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The network computes in this dtype; its parameters are float32."""
 
@@ -101,6 +105,9 @@ class DataSettings:
     not used where the folder has images for validation."""
     split_seed: int = 0
     """This decides which images of a folder are for validation where they are not divided."""
+    fold: int = 0
+    """Other images of such a folder are for validation, of which 0, 1 and so on share none: a fifth
+    of all gives the five folds 0 to 4."""
     train_images: int | None = None
     """Only this many of the training images are used, of each class as many, give or take one."""
 
@@ -307,6 +314,8 @@ def network_config(settings: Settings, num_classes: int) -> ResNetConfig:
     network = settings.network
     if network.norm and settings.conv == "subkernel":
         raise ValueError("norm=True: the dense convolution has no two parts")
+    if network.initialiser == "spectral" and (network.norm or settings.conv != "chansel"):
+        raise ValueError("initialiser=spectral is for the convolution chansel without norm only")
     share = None if network.share == NetworkSettings.share else network.share
     if share is not None and settings.conv != "subspace":
         raise ValueError(f"share={share} is for the convolution subspace only")
@@ -345,10 +354,33 @@ def network_config(settings: Settings, num_classes: int) -> ResNetConfig:
 
 
 def build_network(settings: Settings, num_classes: int) -> ResNet:
-    """The network that `settings` describe, initialised with `settings.seed`.
+    """The network that `settings` describe, with some parameters: `initial_network` has theirs.
 
     Raises:
         ValueError: naming the setting that is wrong, and its value.
         CommandError: if its parameters do not fit this machine's memory.
     """
     return ResNet(network_config(settings, num_classes), rngs=nnx.Rngs(settings.seed))
+
+
+def initial_network(settings: Settings, num_classes: int) -> ResNet:
+    """The network that `settings` describe, initialised with `settings.seed`.
+
+    Raises:
+        ValueError: naming the setting that is wrong, and its value.
+        CommandError: if its parameters do not fit this machine's memory.
+    """
+    network = build_network(settings, num_classes)
+    if settings.network.initialiser == "spectral":
+        take_factors(network, build_network(with_dense(settings), num_classes))
+    return network
+
+
+def with_dense(settings: Settings) -> Settings:
+    """`settings` with the dense convolution, of which channel selection is made."""
+    given = settings.network
+    changes = {"rank": 1, "ranks": (), "norm": False, "share": SHARE}
+    if given.initialiser == "spectral":
+        changes["initialiser"] = "he"
+    network = dataclasses.replace(given, **changes)
+    return dataclasses.replace(settings, conv="subkernel", network=network)

@@ -102,6 +102,31 @@ def test_split_seed_decides_the_split(root, write_images):
     assert first == again != other
 
 
+@pytest.mark.parametrize(("options", "folds"), [({}, 5), ({"train_per_class": 7}, 2)], ids=str)
+def test_folds_share_no_validation_image(root, write_images, options, folds):
+    arrays = write_images(root, {"cat": 10, "dog": 11})
+    whole = by_label(load("folder", data_dir=root, **options).splits["validation"])
+    seen = [set(), set()]
+    for fold in range(folds):
+        splits = load("folder", data_dir=root, fold=fold, **options).splits
+        train, validation = by_label(splits["train"]), by_label(splits["validation"])
+        assert [len(validation[i]) for i in (0, 1)] == [len(whole[i]) for i in (0, 1)]
+        for label, name in enumerate(("cat", "dog")):
+            assert not validation[label] & (seen[label] | train[label])
+            seen[label] |= validation[label]
+            if "train_per_class" not in options:
+                assert validation[label] | train[label] == arrays_in(arrays, root / name)
+    assert [len(images) for images in seen] == [folds * len(whole[i]) for i in (0, 1)]
+    assert f"--fold={folds} must be at most {folds - 1}" in refusal(root, fold=folds, **options)
+
+
+def test_a_fold_of_images_that_are_divided_already(root, write_images):
+    write_images(root, SPLITS)
+    message = "--fold=1 chooses images for validation, for which there is a folder already"
+    assert message in refusal(root, fold=1)
+    assert message in refusal(root, fold=1, train_per_class=2)
+
+
 def test_classes_are_selected_in_the_order_given(root, write_images):
     arrays = write_images(root, {"train/cat": 5, "train/dog": 5, "train/eel": 5, "test/fly": 1})
     write_images(root, {"test/dog": 2, "test/eel": 1})
@@ -285,6 +310,7 @@ def test_single_pixel_fills_an_image(root, write_images):
 def test_negative_split_seed(root, write_images):
     write_images(root, {"cat": 5, "dog": 5})
     assert "--split-seed=-1" in refusal(root, split_seed=-1)
+    assert "--fold=-1 must not be negative" in refusal(root, fold=-1)
 
 
 def test_image_size_scales_the_shorter_side_and_keeps_the_centre(root, write_images):
@@ -379,6 +405,7 @@ def test_changed_tree_is_prepared_anew(root, write_images, change):
         {"classes": ("dog", "cat")},
         {"train_per_class": 3},
         {"split_seed": 1},
+        {"fold": 1},
     ],
     ids=str,
 )

@@ -33,6 +33,7 @@ def test_unknown_name():
         ({"train_per_class": 10}, "--train-per-class=10"),
         ({"image_size": 64}, "--image-size=64"),
         ({"split_seed": 3}, "--split-seed=3"),
+        ({"fold": 4}, "--fold=4"),
     ],
     ids=str,
 )

@@ -19,6 +19,9 @@ from PIL import Image
 from rich.console import Console
 
 from chansel_jax import SubKernelConv, resnet14
+from chansel_jax.data.errors import DataError
+from chansel_jax.digest import digest
+from chansel_jax.factorize import take_factors
 from chansel_jax.functional import network_tree
 from chansel_jax.training.augmentation import Augmentation
 from chansel_jax.training.distillation import Distillation
@@ -27,10 +30,17 @@ from experiments.cli.differences import differences
 from experiments.cli.errors import CommandError
 from experiments.cli.flags import parse, typed
 from experiments.reporting import plots, report, tables
-from experiments.studies import STUDIES, data, overfit, runs, sweep, width
+from experiments.studies import STUDIES, data, length, optimizers, overfit, runs, sweep, width
 from experiments.training.experiment import build
 from experiments.training.load import load_images, load_run
-from experiments.training.settings import DataSettings, NetworkSettings, Settings, decisive
+from experiments.training.settings import (
+    RECIPES,
+    DataSettings,
+    NetworkSettings,
+    Settings,
+    build_network,
+    decisive,
+)
 
 
 @pytest.fixture
@@ -223,10 +233,15 @@ def test_published_figures_stand_beside_the_same_network_and_classes(
 def test_every_row_of_a_study_is_a_network(name):
     entries = STUDIES[name].entries(DataSettings(), 20)
     assert len(entries) >= 3
-    described = {repr(settings) for settings in entries.values()}
+    origins = STUDIES[name].origins
+    described = {(repr(settings), origins.get(label)) for label, settings in entries.items()}
     assert len(described) == len(entries)
     for settings in entries.values():
-        assert settings.training.epochs in (20, 20 * overfit.FEW_EPOCHS_FACTOR)
+        assert settings.training.epochs in (20, 40, 80, 20 * overfit.FEW_EPOCHS_FACTOR)
+    order = list(entries)
+    for label, origin in origins.items():
+        assert order.index(origin.label) < order.index(label)
+    assert STUDIES[name].reference in (None, *entries)
 
 
 def test_factors_change_what_they_say():
@@ -242,6 +257,27 @@ def test_factors_change_what_they_say():
     assert free.augmentation == Augmentation(crop_padding=0, flip=False)
     few = entries["chansel, 512 images, no regularisers"]
     assert few.data.train_images == 512 and few.training.epochs == 100
+
+
+def test_every_optimiser_has_rates_and_a_decay_of_its_own():
+    entries = optimizers.settings_of(DataSettings(), 20)
+    assert len(entries) == 2 * 3 * 4
+    found = entries["subkernel, sgd at 0.3"]
+    how = found.training.optimization
+    assert found.conv == "subkernel" and (how.optimizer, how.weight_decay) == ("sgd", 5e-4)
+    assert how.learning_rate == 0.3
+    best = entries["chansel, muon at 0.02"].training
+    assert best == dataclasses.replace(RECIPES["best"], epochs=20)
+
+
+def test_longer_trainings_and_their_teacher():
+    entries = length.settings_of(DataSettings(), 20)
+    epochs = {label: settings.training.epochs for label, settings in entries.items()}
+    assert epochs["averaged, 2 × as long"] == 40 and epochs[length.TEACHER] == 20
+    alone, taught = (entries[f"mixup{more}, 4 × as long"] for more in ("", " and teacher"))
+    assert alone == taught and alone.training.augmentation.mixup == 0.2
+    teacher = entries[length.TEACHER]
+    assert (teacher.conv, teacher.network.width) == ("subkernel", 32)
 
 
 def test_published_recipe_keeps_its_shares_of_the_epochs():
@@ -290,13 +326,67 @@ def test_a_study_from_beginning_to_end(settings, one_epoch, monkeypatch, tmp_pat
         study.study(dataclasses.replace(given, only="many"), console)
 
 
+def test_rows_that_need_another_row_s_network(
+    settings, dense, one_epoch, monkeypatch, tmp_path, console
+):
+    rows = {
+        "dense": dataclasses.replace(settings, conv="subkernel", workdir=None),
+        "factors": dataclasses.replace(settings, training=one_epoch, workdir=None),
+        "taught": dataclasses.replace(settings, training=one_epoch, workdir=None),
+    }
+    origins = {name: sweep.Origin("dense", use) for name, use in ORIGINS.items()}
+    chosen = dataclasses.replace(
+        STUDIES["factors"], entries=lambda *_: rows, origins=origins, reference="dense"
+    )
+    monkeypatch.setitem(STUDIES, "factors", chosen)
+    shutil.copytree(dense, tmp_path / "runs" / "dense-seed0")
+    given = study.Settings("factors", data=settings.data, only="factors|taught", output=tmp_path)
+    of_dense, *others = study.study(given, console)
+    assert [outcome.label for outcome in (of_dense, *others)] == list(rows)
+    (factors,), (taught,) = (outcome.runs for outcome in others)
+    run = load_run(dense, "last")
+    begun = build_network(rows["factors"], 3)
+    take_factors(begun, run.network)
+    assert (factors.begins_with, factors.teacher) == (digest(network_tree(begun)), None)
+    parameters = digest(network_tree(run.network))
+    assert taught.begins_with is None and taught.teacher["parameters_sha256"] == parameters
+
+    # The column of differences, image by image.
+    labels = load_images(run, settings.data.data_dir)[0].splits["validation"].labels
+    right = [
+        record.evaluations["validation"]["predictions"] == labels
+        for record in (taught, *of_dense.runs)
+    ]
+    gains = right[0].astype(float) - right[1]
+    expected = f"{100 * gains.mean():+.2f} ± {100 * gains.std(ddof=1) / len(gains) ** 0.5:.2f}"
+    text = (tmp_path / "report.md").read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith("| taught |"))
+    assert line.endswith(f"| {expected} |") and "| points more than dense |" in text
+
+    # Finished runs need their lines only, although what they began with is gone.
+    shutil.rmtree(tmp_path / "runs")
+    again = Console(file=io.StringIO(), width=160)
+    assert study.study(given, again)[1:] == others and "compiled" not in again.file.getvalue()
+
+
+ORIGINS = {"factors": "factors", "taught": "teacher"}
+
+
+def test_folds_that_there_are_not_are_refused_before_any_training(settings, images, tmp_path):
+    data = dataclasses.replace(settings.data, data_dir=images / "train")
+    given = study.Settings("cost", data=data, seeds=(0, 5), output=tmp_path)
+    with pytest.raises(DataError, match="--fold=5 must be at most 4"):
+        study.study(given, Console(quiet=True))
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
 def test_every_picture_can_be_drawn():
     summary = {
         name: 0.5
         for name in (
             *("final_val_accuracy", "final_train_loss"),
             *("plain_train_accuracy", "plain_train_loss"),
-            *("parameters", "multiply_adds"),
+            *("parameters", "multiply_adds", "seconds_per_epoch"),
         )
     } | {"epochs": 1}
     row = {

@@ -16,6 +16,7 @@ from chansel_jax.training.optimizer import (
     OptimizerSettings,
     accumulated,
     as_matrices,
+    composed_decay,
     decayed,
     make_optimizer,
     make_schedule,
@@ -204,6 +205,57 @@ def test_steps_equal_those_of_pytorch(settings, undecayed, x64):
 
     for (owner, name), tensor in tensors.items():
         np.testing.assert_allclose(params[owner][name], tensor.numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_composed_decay_is_that_of_the_dense_kernel(rank, x64):
+    """By PyTorch, through a sum over the ranks that is written out."""
+    rng = np.random.default_rng(0)
+    shapes = {"pointwise": (5, 4 * rank), "depthwise": (3, 2, rank, 4), "bias": (4,)}
+    layer = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    others = {"scale": rng.normal(size=4), "kernel": rng.normal(size=(3, 3, 2, 4))}
+    found = composed_decay({"conv": jax.tree.map(jnp.asarray, layer), "others": others})
+    parts = {name: torch.tensor(layer[name], requires_grad=True) for name in layer}
+    kernel = sum(
+        parts["pointwise"].reshape(5, 4, rank)[None, None, :, :, r]
+        * parts["depthwise"][:, :, r][:, :, None, :]
+        for r in range(rank)
+    )
+    (kernel.pow(2).sum() / 2).backward()
+    for name in ("pointwise", "depthwise"):
+        np.testing.assert_allclose(found["conv"][name], parts[name].grad.numpy(), rtol=1e-12)
+    np.testing.assert_array_equal(found["conv"]["bias"], layer["bias"])
+    chex.assert_trees_all_equal(found["others"], others)
+
+
+def test_composed_decay_by_hand():
+    """The kernel of the output is the outer product of (3, 4) and (2): its norm squared is 100."""
+    layer = {"pointwise": jnp.array([[3.0], [4.0]]), "depthwise": jnp.full((1, 1, 1, 1), 2.0)}
+    found = composed_decay(layer)
+    np.testing.assert_allclose(found["pointwise"], [[3 * 4], [4 * 4]])
+    np.testing.assert_allclose(found["depthwise"], [[[[2 * 25]]]])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize("undecayed", [(), ("biases", "depthwise")], ids=",".join)
+def test_each_optimiser_decays_the_composed_kernel(optimizer, undecayed):
+    """Without gradients nothing but the decay moves the parameters."""
+    rng = np.random.default_rng(0)
+    params = nested({path: rng.normal(size=shape) for path, (shape, _) in LEAVES.items()})
+    params = jax.tree.map(jnp.float32, params)
+    settings = OptimizerSettings(
+        optimizer, weight_decay=0.3, undecayed=undecayed, decay_composed=True
+    )
+    optimizer = make_optimizer(settings, optax.constant_schedule(0.1))
+    updates, _ = jax.jit(optimizer.update)(
+        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+    )
+    expected = jax.tree.map(
+        lambda decay, decays: -0.03 * decay * decays,
+        composed_decay(params),
+        decayed(params, undecayed),
+    )
+    chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("clip_norm", [0.5, 100.0])

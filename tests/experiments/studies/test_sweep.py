@@ -93,6 +93,18 @@ def test_every_network_from_one_seed_before_the_next(monkeypatch, tmp_path):
     assert not diverged
 
 
+def test_with_folds_every_seed_has_its_own(monkeypatch, tmp_path):
+    folds = []
+
+    def train(output, name, settings, console, wanted):
+        folds.append((settings.seed, settings.data.fold))
+        return record({"loss": 0})
+
+    monkeypatch.setattr(sweep, "finished", train)
+    run_all({"a": Settings()}, (3, 1), tmp_path, Console(quiet=True), folds=True)
+    assert folds == [(3, 3), (1, 1)]
+
+
 def test_further_seeds_are_trained_at_the_best_rate_only(monkeypatch, tmp_path):
     """Of two networks at two rates the one is best at the lower, the other at the higher."""
     losses = {("chansel", 0.01): 1.0, ("chansel", 0.02): 2.0}

@@ -35,8 +35,10 @@ from experiments.training.settings import (
     TrainingSettings,
     build_network,
     decisive,
+    initial_network,
     network_config,
     run_name,
+    with_dense,
 )
 from experiments.training.typed_json import from_json
 from experiments.training.workdir import filled
@@ -326,6 +328,29 @@ def test_initialisation_and_norm_reach_the_convolutions():
     # PyTorch: uniform within ± 1 / sqrt(fan_in).
     assert float(jnp.abs(kernel).max()) == pytest.approx(1 / 8, rel=1e-2)
     assert float(kernel.std()) == pytest.approx(1 / 8 / 3**0.5, rel=0.03)
+
+
+def test_a_spectral_beginning_has_the_factors_of_a_dense_one():
+    """As near to the dense kernel as any of that rank is, by NumPy's singular values."""
+    shape = NetworkSettings(blocks=(1, 1), width=4, ranks=(1, 0, 2, 1), initialiser="spectral")
+    settings = Settings(network=shape, seed=3)
+    network = initial_network(settings, 3)
+    dense = initial_network(with_dense(settings), 3)
+    for name in ("classifier", "stem.conv", "blocks.0.conv2"):
+        own, others = (nnx.to_flat_state(nnx.state(each)) for each in (network, dense))
+        own, others = (
+            {path: leaf[...] for path, leaf in each if ".".join(map(str, path)).startswith(name)}
+            for each in (own, others)
+        )
+        assert len(own) and own.keys() == others.keys()
+        for path in own:
+            np.testing.assert_array_equal(own[path], others[path])
+    for block, name, rank in ((0, "conv1", 1), (1, "conv1", 2), (1, "shortcut", 1)):
+        layer, kernel = (getattr(each.blocks[block], name) for each in (network, dense))
+        kernel = np.asarray(kernel.kernel[...])
+        error = ((layer.composed_kernel() - kernel) ** 2).sum((0, 1, 2))
+        values = np.linalg.svd(kernel.reshape(-1, *kernel.shape[2:]).T, compute_uv=False)
+        np.testing.assert_allclose(error, (values[:, rank:] ** 2).sum(1), rtol=1e-4, atol=1e-9)
 
 
 # By the names of the package bsconv, how they are typed.

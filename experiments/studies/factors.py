@@ -1,0 +1,54 @@
+"""The same parameters, trained better: by where they begin, and by what decays."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from experiments.studies.study import Study
+from experiments.studies.sweep import Origin, Outcome, changed, draw_rows
+from experiments.training.settings import RECIPES, DataSettings, Settings
+
+PLAIN, DENSE, FROM_DENSE = "plain", "the dense network", "begins with the dense network's factors"
+SPECTRAL, COMPOSED = {"initialiser": "spectral"}, {"decay_composed": True}
+FACTORS = {
+    PLAIN: {},
+    "spectral beginning": SPECTRAL,
+    "the composed kernel decays": COMPOSED,
+    "both": SPECTRAL | COMPOSED,
+    DENSE: {"conv": "subkernel"},
+    FROM_DENSE: {},
+    f"{FROM_DENSE}, the composed kernel decays": COMPOSED,
+}
+"""What is changed in the recipe `best` of channel selection."""
+
+
+def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
+    """Channel selection with each change, and the dense network."""
+    base = Settings(data=data, training=dataclasses.replace(RECIPES["best"], epochs=epochs))
+    return {label: changed(base, changes) for label, changes in FACTORS.items()}
+
+
+def note(epochs: int) -> str:
+    """What is in the rows that begin with others."""
+    return (
+        "The rows that begin with the dense network's factors have been trained twice as long "
+        "in all: that network first, then what its kernels' leading singular vectors make."
+    )
+
+
+def draw(outcomes: Sequence[Outcome]) -> Figure:
+    """The accuracy of every row."""
+    return draw_rows(outcomes, "final_val_accuracy", "validation accuracy, last epoch")
+
+
+STUDY = Study(
+    question="Can the same parameters of channel selection be trained better?",
+    epochs=60,
+    entries=settings_of,
+    draw=draw,
+    note=note,
+    scored=("validation",),
+    origins={label: Origin(DENSE, "factors") for label in FACTORS if label.startswith(FROM_DENSE)},
+    reference=PLAIN,
+)
