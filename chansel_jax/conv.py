@@ -454,6 +454,13 @@ class SubspaceChannelSelectionConv(ChannelSelectionConv):
             BatchNorm(size, dtype=dtype, param_dtype=param_dtype, rngs=rngs) if norm else None
         )
 
+    def merged_pointwise(self) -> jax.Array:
+        """`pointwise` `(C_in/G, C_out·R)` of the plain channel selection that computes the same.
+
+        Without `norm`: it is the product of both matrices.
+        """
+        return self._product(self.subspace[...], self.pointwise[...])
+
     def orthonormal_loss(self) -> jax.Array:
         """The sum over the groups of ‖Wᵀ·W - I‖, where W `(C_in/G, M)` is the part of `subspace`.
 

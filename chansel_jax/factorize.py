@@ -16,15 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chansel_jax.conv import ChannelSelectionConv, unwrapped
+from chansel_jax.conv import ChannelSelectionConv, SubspaceChannelSelectionConv, unwrapped
 from chansel_jax.decomposition import component_energies, factorize_kernel
 from chansel_jax.functional import Tree, network_tree
 from chansel_jax.networks.resnet import DENSE, ResNet, ResNetConfig
 from chansel_jax.ops.window import positive
 from chansel_jax.surgery import (
+    SAME,
     DenseConv,
     Where,
     dense_convs,
+    exchanged_layers,
     max_rank,
     parameter_count,
     replace_convs,
@@ -36,6 +38,7 @@ __all__ = [
     "factorize",
     "factorize_kernel",
     "highest_rank",
+    "merge_subspaces",
     "recalibrate",
     "take_factors",
 ]
@@ -153,6 +156,59 @@ def _factored(own: Tree, dense: Tree, path: str) -> Tree:
         holder = "network" if min(lonely, key=str) in own else "dense"
         raise ValueError(f"{path}.{min(map(str, lonely))} is in {holder} only")
     return {name: _factored(own[name], leaf, f"{path}.{name}") for name, leaf in dense.items()}
+
+
+def merge_subspaces(module: nnx.Module) -> nnx.Module:
+    """A copy of `module` in which channel selection needs no subspace, and computes the same.
+
+    The two matrices of every `SubspaceChannelSelectionConv` are multiplied to the one `pointwise`
+    of a `ChannelSelectionConv`. From a subspace of all channels that takes about half of the
+    parameters: such layers have more of them in training alone. The `config` of a `ResNet` follows.
+
+    Args:
+        module: any NNX module; it is not changed.
+
+    Raises:
+        ValueError: naming the path of a layer with BatchNorm between its parts, or if there is no
+            layer with a subspace.
+    """
+    copy, new = nnx.clone(module, graph=True), {}
+    for path, layer in nnx.iter_graph(copy, graph=True):
+        if isinstance(layer, SubspaceChannelSelectionConv):
+            if layer.norm is not None:
+                name = ".".join(map(str, path)) or "module"
+                raise ValueError(f"{name} has norm=True between its parts, which do not merge")
+            new[id(layer)] = _merged(layer)
+        if isinstance(layer, ResNet) and _has_subspaces(layer.config):
+            given = dict(getattr(layer.config.conv, "keywords", {}))
+            given.pop("share", None)
+            conv = functools.partial(ChannelSelectionConv, **given)
+            layer.config = dataclasses.replace(layer.config, conv=conv)
+    if not new:
+        raise ValueError(f"module of type {type(module).__name__} has no layer with a subspace")
+    return exchanged_layers(copy, new)
+
+
+def _has_subspaces(config: ResNetConfig) -> bool:
+    return unwrapped(config.conv) is SubspaceChannelSelectionConv
+
+
+def _merged(layer: SubspaceChannelSelectionConv) -> ChannelSelectionConv:
+    product, depthwise = layer.merged_pointwise(), layer.depthwise[...]
+    new = ChannelSelectionConv(
+        layer.in_features,
+        layer.out_features,
+        layer.kernel_size[0] if layer.kernel_size_is_integer else layer.kernel_size,
+        **{name: getattr(layer, name) for name in SAME},
+        use_bias=False,
+        rank=layer.rank,
+        lowering=layer.lowering,
+        pointwise_init=lambda *_: product,
+        depthwise_init=lambda *_: depthwise,
+        rngs=nnx.Rngs(0),
+    )
+    new.use_bias, new.bias = layer.use_bias, nnx.data(layer.bias)
+    return new
 
 
 def recalibrate(module: nnx.Module, batches: Iterable[Any]) -> nnx.Module:

@@ -31,7 +31,7 @@ from chansel_jax.tables import aligned
 DenseConv = nnx.Conv | SubKernelConv
 Where = Callable[[str, DenseConv], bool]
 
-_SAME = (
+SAME = (
     *("strides", "padding", "input_dilation", "kernel_dilation", "feature_group_count"),
     *("dtype", "param_dtype", "precision", "promote_dtype", "preferred_element_type"),
 )
@@ -155,7 +155,7 @@ def replace_convs(
         except ValueError as error:
             raise ValueError(f"{path or 'module'}: {error}") from error
         rows.append(row)
-    result = _exchanged(copy, new)
+    result = exchanged_layers(copy, new)
     return result, Report(tuple(rows), parameter_count(module), parameter_count(result))
 
 
@@ -307,7 +307,7 @@ def _replaced(
         layer.in_features,
         layer.out_features,
         layer.kernel_size[0] if _of_an_integer(layer) else layer.kernel_size,
-        **{name: getattr(layer, name) for name in _SAME},
+        **{name: getattr(layer, name) for name in SAME},
         use_bias=False,
         rank=rank,
         kernel_metadata=layer.kernel.get_metadata(),
@@ -358,7 +358,7 @@ def _lowering(layer: DenseConv, given: Mapping[str, Any]) -> dict[str, str]:
     return {"lowering": lowering}
 
 
-def _exchanged(root: Any, new: Mapping[int, ChannelSelectionConv]) -> Any:
+def exchanged_layers(root: Any, new: Mapping[int, ChannelSelectionConv]) -> Any:
     """`root` with the layers of these ids exchanged, wherever a module refers to them."""
 
     def exchanged(value: Any) -> Any:

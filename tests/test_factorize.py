@@ -12,7 +12,11 @@ import pytest
 import torch
 from flax import nnx
 
-from chansel_jax.conv import ChannelSelectionConv, SubKernelConv
+from chansel_jax.conv import (
+    ChannelSelectionConv,
+    SubKernelConv,
+    SubspaceChannelSelectionConv,
+)
 from chansel_jax.counting import count_network
 from chansel_jax.decomposition import component_energies
 from chansel_jax.factorize import (
@@ -20,6 +24,7 @@ from chansel_jax.factorize import (
     factorize,
     factorize_kernel,
     highest_rank,
+    merge_subspaces,
     recalibrate,
     take_factors,
 )
@@ -28,6 +33,8 @@ from chansel_jax.networks.resnet import ResNet, ResNetConfig
 from chansel_jax.surgery import parameter_count
 from chansel_jax.torch_weights import to_torch
 from experiments.pytorch.networks import torch_twin
+
+he_normal = nnx.initializers.he_normal()
 
 
 @functools.cache
@@ -101,6 +108,43 @@ def test_factors_of_a_network_of_another_shape_are_refused(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         take_factors(network, dense())
     jax.tree.map(np.testing.assert_array_equal, before, network_tree(network))
+
+
+# Subspaces that are merged
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_merged_subspaces_compute_the_same_with_plain_channel_selection(share):
+    conv = functools.partial(SubspaceChannelSelectionConv, share=share, depthwise_init=he_normal)
+    config = dataclasses.replace(dense().config, conv=conv, width=8, rank=2)
+    network = ResNet(config, rngs=nnx.Rngs(0))
+    merged = merge_subspaces(network)
+    kinds = {type(layer) for _, layer in nnx.iter_modules(merged)}
+    assert ChannelSelectionConv in kinds and SubspaceChannelSelectionConv not in kinds
+    np.testing.assert_allclose(logits(merged), logits(network), rtol=2e-5, atol=2e-5)
+    again = nnx.eval_shape(lambda: ResNet(merged.config, rngs=nnx.Rngs(0)))
+    shapes = (jax.tree.map(jnp.shape, network_tree(each)) for each in (merged, again))
+    assert next(shapes) == next(shapes)
+    assert merged.blocks[0].norm1 is not network.blocks[0].norm1
+
+
+def test_merged_layers_keep_groups_windows_and_biases():
+    layer = SubspaceChannelSelectionConv(
+        *(8, 12, (3, 2)), strides=(2, 1), feature_group_count=2, share=1.0, rngs=nnx.Rngs(0)
+    )
+    layer.bias[...] = jnp.arange(12.0)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 6, 8)), jnp.float32)
+    merged = merge_subspaces(layer)
+    assert type(merged) is ChannelSelectionConv and merged.pointwise.shape == (4, 12)
+    np.testing.assert_allclose(merged(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_what_does_not_merge_is_refused():
+    layer = SubspaceChannelSelectionConv(8, 8, (3, 3), norm=True, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="layers.1 has norm=True between its parts"):
+        merge_subspaces(nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), layer))
+    with pytest.raises(ValueError, match="ResNet has no layer with a subspace"):
+        merge_subspaces(dense())
 
 
 # Networks that have a config

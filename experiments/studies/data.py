@@ -8,10 +8,12 @@ from matplotlib.figure import Figure
 from chansel_jax.training.optimizer import OptimizerSettings
 from experiments.reporting import plots
 from experiments.studies.study import Study
-from experiments.studies.sweep import Outcome, entries
+from experiments.studies.sweep import Outcome, changed, entries
 from experiments.training.settings import DataSettings, Settings, TrainingSettings
 
 NETWORKS = ("subkernel", "chansel", "chansel-w32")
+# Those of the package bsconv, of which some are published.
+MODELS = ("cifar_wrn16_1", "cifar_wrn16_2", "cifar_resnet20")
 
 # Haase and Amthor, "Rethinking Depthwise Separable Convolutions" (CVPR 2020): the recipe, at 200
 # epochs, and the accuracies.
@@ -37,10 +39,16 @@ PUBLISHED = (
 
 
 def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
-    """Both convolutions, and channel selection of twice the width."""
+    """Both convolutions, in our network and in others; of ours the double width too."""
     optimization = dataclasses.replace(RECIPE.optimization, step_epochs=step_epochs(epochs))
     training = dataclasses.replace(RECIPE, epochs=epochs, optimization=optimization)
-    return entries(NETWORKS, Settings(data=data, training=training))
+    base = Settings(data=data, training=training)
+    others = {
+        f"{model}, {conv}": changed(base, {"model": model, "conv": conv})
+        for model in MODELS
+        for conv in NETWORKS[:2]
+    }
+    return entries(NETWORKS, base) | others
 
 
 def step_epochs(epochs: int) -> tuple[int, ...]:

@@ -10,12 +10,14 @@ from experiments.studies.sweep import Origin, Outcome, changed, draw_rows
 from experiments.training.settings import RECIPES, DataSettings, Settings
 
 PLAIN, DENSE, FROM_DENSE = "plain", "the dense network", "begins with the dense network's factors"
+MERGED = "two matrices in training"
 SPECTRAL, COMPOSED = {"initialiser": "spectral"}, {"decay_composed": True}
 FACTORS = {
     PLAIN: {},
     "spectral beginning": SPECTRAL,
     "the composed kernel decays": COMPOSED,
     "both": SPECTRAL | COMPOSED,
+    MERGED: {"conv": "subspace", "share": 1.0},
     DENSE: {"conv": "subkernel"},
     FROM_DENSE: {},
     f"{FROM_DENSE}, the composed kernel decays": COMPOSED,
@@ -32,8 +34,11 @@ def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
 def note(epochs: int) -> str:
     """What is in the rows that begin with others."""
     return (
-        "The rows that begin with the dense network's factors have been trained twice as long "
-        "in all: that network first, then what its kernels' leading singular vectors make."
+        f'In the row "{MERGED}" the pointwise part is their product, by which '
+        "`chansel_jax.factorize.merge_subspaces` replaces them at the end, with the parameters of "
+        "the plain network and what it computes left as it is. The rows that begin with the dense "
+        "network's factors have been trained twice as long in all: that network first, then what "
+        "its kernels' leading singular vectors make."
     )
 
 

@@ -49,12 +49,15 @@ def test_what_is_hopeless_is_timed_once():
 
         return jax.custom_vjp(call)
 
-    functions = {"fast": counted("fast", 0.001), "slow": counted("slow", 0.2)}
+    functions = {
+        "fast": counted("fast", 0.001),
+        "slow": counted("slow", 1.0),
+    }  # whatever else runs here
     for function in functions.values():
         function.defvjp(lambda x, f=function: (f.fun(x), None), lambda _, dy: (dy,))
     found = tune.time_calls(functions, (jnp.ones(3),), rounds=4)
     assert calls.count("slow") == 1 and calls.count("fast") == 5
-    assert found["slow"] >= 200 and 1 <= found["fast"] < 200
+    assert found["slow"] >= 1000 and 1 <= found["fast"] < 1000
 
 
 def test_the_report_by_hand():
