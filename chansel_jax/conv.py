@@ -457,8 +457,13 @@ class SubspaceChannelSelectionConv(ChannelSelectionConv):
     def merged_pointwise(self) -> jax.Array:
         """`pointwise` `(C_in/G, C_out·R)` of the plain channel selection that computes the same.
 
-        Without `norm`: it is the product of both matrices.
+        It is the product of both matrices.
+
+        Raises:
+            ValueError: with `norm`, for then no plain channel selection does.
         """
+        if self.norm is not None:
+            raise ValueError("norm=True: matrices with BatchNorm between them have no product")
         return self._product(self.subspace[...], self.pointwise[...])
 
     def orthonormal_loss(self) -> jax.Array:

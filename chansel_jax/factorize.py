@@ -143,12 +143,16 @@ def _factored(own: Tree, dense: Tree, path: str) -> Tree:
     """`dense`, a tree like `own`, but for kernels where `own` has the parts of a selection."""
     if not isinstance(dense, Mapping):
         if jnp.shape(own) != dense.shape:
-            there = f"{path} of shape {dense.shape}, has shape {jnp.shape(own)} in"
-            raise ValueError(f"dense, with {there} network")
+            shapes = f"{jnp.shape(own)} in network and {dense.shape} in dense"
+            raise ValueError(f"{path} is of shape {shapes}")
         return dense
     if "kernel" in dense and "depthwise" in own:
         kernel = np.asarray(dense["kernel"])
-        parts = factorize_kernel(kernel, own["depthwise"].shape[-2])
+        *sizes, rank, outputs = own["depthwise"].shape
+        shape = (*sizes, own["pointwise"].shape[0], outputs)
+        if shape != kernel.shape:
+            raise ValueError(f"{path} is of {shape} in network and of {kernel.shape} in dense")
+        parts = factorize_kernel(kernel, rank)
         cut = dict(zip(("pointwise", "depthwise"), parts, strict=True))
         cut = {name: jnp.asarray(part, kernel.dtype) for name, part in cut.items()}
         dense = {name: leaf for name, leaf in dense.items() if name != "kernel"} | cut
@@ -162,8 +166,9 @@ def merge_subspaces(module: nnx.Module) -> nnx.Module:
     """A copy of `module` in which channel selection needs no subspace, and computes the same.
 
     The two matrices of every `SubspaceChannelSelectionConv` are multiplied to the one `pointwise`
-    of a `ChannelSelectionConv`. From a subspace of all channels that takes about half of the
-    parameters: such layers have more of them in training alone. The `config` of a `ResNet` follows.
+    of a `ChannelSelectionConv`. A subspace of all channels is so made smaller, and a network may
+    have it in training alone; one of a fourth of them becomes larger. The `config` of a `ResNet`
+    follows.
 
     Args:
         module: any NNX module; it is not changed.
@@ -175,10 +180,10 @@ def merge_subspaces(module: nnx.Module) -> nnx.Module:
     copy, new = nnx.clone(module, graph=True), {}
     for path, layer in nnx.iter_graph(copy, graph=True):
         if isinstance(layer, SubspaceChannelSelectionConv):
-            if layer.norm is not None:
-                name = ".".join(map(str, path)) or "module"
-                raise ValueError(f"{name} has norm=True between its parts, which do not merge")
-            new[id(layer)] = _merged(layer)
+            try:
+                new[id(layer)] = _merged(layer)
+            except ValueError as error:
+                raise ValueError(f"{'.'.join(map(str, path)) or 'module'}: {error}") from error
         if isinstance(layer, ResNet) and _has_subspaces(layer.config):
             given = dict(getattr(layer.config.conv, "keywords", {}))
             given.pop("share", None)
@@ -208,6 +213,9 @@ def _merged(layer: SubspaceChannelSelectionConv) -> ChannelSelectionConv:
         rngs=nnx.Rngs(0),
     )
     new.use_bias, new.bias = layer.use_bias, nnx.data(layer.bias)
+    for name in ("pointwise", "depthwise"):  # what was frozen, sharded or marked otherwise stays so
+        part, made = getattr(layer, name), getattr(new, name)
+        setattr(new, name, type(part)(made[...], **part.get_metadata()))
     return new
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from chansel_jax.data.errors import DataError
 from experiments.cli.command import run
 from experiments.cli.console import make_console
 from experiments.cli.errors import CommandError
@@ -82,23 +83,14 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
         ValueError: if the study needs more images than `settings` leave.
     """
     chosen = STUDIES[settings.name]
-    data, epochs = settings.data, settings.epochs or chosen.epochs
+    data = settings.data
     if data.dataset == "dog_cat_bird":
         data = dataclasses.replace(data, dataset=chosen.dataset)
-    every = chosen.entries(data, epochs)
-    wished = {label for label in every if re.search(settings.only, label)}
-    if not wished:
-        raise CommandError(f"only={settings.only} matches none of: {'; '.join(every)}")
-    wished |= {chosen.origins[label].label for label in wished & chosen.origins.keys()}
-    entries = {
-        label: dataclasses.replace(row, reading=settings.reading)
-        for label, row in every.items()
-        if label in wished
-    }
+    entries = chosen_entries(chosen, data, settings)
     output = settings.output or Path("runs", f"study-{settings.name}-{data.dataset}")
     check_runs_output(output, data, f"study {settings.name}")
-    for seed in settings.seeds if chosen.folds else ():
-        image_digests(dataclasses.replace(data, fold=seed))  # refuses what there is not
+    if chosen.folds:
+        check_folds(data, settings.seeds)
     scored = [split for split in chosen.scored if split in image_digests(data)]
     wanted = [Wanted(split, "last") for split in scored]
     outcomes, diverged = run_all(
@@ -118,12 +110,43 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
         "written_with": machine.versions(),
         "rows": {o.label: [run.figures for run in o.runs] for o in outcomes},
     }
-    described = text(outcomes, settings, chosen, shown, command)
+    described = text(outcomes, settings, chosen, shown, command, bool(differences))
     pictures = {"picture": chosen.draw(outcomes)}
     report.publish(
         output, chosen.question, described, pictures, results, [shown], console, diverged
     )
     return outcomes
+
+
+def chosen_entries(
+    chosen: Study, data: DataSettings, settings: Settings
+) -> dict[str, TrainSettings]:
+    """The rows that `settings.only` matches, and those whose networks they need.
+
+    Raises:
+        CommandError: if it matches none.
+    """
+    every = chosen.entries(data, settings.epochs or chosen.epochs)
+    wished = {label for label in every if re.search(settings.only, label)}
+    if not wished:
+        raise CommandError(f"only={settings.only} matches none of: {'; '.join(every)}")
+    wished |= {chosen.origins[label].label for label in wished & chosen.origins.keys()}
+    return {
+        label: dataclasses.replace(row, reading=settings.reading)
+        for label, row in every.items()
+        if label in wished
+    }
+
+
+def check_folds(data: DataSettings, seeds: Sequence[int]) -> None:
+    """Raises `CommandError` if some seed is no number of a fold; before any training."""
+    if data.fold:
+        raise CommandError(f"fold={data.fold}: in this study each of --seeds is the fold too")
+    for seed in seeds:
+        try:
+            image_digests(dataclasses.replace(data, fold=seed))
+        except DataError as error:
+            raise CommandError(f"seeds={seed} is the number of the fold too: {error}") from error
 
 
 def compared(
@@ -136,8 +159,9 @@ def compared(
         for record in outcome.runs:
             seed = record.settings["seed"]
             data = of_seed(entries[outcome.label], seed, chosen.folds).data
-            predictions = record.evaluations["validation"]["predictions"]
-            found[seed] = np.asarray(predictions) == image_labels(data, "validation")
+            predictions = record.evaluations["validation"].get("predictions")
+            if predictions:  # records that are older than they have none
+                found[seed] = np.asarray(predictions) == image_labels(data, "validation")
         return found
 
     references = {outcome.label: outcome for outcome in outcomes}
@@ -166,6 +190,7 @@ def table(
         "accuracy": ("final_val_accuracy", ".2%"),
         "lowest loss": ("best_val_loss", ".3f"),
         "highest accuracy": ("best_val_accuracy", ".2%"),
+        "seconds an epoch": ("seconds_per_epoch", ".1f"),
     }
     if "train" in scored:
         columns["train loss"] = ("plain_train_loss", ".4f")
@@ -185,7 +210,8 @@ def table(
     for label, parameters, accuracy in chosen.published:
         measured = "test accuracy" if "test" in scored else "accuracy"
         cells = {"parameters": parameters, measured: accuracy}
-        rows.append([f"{label} (published)", *(cells.get(name, "") for name in columns)])
+        blank = [""] * len(gained)
+        rows.append([f"{label} (published)", *(cells.get(name, "") for name in columns), *blank])
     return ["", *columns, *gained], rows
 
 
@@ -195,6 +221,7 @@ def text(
     chosen: Study,
     shown: tables.Table,
     command: str,
+    with_differences: bool,
 ) -> str:
     """The report."""
     runs = [run.summary for outcome in outcomes for run in outcome.runs]
@@ -206,8 +233,6 @@ def text(
     if len(settings.seeds) > 1:
         seeds = f"seeds {', '.join(map(str, settings.seeds))}"
         seeds += " (the table shows the mean ± the standard deviation)"
-    if chosen.folds:
-        seeds += ", and of each seed on another fold"
     epochs = settings.epochs or chosen.epochs
     short = f" (with `--epochs={epochs}`; the whole study has `--epochs={chosen.epochs}`)"
     train = (
@@ -218,16 +243,16 @@ def text(
     error = (
         f" Behind the points more than {chosen.reference} stands their standard error, from the "
         "same images and seeds."
-        if chosen.reference
-        else ""
     )
+    folds = " Each seed had another fold of the images for validation."
     note = f" {chosen.note(epochs)}" if chosen.note(epochs) else ""
     published = f"\n\nPublished: {chosen.published_note}." if chosen.published else ""
     return f"""\
 Each network was trained {trained}{short if epochs != chosen.epochs else ""}, from \
 {seeds}, and validated on {runs[0]["images"]["validation"]:,} images. {train} The validation loss \
 and the accuracy are those after the last epoch; the lowest loss and the highest accuracy are the \
-best of all epochs.{error}{note}
+best of all epochs.{error if with_differences else ""}\
+{folds if chosen.folds and settings.seeds[1:] else ""}{note}
 
 {tables.table(*shown)}{published}
 

@@ -98,7 +98,11 @@ def test_each_layer_has_the_factors_of_its_kernel_and_a_dense_one_the_kernel():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"width": 8}, "dense, with params.blocks.0.conv1.bias of shape (6,), has shape (8,) in"),
+        ({"width": 8}, "blocks.0.conv1 is of (3, 3, 8, 8) in network and of (3, 3, 6, 6) in dense"),
+        (
+            {"num_classes": 5},
+            "params.classifier.bias is of shape (5,) in network and (3,) in dense",
+        ),
         ({"blocks": (1, 2)}, "params.blocks.2 is in network only"),
         ({"use_bias": False}, "params.blocks.0.conv1.bias is in dense only"),
     ],
@@ -111,6 +115,10 @@ def test_factors_of_a_network_of_another_shape_are_refused(changes, message):
 
 
 # Subspaces that are merged
+
+
+class Frozen(nnx.Param):
+    """What an optimiser may be told to leave."""
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
@@ -133,15 +141,17 @@ def test_merged_layers_keep_groups_windows_and_biases():
         *(8, 12, (3, 2)), strides=(2, 1), feature_group_count=2, share=1.0, rngs=nnx.Rngs(0)
     )
     layer.bias[...] = jnp.arange(12.0)
+    layer.pointwise = Frozen(layer.pointwise[...], note="kept")
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 6, 8)), jnp.float32)
     merged = merge_subspaces(layer)
     assert type(merged) is ChannelSelectionConv and merged.pointwise.shape == (4, 12)
     np.testing.assert_allclose(merged(x), layer(x), rtol=1e-5, atol=1e-5)
+    assert type(merged.pointwise) is Frozen and merged.pointwise.note == "kept"
 
 
 def test_what_does_not_merge_is_refused():
     layer = SubspaceChannelSelectionConv(8, 8, (3, 3), norm=True, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="layers.1 has norm=True between its parts"):
+    with pytest.raises(ValueError, match="^layers.1: norm=True: matrices with BatchNorm between"):
         merge_subspaces(nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), layer))
     with pytest.raises(ValueError, match="ResNet has no layer with a subspace"):
         merge_subspaces(dense())

@@ -62,7 +62,9 @@ def folder(
     try:
         class_names, found = _find(root, classes)
         division = train_per_class, split_seed, fold
-        digest = _digest(root, found, class_names, image_size, *division)
+        # What was prepared before there were folds is the first of them.
+        settings = division if fold else division[:-1]
+        digest = _digest(root, found, class_names, image_size, *settings)
     except OSError as error:
         raise DataError(f"cannot read {root}: {error}") from error
     splits = _divide(found, class_names, *division)

@@ -50,8 +50,8 @@ def load(
         train_per_class: how many training images to take of each class. Where there is no
             validation set, the rest is that; by default a fifth is.
         split_seed: which images those are.
-        fold: of the validation images of one `split_seed`: 0, 1 and so on have no image in common,
-            so that a fifth of all gives five folds. Default 0.
+        fold: which part of the images is the validation set, where there is none. The folds 0, 1
+            and so on of one `split_seed` have no image in common. Default 0.
 
     Returns:
         The data set, with images (N, H, W, 3) uint8 and labels (N,) int32.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -179,13 +178,14 @@ def composed_decay(params: Any) -> Any:
     the norm of what is computed decays: the Frobenius decay of Khodak et al., "Initialization and
     Regularization of Factorized Neural Layers" (2021).
     """
-    if not isinstance(params, Mapping):
-        return params
-    parts = {name: params[name] for name in ("pointwise", "depthwise") if name in params}
-    found = {name: composed_decay(params[name]) for name in params.keys() - parts.keys()}
-    if parts:
-        found |= jax.grad(lambda parts: jnp.sum(composed_kernel(**parts) ** 2) / 2)(parts)
-    return found
+    found, tree = jax.tree_util.tree_flatten_with_path(params)
+    leaves = {tuple(key.key for key in path if isinstance(key, DictKey)): x for path, x in found}
+    for *owner, name in list(leaves):
+        if name == "depthwise":
+            parts = {name: leaves[*owner, name] for name in ("pointwise", "depthwise")}
+            gradients = jax.grad(lambda parts: jnp.sum(composed_kernel(**parts) ** 2) / 2)(parts)
+            leaves |= {(*owner, name): gradient for name, gradient in gradients.items()}
+    return tree.unflatten(leaves.values())
 
 
 def as_matrices(params: Any) -> Any:

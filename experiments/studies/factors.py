@@ -34,9 +34,10 @@ def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
 def note(epochs: int) -> str:
     """What is in the rows that begin with others."""
     return (
-        f'In the row "{MERGED}" the pointwise part is their product, by which '
-        "`chansel_jax.factorize.merge_subspaces` replaces them at the end, with the parameters of "
-        "the plain network and what it computes left as it is. The rows that begin with the dense "
+        f'In the row "{MERGED}" the pointwise part is the product of two, which '
+        "`chansel_jax.factorize.merge_subspaces` can put in their place: the network then computes "
+        "the same with the parameters of the plain one. A loss of its own holds the first of the "
+        "two near a rotation, as in BSConv-S. The rows that begin with the dense "
         "network's factors have been trained twice as long in all: that network first, then what "
         "its kernels' leading singular vectors make."
     )

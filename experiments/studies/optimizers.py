@@ -35,8 +35,8 @@ def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
 def note(epochs: int) -> str:
     """How the rate of further seeds was chosen."""
     return (
-        "Every optimiser was tried at each rate from the first seed, and from the others at its "
-        "rate of the highest accuracy; the first seed therefore flatters that rate a little."
+        "Every optimiser was tried at each rate from the first seed, which flatters the best rate "
+        "a little; further seeds were trained at that one."
     )
 
 

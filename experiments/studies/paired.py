@@ -12,9 +12,12 @@ def difference(own: Right, other: Right, *, folds: bool) -> tuple[float, float] 
     """How much more often one row is right than another, and the standard error of this.
 
     Each seed's networks are compared on the same images. Where the images are the same for all
-    seeds, the error adds up, in quadrature, that of the choice of the images and that of the seeds,
-    of which a single seed says nothing. Where every seed has a fold of the images to itself, the
-    deviation between folds holds both.
+    seeds, the error holds the choice of the images and that of the seeds, of which a single seed
+    says nothing: its square is the variance of the images' means over their number, and that of the
+    seeds' means over theirs, less what is left besides the two, which both of them hold. Where
+    every seed has a fold of the images to itself, it is the deviation between the folds over the
+    root of their number. That is a little small, since the networks of two folds have most of their
+    training images in common (Bengio and Grandvalet, 2004).
 
     Args:
         own: by seed, which images `(N,)` bool the row's network is right about.
@@ -27,11 +30,15 @@ def difference(own: Right, other: Right, *, folds: bool) -> tuple[float, float] 
     seeds = sorted(own.keys() & other.keys())
     if not seeds:
         return None
-    each = [own[seed].astype(float) - other[seed] for seed in seeds]
-    of_seeds = [gains.mean() for gains in each]
-    between = np.std(of_seeds, ddof=1) / math.sqrt(len(seeds)) if seeds[1:] else 0.0
     if folds and seeds[1:]:
-        return float(np.mean(of_seeds)), float(between)
-    of_images = np.mean(each, axis=0)
-    within = of_images.std(ddof=1) / math.sqrt(len(of_images))
-    return float(of_images.mean()), math.hypot(within, between)
+        means = [np.mean(own[seed].astype(float) - other[seed]) for seed in seeds]
+        return float(np.mean(means)), float(np.std(means, ddof=1) / math.sqrt(len(seeds)))
+    gains = np.array([own[seed].astype(float) - other[seed] for seed in seeds])
+    count, images = gains.shape
+    of_images, of_seeds = gains.mean(axis=0), gains.mean(axis=1)
+    square = of_images.var(ddof=1) / images
+    if seeds[1:]:
+        rest = gains - of_images - of_seeds[:, None] + gains.mean()
+        both = (rest**2).sum() / ((images - 1) * (count - 1)) / (images * count)
+        square += max(0.0, of_seeds.var(ddof=1) / count - both)
+    return float(gains.mean()), math.sqrt(square)

@@ -25,8 +25,8 @@ class Study:
             first seed, if its entries are those of `at_rates`; further seeds are trained at this
             rate only.
         origins: of rows that need another row's network, by label.
-        folds: whether a seed is the number of a fold too, so that five seeds validate on all images
-            of a folder.
+        folds: whether a seed is the number of a fold too, so that no two seeds validate on the same
+            image.
         reference: the label of the row that others are compared with, image by image.
         published: rows to compare with: label, parameters, accuracy.
         published_note: where they are from.

@@ -1,6 +1,7 @@
 """Several networks, each trained from several seeds."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -15,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from chansel_jax.errors import OneLineError
 from chansel_jax.factorize import take_factors
 from chansel_jax.training.distillation import Teacher
 from experiments.cli.errors import CommandError
@@ -103,16 +105,20 @@ def run_all(
         What came out, and a line for each training that is left out: it diverged.
 
     Raises:
-        OneLineError: as `finished`, or if an entry has wrong settings, or no loss was finite.
+        OneLineError: as `finished`, or if an entry has wrong settings, or no loss was finite, or an
+            entry needs a network of which there is the record alone.
     """
     check_networks(entries)
-    how = output, console, wanted, origins, folds
-    outcomes, diverged = _train(entries, seeds[:1] if tuned_by else seeds, *how)
+    check_origins(entries, seeds, output, origins)
+    train = functools.partial(
+        _train, output=output, console=console, wanted=wanted, origins=origins, folds=folds
+    )
+    outcomes, diverged = train(entries, seeds[:1] if tuned_by else seeds)
     if not outcomes:
         raise CommandError("; ".join(diverged))
     if tuned_by and seeds[1:]:
         best = {outcome.label: entries[outcome.label] for outcome in best_rates(outcomes, tuned_by)}
-        further, lost = _train(best, seeds[1:], *how)
+        further, lost = train(best, seeds[1:])
         runs = {outcome.label: outcome.runs for outcome in further}
         outcomes = [Outcome(o.label, [*o.runs, *runs.get(o.label, ())]) for o in outcomes]
         diverged += lost
@@ -122,6 +128,7 @@ def run_all(
 def _train(
     entries: Mapping[str, Settings],
     seeds: Sequence[int],
+    *,
     output: Path,
     console: Console,
     wanted: Sequence[Wanted],
@@ -129,18 +136,21 @@ def _train(
     folds: bool,
 ) -> tuple[list[Outcome], list[str]]:
     done: dict[str, list[Record]] = {label: [] for label in entries}
-    diverged: list[str] = []
+    diverged: dict[tuple[str, int], str] = {}
     every = list(itertools.product(seeds, entries.items()))
     for number, (seed, (label, settings)) in enumerate(every, start=1):
         console.print(f"\n[{number}/{len(every)}] {label}, seed {seed}")
         given, name = of_seed(settings, seed, folds), run_name(label, seed)
-        learned = origin_of(origins[label], seed, given, output, name) if label in origins else {}
+        origin = origins.get(label)
         try:
+            if origin and (origin.label, seed) in diverged:
+                raise DivergedError(f"{origin.label}, whose network it needs, diverged")
+            learned = origin_of(origin, seed, given, output, name) if origin else {}
             done[label].append(finished(output, name, given, console, wanted, **learned))
         except DivergedError as error:
-            diverged.append(f"{label}, seed {seed}: {error}")
-            console.print(diverged[-1])
-    return [Outcome(label, runs) for label, runs in done.items() if runs], diverged
+            diverged[label, seed] = f"{label}, seed {seed}: {error}"
+            console.print(diverged[label, seed])
+    return [Outcome(label, runs) for label, runs in done.items() if runs], [*diverged.values()]
 
 
 def of_seed(settings: Settings, seed: int, folds: bool) -> Settings:
@@ -154,17 +164,37 @@ def origin_of(
 ) -> dict[str, Any]:
     """What `finished` is to be given of the network that an entry needs.
 
-    Where that network is gone and the run has its line, the line is trusted.
+    Where that network cannot be loaded and the run has its line, the line is trusted.
     """
-    workdir = output / "runs" / run_name(origin.label, seed)
-    if not workdir.exists() and name in read_records(output / RUNS):
-        return {"same_beginning": False}
-    run = load_run(workdir, "last", refuse)
+    try:
+        run = load_run(output / "runs" / run_name(origin.label, seed), "last", refuse)
+    except OneLineError:
+        if name in read_records(output / RUNS):
+            return {"same_beginning": False}
+        raise
     if origin.use == "teacher":
         return {"teacher": Teacher(run.network)}
     network = build_network(settings, len(run.class_names))
     take_factors(network, run.network)
     return {"network": network}
+
+
+def check_origins(
+    entries: Mapping[str, Settings],
+    seeds: Sequence[int],
+    output: Path,
+    origins: Mapping[str, Origin],
+) -> None:
+    """Raises `CommandError` if an entry needs a network of which there is the record alone."""
+    records = read_records(output / RUNS)
+    for seed, label in itertools.product(seeds, entries.keys() & origins.keys()):
+        needed = run_name(origins[label].label, seed)
+        workdir = output / "runs" / needed
+        if run_name(label, seed) not in records and needed in records and not workdir.exists():
+            raise CommandError(
+                f"{label}, seed {seed}, needs the network of {needed}, of which there is the "
+                f"record alone: {workdir} is gone"
+            )
 
 
 def check_networks(entries: Mapping[str, Settings]) -> None:
@@ -198,7 +228,8 @@ def named(name: str, settings: Settings) -> Settings:
     if match is None:
         raise ValueError(f"{name} must be named {NAME_FORMAT}, where CONV is chansel or subkernel")
     conv, width, rank = match.groups()
-    network = (with_dense(settings) if conv == "subkernel" else settings).network
+    settings = with_dense(settings) if conv == "subkernel" else settings
+    network = settings.network
     if width is not None:
         network = dataclasses.replace(network, width=int(width))
     if rank is not None:

@@ -106,8 +106,8 @@ class DataSettings:
     split_seed: int = 0
     """This decides which images of a folder are for validation where they are not divided."""
     fold: int = 0
-    """Other images of such a folder are for validation, of which 0, 1 and so on share none: a fifth
-    of all gives the five folds 0 to 4."""
+    """Of a folder whose images are not divided this fold is for validation. The folds 0, 1 and so
+    on have no image in common; where a fifth of the images is for validation there are five."""
     train_images: int | None = None
     """Only this many of the training images are used, of each class as many, give or take one."""
 
@@ -314,8 +314,13 @@ def network_config(settings: Settings, num_classes: int) -> ResNetConfig:
     network = settings.network
     if network.norm and settings.conv == "subkernel":
         raise ValueError("norm=True: the dense convolution has no two parts")
-    if network.initialiser == "spectral" and (network.norm or settings.conv != "chansel"):
-        raise ValueError("initialiser=spectral is for the convolution chansel without norm only")
+    if network.norm or settings.conv != "chansel":
+        of_products = {
+            "initialiser=spectral": network.initialiser == "spectral",
+            "decay_composed=True": settings.training.optimization.decay_composed,
+        }
+        for given in filter(of_products.get, of_products):
+            raise ValueError(f"{given} is for the convolution chansel without norm only")
     share = None if network.share == NetworkSettings.share else network.share
     if share is not None and settings.conv != "subspace":
         raise ValueError(f"share={share} is for the convolution subspace only")
@@ -383,4 +388,6 @@ def with_dense(settings: Settings) -> Settings:
     if given.initialiser == "spectral":
         changes["initialiser"] = "he"
     network = dataclasses.replace(given, **changes)
-    return dataclasses.replace(settings, conv="subkernel", network=network)
+    optimization = dataclasses.replace(settings.training.optimization, decay_composed=False)
+    training = dataclasses.replace(settings.training, optimization=optimization)
+    return dataclasses.replace(settings, conv="subkernel", network=network, training=training)

@@ -19,7 +19,6 @@ from PIL import Image
 from rich.console import Console
 
 from chansel_jax import SubKernelConv, resnet14
-from chansel_jax.data.errors import DataError
 from chansel_jax.digest import digest
 from chansel_jax.factorize import take_factors
 from chansel_jax.functional import network_tree
@@ -375,9 +374,40 @@ ORIGINS = {"factors": "factors", "taught": "teacher"}
 def test_folds_that_there_are_not_are_refused_before_any_training(settings, images, tmp_path):
     data = dataclasses.replace(settings.data, data_dir=images / "train")
     given = study.Settings("cost", data=data, seeds=(0, 5), output=tmp_path)
-    with pytest.raises(DataError, match="--fold=5 must be at most 4"):
+    with pytest.raises(
+        CommandError, match="^seeds=5 is the .*fold too: --fold=5 must be at most 4"
+    ):
+        study.study(given, Console(quiet=True))
+    given = dataclasses.replace(given, data=dataclasses.replace(data, fold=3))
+    with pytest.raises(CommandError, match="^fold=3: in this study each of --seeds is the fold"):
         study.study(given, Console(quiet=True))
     assert not (tmp_path / "runs.jsonl").exists()
+
+
+def test_differences_over_folds_take_the_images_of_each(settings, images, tmp_path):
+    """Of two seeds the one row is always right, the other about one and about no class."""
+    data = dataclasses.replace(settings.data, data_dir=images / "train")
+    entries = {name: Settings(data=data) for name in ("chansel-w16", "subkernel-w6")}
+    outcomes = []
+    for label, wrong in (("chansel-w16", ()), ("subkernel-w6", (1, 2))):
+        records = []
+        for seed in (0, 1):
+            labels = runs.image_labels(dataclasses.replace(data, fold=seed), "validation")
+            taken = np.where(np.isin(labels, wrong[seed:]), 0, labels)
+            found = {"validation": {"predictions": taken.tolist()}}
+            records.append(dataclasses.replace(measured(), settings={"seed": seed}))
+            records[-1] = dataclasses.replace(records[-1], evaluations=found)
+        outcomes.append(sweep.Outcome(label, records))
+    found = study.compared(outcomes, STUDIES["cost"], entries)
+    # Two thirds and one third of the images are lost: their mean, and half of their distance.
+    assert found == {"subkernel-w6": "-50.00 ± 16.67"}
+    older = [
+        sweep.Outcome(
+            o.label, [dataclasses.replace(r, evaluations={"validation": {}}) for r in o.runs]
+        )
+        for o in outcomes
+    ]
+    assert study.compared(older, STUDIES["cost"], entries) == {}
 
 
 def test_every_picture_can_be_drawn():

@@ -49,10 +49,8 @@ def test_what_is_hopeless_is_timed_once():
 
         return jax.custom_vjp(call)
 
-    functions = {
-        "fast": counted("fast", 0.001),
-        "slow": counted("slow", 1.0),
-    }  # whatever else runs here
+    # So far apart that they stay so whatever else runs here.
+    functions = {"fast": counted("fast", 0.001), "slow": counted("slow", 1.0)}
     for function in functions.values():
         function.defvjp(lambda x, f=function: (f.fun(x), None), lambda _, dy: (dy,))
     found = tune.time_calls(functions, (jnp.ones(3),), rounds=4)

@@ -51,6 +51,11 @@ WRONG = [
         FOLDER + "--conv=subkernel --initialiser=spectral",
         "--initialiser=spectral is for the convolution chansel without norm only",
     ),
+    (
+        "train",
+        FOLDER + "--norm --decay-composed",
+        "--decay-composed is for the convolution chansel",
+    ),
     ("train", FOLDER + "--share=0.5", "--share=0.5 is for the convolution subspace only"),
     ("train", "--dataset=folder --data-dir=NONE", "--data-dir=NONE is no folder"),
     ("train", "--dataset=folder --data-dir=EMPTY", "EMPTY"),

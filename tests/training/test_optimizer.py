@@ -236,6 +236,17 @@ def test_composed_decay_by_hand():
     np.testing.assert_allclose(found["depthwise"], [[[[2 * 25]]]])
 
 
+def test_composed_decay_in_flax_s_optimiser():
+    layer = ChannelSelectionConv(1, 1, (1, 1), use_bias=False, rngs=nnx.Rngs(0))
+    layer.pointwise[...], layer.depthwise[...] = jnp.full((1, 1), 3.0), jnp.full((1, 1, 1, 1), 2.0)
+    settings = OptimizerSettings("sgd", weight_decay=0.5, momentum=0, decay_composed=True)
+    transformation = make_optimizer(settings, optax.constant_schedule(0.1))
+    optimizer = nnx.Optimizer(layer, transformation, wrt=nnx.Param)
+    optimizer.update(layer, jax.tree.map(jnp.zeros_like, nnx.state(layer, nnx.Param)))
+    found = float(layer.pointwise[0, 0]), float(layer.depthwise[0, 0, 0, 0])
+    assert found == pytest.approx((3 - 0.05 * 3 * 4, 2 - 0.05 * 2 * 9))
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 @pytest.mark.parametrize("undecayed", [(), ("biases", "depthwise")], ids=",".join)
 def test_each_optimiser_decays_the_composed_kernel(optimizer, undecayed):

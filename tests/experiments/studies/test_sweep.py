@@ -9,7 +9,7 @@ from experiments.cli.errors import CommandError
 from experiments.reporting import report
 from experiments.studies import sweep
 from experiments.studies.runs import Record
-from experiments.studies.sweep import Outcome, named, overfitting_epoch, run_all
+from experiments.studies.sweep import Origin, Outcome, named, overfitting_epoch, run_all
 from experiments.training.loop import DivergedError
 from experiments.training.settings import NetworkSettings, Settings
 
@@ -91,6 +91,27 @@ def test_every_network_from_one_seed_before_the_next(monkeypatch, tmp_path):
     ]
     assert [(o.label, o.values("loss")) for o in outcomes] == [("a, 1 / 5", [7, 9]), ("b", [7, 9])]
     assert not diverged
+
+
+def test_what_needs_a_network_that_diverged_is_left_out(monkeypatch, tmp_path):
+    def train(output, name, settings, console, wanted):
+        if settings.conv == "subkernel":
+            raise DivergedError("the training loss is not finite at step 3")
+        return record({"loss": 0})
+
+    monkeypatch.setattr(sweep, "finished", train)
+    entries = {"a": Settings(), "b": Settings(conv="subkernel"), "c": Settings()}
+    origins = {"c": Origin("b", "teacher")}
+    outcomes, diverged = run_all(entries, (4,), tmp_path, Console(quiet=True), origins=origins)
+    assert [outcome.label for outcome in outcomes] == ["a"]
+    assert diverged[1] == "c, seed 4: b, whose network it needs, diverged"
+
+
+def test_a_network_that_is_needed_and_gone_is_told_before_any_training(monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep, "read_records", lambda path: {"b-seed4": record({})})
+    entries = {"b": Settings(), "c": Settings()}
+    with pytest.raises(CommandError, match="^c, seed 4, needs the network of b-seed4, of which"):
+        run_all(entries, (4,), tmp_path, None, origins={"c": Origin("b", "factors")})
 
 
 def test_with_folds_every_seed_has_its_own(monkeypatch, tmp_path):
