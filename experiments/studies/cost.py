@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from experiments.studies.study import Study
-from experiments.studies.sweep import Outcome, draw_seeds, entries
+from experiments.studies.sweep import ACCURACY, Outcome, draw_seeds, entries
 from experiments.training.settings import RECIPES, DataSettings, Settings
 
 WIDER = tuple(f"chansel-w{width}" for width in (16, 24, 32, 44))
@@ -46,7 +46,7 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
-    picture.axes[0].set_ylabel("validation accuracy, last epoch")
+    picture.axes[0].set_ylabel(ACCURACY)
     picture.axes[0].legend(fontsize=8)
     return picture
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from experiments.studies.study import Study
-from experiments.studies.sweep import Origin, Outcome, changed, draw_rows
+from experiments.studies.sweep import ACCURACY, Origin, Outcome, changed, draw_rows
 from experiments.training.settings import RECIPES, DataSettings, Settings
 
 PLAIN, DENSE, FROM_DENSE = "plain", "the dense network", "begins with the dense network's factors"
@@ -45,7 +45,7 @@ def note(epochs: int) -> str:
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:
     """The accuracy of every row."""
-    return draw_rows(outcomes, "final_val_accuracy", "validation accuracy, last epoch")
+    return draw_rows(outcomes, "final_val_accuracy", ACCURACY)
 
 
 STUDY = Study(

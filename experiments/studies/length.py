@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from experiments.studies.study import Study
-from experiments.studies.sweep import Origin, Outcome, changed, draw_seeds
+from experiments.studies.sweep import ACCURACY, Origin, Outcome, changed, draw_seeds
 from experiments.training.settings import RECIPES, DataSettings, Settings
 
 LENGTHS = (1, 2, 4)  # times the epochs
@@ -47,7 +47,7 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
         if outcome.label == TEACHER:
             level = outcome.mean("final_val_accuracy")
             axes.axhline(level, color="grey", linestyle=":", label=TEACHER)
-    axes.set(xscale="log", xlabel="epochs", ylabel="validation accuracy, last epoch")
+    axes.set(xscale="log", xlabel="epochs", ylabel=ACCURACY)
     ticks = sorted({row.mean("epochs") for row in outcomes})
     axes.set_xticks(ticks, [f"{epochs:g}" for epochs in ticks])
     axes.minorticks_off()

@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from experiments.studies.study import Study
-from experiments.studies.sweep import AT_RATE, Outcome, at_rates, changed, draw_seeds, entries
+from experiments.studies.sweep import (
+    ACCURACY,
+    AT_RATE,
+    Outcome,
+    at_rates,
+    changed,
+    draw_seeds,
+    entries,
+)
 from experiments.training.settings import RECIPES, DataSettings, Settings
 
 NETWORKS = ("chansel", "subkernel")
@@ -52,7 +60,7 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
         axes.set(xscale="log", xlabel="highest learning rate", title=network)
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-    picture.axes[0].set_ylabel("validation accuracy, last epoch")
+    picture.axes[0].set_ylabel(ACCURACY)
     return picture
 
 

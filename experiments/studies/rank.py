@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from experiments.studies.study import Study
-from experiments.studies.sweep import Outcome, draw_seeds, entries
+from experiments.studies.sweep import ACCURACY, Outcome, draw_seeds, entries
 from experiments.training.settings import RECIPES, DataSettings, Settings
 
 RANKS = (1, 2, 3, 4, 6, 9)
@@ -30,7 +30,7 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
     for axes, name, heading in zip(
         picture.subplots(1, 2),
         ("final_val_accuracy", "final_train_loss"),
-        ("validation accuracy, last epoch", "train loss, last epoch"),
+        (ACCURACY, "train loss, last epoch"),
         strict=True,
     ):
         for dense in outcomes:

@@ -29,6 +29,7 @@ from experiments.training.settings import Settings, build_network, with_dense
 
 NAME_FORMAT = "CONV[-wWIDTH][-rRANK]"
 AT_RATE = " at "  # between the label of an entry and its learning rate
+ACCURACY = "validation accuracy, last epoch\n(bars: 95 %, for the choice of the images)"
 NO_ORIGINS: Mapping[str, "Origin"] = MappingProxyType({})
 
 
@@ -294,12 +295,24 @@ def draw_seeds(
     label: str,
     color: str,
 ) -> None:
-    """A line through the means of a figure, each at its place, and a dot for every seed."""
+    """A line through the means of a figure, each at its place, and a dot for every seed.
+
+    Of an accuracy there is `image_error` too.
+    """
     order = sorted(range(len(places)), key=places.__getitem__)
     line = [places[i] for i in order], [outcomes[i].mean(name) for i in order]
-    axes.plot(*line, color=color, label=label, linewidth=1.2)
+    errors = [image_error(outcomes[i], name) for i in order]
+    axes.errorbar(*line, yerr=errors, color=color, label=label, linewidth=1.2, elinewidth=0.7)
     for place, outcome in zip(places, outcomes, strict=True):
         axes.plot([place] * len(outcome.runs), outcome.values(name), "o", color=color, alpha=0.6)
+
+
+def image_error(outcome: Outcome, name: str) -> float:
+    """Half of the 95 % interval of an accuracy, for the choice of the images; else 0."""
+    if not name.endswith("accuracy"):
+        return 0.0
+    accuracy, images = outcome.mean(name), outcome.runs[0].summary["images"]["validation"]
+    return 1.96 * math.sqrt(accuracy * (1 - accuracy) / images)
 
 
 def draw_rows(outcomes: Sequence[Outcome], name: str, heading: str) -> Figure:
@@ -310,6 +323,8 @@ def draw_rows(outcomes: Sequence[Outcome], name: str, heading: str) -> Figure:
         values = outcome.values(name)
         axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.6)
         axes.plot(outcome.mean(name), place, "|", color="black", markersize=16)
+        error = image_error(outcome, name)
+        axes.errorbar(outcome.mean(name), place, xerr=error, color="black", elinewidth=0.7)
     axes.set_yticks(range(len(outcomes)), [outcome.label for outcome in outcomes])
     axes.set_ylim(len(outcomes) - 0.5, -0.5)  # the first on top
     axes.set(xlabel=heading)

@@ -10,7 +10,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from chansel_jax.counting import count_network
 from chansel_jax.networks.resnet import CONVS, PRESETS
 from experiments.studies.study import Study
-from experiments.studies.sweep import Outcome, draw_seeds, entries
+from experiments.studies.sweep import ACCURACY, Outcome, draw_seeds, entries
 from experiments.training.settings import RECIPES, DataSettings, Settings
 
 WIDTHS = (16, 24, 32, 44)
@@ -61,7 +61,7 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
         for colour, (label, group) in enumerate(groups.items()):
             costs = [outcome.mean(name) for outcome in group]
             draw_seeds(axes, costs, group, "final_val_accuracy", label, f"C{colour}")
-        axes.set(xscale="log", xlabel=heading, ylabel="validation accuracy, last epoch")
+        axes.set(xscale="log", xlabel=heading, ylabel=ACCURACY)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())

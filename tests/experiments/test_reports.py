@@ -418,7 +418,7 @@ def test_every_picture_can_be_drawn():
             *("plain_train_accuracy", "plain_train_loss"),
             *("parameters", "multiply_adds", "seconds_per_epoch"),
         )
-    } | {"epochs": 1}
+    } | {"epochs": 1, "images": {"validation": 100}}
     row = {
         name: 0.5 for name in ("epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy")
     }
