@@ -13,6 +13,7 @@ from chansel_jax.training.prediction import Scores
 from experiments.cli.command import check_output, run
 from experiments.cli.console import make_console
 from experiments.reporting import plots, tables
+from experiments.reporting.network_pictures import kernels, mistakes
 from experiments.training.load import Checkpoint, Run, data_settings, load_run
 from experiments.training.scores import Wanted, measure, share_or_none
 from experiments.training.workdir import refuse_among_images
@@ -34,8 +35,9 @@ class Settings:
     flip_average: bool = False
     """The probabilities of every image and its mirror image are averaged."""
     output: Path | None = None
-    """evaluation-SPLIT.json and confusion-SPLIT.png are written to this folder, by default the
-    run's; with --flip-average they are evaluation-SPLIT-flip-averaged.json and so on."""
+    """evaluation-SPLIT.json, confusion-SPLIT.png, mistakes-SPLIT.png (the images that are furthest
+    from right) and kernels.png (the depthwise kernels) are written to this folder, by default the
+    run's; with --flip-average SPLIT is followed by -flip-averaged."""
 
 
 def main(settings: Settings) -> None:
@@ -44,7 +46,7 @@ def main(settings: Settings) -> None:
 
 
 def evaluate(settings: Settings, console: Console) -> Scores:
-    """Evaluates, prints, and writes both files.
+    """Evaluates, prints, and writes the figures and the pictures.
 
     Raises:
         CommandError: if the run or the images cannot be had, or there is no such split.
@@ -54,11 +56,20 @@ def evaluate(settings: Settings, console: Console) -> Scores:
     refuse_among_images("output", output, data_settings(trained, settings.data_dir))
     check_output(output)
     wanted = Wanted(settings.split, settings.epoch, settings.flip_average)
-    found = measure(trained, wanted, settings.data_dir, output, console)
+    found, images = measure(trained, wanted, settings.data_dir, output, console)
     print_scores(found, trained, console)
     title = f"{settings.split}, epoch {trained.epoch}, {found.accuracy:.2%}"
-    picture = output / f"confusion-{wanted.name}.png"
-    plots.save(plots.confusion_matrices({title: found.confusion}, trained.class_names), picture)
+    names = trained.class_names
+    pictures = {
+        f"confusion-{wanted.name}": plots.confusion_matrices({title: found.confusion}, names),
+        f"mistakes-{wanted.name}": mistakes(images.images, images.labels, found, names),
+        "kernels": kernels(trained.network),
+    }
+    for name, picture in pictures.items():
+        if picture:
+            plots.save(picture, output / f"{name}.png")
+        else:  # that of an earlier checkpoint would be taken for this one's
+            (output / f"{name}.png").unlink(missing_ok=True)
     console.print(f"the results are written to {output}")
     return found
 

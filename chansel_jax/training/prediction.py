@@ -79,6 +79,7 @@ class Scores:
             classes that are equally probable the first counts as the more probable, as it does in
             `accuracy`.
         predictions: `(N,)` int64; the most probable class of each image, the first of equals.
+        probabilities: `(N,)`; that of each image's own class.
         confusion: `(C, C)` int64; images of class i (row) taken for class j (column).
         precision: `(C,)` float64; of the images taken for a class, the share that are of it; NaN
             where none is.
@@ -89,6 +90,7 @@ class Scores:
     accuracy: float
     top5_accuracy: float
     predictions: np.ndarray
+    probabilities: np.ndarray
     confusion: np.ndarray
     precision: np.ndarray
     recall: np.ndarray
@@ -122,6 +124,7 @@ def scores(probabilities: np.ndarray, labels: np.ndarray) -> Scores:
         accuracy=float(correct.sum() / count),
         top5_accuracy=float((more_probable < 5).mean()),
         predictions=taken_for,
+        probabilities=own,
         confusion=confusion,
         precision=precision,
         recall=recall,

@@ -57,7 +57,7 @@ class Wanted:
 
 def measure(
     run: Run, wanted: Wanted, data_dir: Path | None, output: Path, console: Console
-) -> Scores:
+) -> tuple[Scores, Split]:
     """Measures and prints the scores of a run, and writes them to `evaluation-NAME.json`.
 
     Args:
@@ -66,6 +66,9 @@ def measure(
         data_dir: as in `Settings`.
         output: the folder of the file.
         console: takes the progress.
+
+    Returns:
+        The scores, and the images that they are of.
 
     Raises:
         CommandError: if the images cannot be had, or there is no such split.
@@ -102,7 +105,7 @@ def measure(
     }
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / f"evaluation-{wanted.name}.json", content)
-    return found
+    return found, images
 
 
 def evaluation_from(value: Any, name: str = "") -> Evaluation:

@@ -149,8 +149,10 @@ def test_evaluation_is_that_of_the_training(trained, settings, whole, tmp_path, 
     assert written["confusion"] == found.confusion.tolist()
     assert written["predictions"] == found.predictions.tolist() and len(found.predictions) == 27
     assert written["accuracy"] == found.accuracy and np.sum(written["confusion"]) == 27
-    with Image.open(tmp_path / "confusion-validation.png") as picture:
-        assert picture.format == "PNG"
+    for name in ("confusion-validation", "kernels"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.format == "PNG"
+    assert (tmp_path / "mistakes-validation.png").exists() == (found.accuracy < 1)
     assert "27 images" in printed(console) and "not those of the run" not in printed(console)
 
 
@@ -161,12 +163,17 @@ def test_flip_averaged_scores_lie_beside_the_plain_ones(trained, images, tmp_pat
     assert written["flip_average"] and written["loss"] == found.loss
     plain = evaluate.evaluate(dataclasses.replace(settings, flip_average=False), console)
     assert plain.loss != found.loss
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "confusion-validation-flip-averaged.png",
-        "confusion-validation.png",
-        "evaluation-validation-flip-averaged.json",
-        "evaluation-validation.json",
-    ]
+    endings = "-flip-averaged", ""
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "kernels.png",
+        *(f"confusion-validation{ending}.png" for ending in endings),
+        *(f"evaluation-validation{ending}.json" for ending in endings),
+        *(
+            f"mistakes-validation{ending}.png"
+            for ending, scores in zip(endings, (found, plain), strict=True)
+            if scores.accuracy < 1
+        ),
+    }
 
 
 def test_class_without_predictions_has_no_precision(trained, console):
