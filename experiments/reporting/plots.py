@@ -1,8 +1,10 @@
 """Pictures that several commands draw."""
 
 import contextlib
+import itertools
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from chansel_jax.files import replaced
 
 DPI = 120
+NO_LEVELS: Mapping[str, float] = MappingProxyType({})
 
 USUAL = "sans-serif"  # the family of the fonts in pictures
 FEW_EPOCHS = 5  # which lines alone would hardly show
@@ -28,31 +31,37 @@ def save(picture: Figure, path: Path) -> None:
         picture.savefig(partial, dpi=DPI, format="png")
 
 
-def curves(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Figure:
-    """Losses above, accuracies below, a column a network: train blue, validation orange.
+def curves(
+    histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
+    published: Mapping[str, float] = NO_LEVELS,
+) -> Figure:
+    """Losses on the left, accuracies on the right, all networks on one axis: a colour a network.
 
     Args:
         histories: by network, those of its runs, of equal length; the lines are their means, the
             bands reach from the least to the greatest.
+        published: accuracies that are shown as lines across, by what they are of.
     """
-    picture = Figure(figsize=(1 + 4.2 * len(histories), 6.4), layout="constrained")
-    grid = picture.subplots(2, len(histories), squeeze=False, sharex="col", sharey="row")
-    for column, (name, runs) in zip(grid.T, histories.items(), strict=True):
-        epochs = [row["epoch"] for row in runs[0]]
-        for axes, kind, heading in zip(
-            column, ("loss", "accuracy"), ("cross-entropy", "accuracy"), strict=True
-        ):
-            for split, colour in (("train", "tab:blue"), ("val", "tab:orange")):
+    picture = Figure(figsize=(11, 4.6), layout="constrained")
+    grid = picture.subplots(1, 2)
+    for axes, kind, heading in zip(
+        grid, ("loss", "accuracy"), ("cross-entropy", "accuracy"), strict=True
+    ):
+        for colour, (network, runs) in enumerate(histories.items()):
+            epochs = [row["epoch"] for row in runs[0]]
+            marker = "o" if len(epochs) < FEW_EPOCHS else None
+            for split, name, line in (("train", "train", "--"), ("val", "validation", "-")):
                 values = np.array([[row[f"{split}_{kind}"] for row in run] for run in runs])
-                label = {"train": "train", "val": "validation"}[split]
-                marker = "o" if len(epochs) < FEW_EPOCHS else None
-                draw_runs(axes, epochs, values, label, color=colour, marker=marker)
-            axes.set(ylabel=heading)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.grid(alpha=0.3)
-        column[0].set_title(name)
-        column[1].set_xlabel("epoch")
-    grid[0, 0].legend()
+                style = {"color": f"C{colour}", "marker": marker, "linestyle": line}
+                draw_runs(axes, epochs, values, f"{network}, {name}", **style)
+        axes.set(xlabel="epoch", ylabel=heading)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    for (name, level), line in zip(published.items(), itertools.cycle((":", "-.", "--"))):
+        style = {"color": "black", "linewidth": 0.8, "linestyle": line}
+        grid[1].axhline(level, label=f"{name}, published", **style)
+    handles, labels = grid[1].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside right upper", fontsize=8)
     return picture
 
 

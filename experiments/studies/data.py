@@ -68,8 +68,9 @@ def note(epochs: int) -> str:
 
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:
-    """Losses and accuracies by epoch."""
-    return plots.curves({o.label: [run.metrics for run in o.runs] for o in outcomes})
+    """Losses and accuracies by epoch, and the published accuracies."""
+    levels = {label: float(accuracy.rstrip(" %")) / 100 for label, _, accuracy in PUBLISHED}
+    return plots.curves({o.label: [run.metrics for run in o.runs] for o in outcomes}, levels)
 
 
 STUDY = Study(
