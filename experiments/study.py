@@ -8,11 +8,10 @@ where it stopped.
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import tyro
 from rich.console import Console
 
@@ -23,10 +22,10 @@ from experiments.cli.errors import CommandError
 from experiments.cli.flags import typed
 from experiments.reporting import machine, report, tables
 from experiments.studies import STUDIES
-from experiments.studies.paired import difference
-from experiments.studies.runs import check_runs_output, image_digests, image_labels
+from experiments.studies.paired import Comparison, compared
+from experiments.studies.runs import check_runs_output, image_digests
 from experiments.studies.study import Study
-from experiments.studies.sweep import Outcome, of_seed, run_all
+from experiments.studies.sweep import Outcome, run_all
 from experiments.training.scores import Wanted
 from experiments.training.settings import DataSettings, ReadingSettings, check_seeds
 from experiments.training.settings import Settings as TrainSettings
@@ -103,14 +102,14 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
         chosen.origins,
         chosen.folds,
     )
-    differences = compared(outcomes, chosen, entries)
-    command, shown = typed("study", settings), table(outcomes, chosen, scored, differences)
+    comparison = compared(outcomes, chosen, entries)
+    command, shown = typed("study", settings), table(outcomes, chosen, scored, comparison)
     results = {
         "command": command,
         "written_with": machine.versions(),
         "rows": {o.label: [run.figures for run in o.runs] for o in outcomes},
     }
-    described = text(outcomes, settings, chosen, shown, command, bool(differences))
+    described = text(outcomes, settings, chosen, shown, command, comparison)
     pictures = {"picture": chosen.draw(outcomes)}
     report.publish(
         output, chosen.question, described, pictures, results, [shown], console, diverged
@@ -149,36 +148,11 @@ def check_folds(data: DataSettings, seeds: Sequence[int]) -> None:
             raise CommandError(f"seeds={seed} is the number of the fold too: {error}") from error
 
 
-def compared(
-    outcomes: Sequence[Outcome], chosen: Study, entries: Mapping[str, TrainSettings]
-) -> dict[str, str]:
-    """By label, how far a row lies from the reference, with the standard error of this."""
-
-    def right(outcome: Outcome) -> dict[int, np.ndarray]:
-        found = {}
-        for record in outcome.runs:
-            seed = record.settings["seed"]
-            data = of_seed(entries[outcome.label], seed, chosen.folds).data
-            predictions = record.evaluations["validation"].get("predictions")
-            if predictions:  # records that are older than they have none
-                found[seed] = np.asarray(predictions) == image_labels(data, "validation")
-        return found
-
-    references = {outcome.label: outcome for outcome in outcomes}
-    if chosen.reference not in references:
-        return {}
-    other, found = right(references.pop(chosen.reference)), {}
-    for label, outcome in references.items():
-        if measured := difference(right(outcome), other, folds=chosen.folds):
-            found[label] = "{:+.2f} ± {:.2f}".format(*(100 * share for share in measured))
-    return found
-
-
 def table(
     outcomes: Sequence[Outcome],
     chosen: Study,
     scored: Collection[str],
-    differences: Mapping[str, str],
+    comparison: Comparison | None,
 ) -> tables.Table:
     """Headings and rows."""
     columns = {
@@ -204,9 +178,9 @@ def table(
             f"{first[name]:,}" if isinstance(first[name], int) else outcome.spread(name, form)
             for name, form in columns.values()
         )
-        gained = [differences.get(outcome.label, "")] if differences else []
+        gained = [comparison.differences.get(outcome.label, "")] if comparison else []
         rows.append([outcome.label, *cells, *gained])
-    gained = [f"points more than {chosen.reference}"] if differences else []
+    gained = [f"points more than {comparison.reference}"] if comparison else []
     for label, parameters, accuracy in chosen.published:
         measured = "test accuracy" if "test" in scored else "accuracy"
         cells = {"parameters": parameters, measured: accuracy}
@@ -221,7 +195,7 @@ def text(
     chosen: Study,
     shown: tables.Table,
     command: str,
-    with_differences: bool,
+    comparison: Comparison | None,
 ) -> str:
     """The report."""
     runs = [run.summary for outcome in outcomes for run in outcome.runs]
@@ -241,8 +215,10 @@ def text(
         else "The train loss is the mean over the steps of the last epoch."
     )
     error = (
-        f" Behind the points more than {chosen.reference} stands their standard error, from the "
-        "same images and seeds."
+        f" Behind the points more than {comparison.reference} stands their standard error, from "
+        "the same images and seeds."
+        if comparison
+        else ""
     )
     folds = " Each seed had another fold of the images for validation."
     note = f" {chosen.note(epochs)}" if chosen.note(epochs) else ""
@@ -251,7 +227,7 @@ def text(
 Each network was trained {trained}{short if epochs != chosen.epochs else ""}, from \
 {seeds}, and validated on {runs[0]["images"]["validation"]:,} images. {train} The validation loss \
 and the accuracy are those after the last epoch; the lowest loss and the highest accuracy are the \
-best of all epochs.{error if with_differences else ""}\
+best of all epochs.{error}\
 {folds if chosen.folds and settings.seeds[1:] else ""}{note}
 
 {tables.table(*shown)}{published}

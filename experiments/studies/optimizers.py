@@ -72,4 +72,5 @@ STUDY = Study(
     note=note,
     scored=("validation",),
     tuned_by="final_val_accuracy",
+    reference="chansel, muon",
 )

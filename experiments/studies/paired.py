@@ -1,11 +1,61 @@
 """Differences between rows of a study whose networks were measured on the same images."""
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from experiments.studies.runs import image_labels
+from experiments.studies.study import Study
+from experiments.studies.sweep import Outcome, best_rates, network_of, of_seed
+from experiments.training.settings import Settings
+
 Right = Mapping[int, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """How rows differ from one of them.
+
+    Attributes:
+        reference: the label of that row.
+        differences: of the others, by label: `points ± standard error`.
+    """
+
+    reference: str
+    differences: Mapping[str, str]
+
+
+def compared(
+    outcomes: Sequence[Outcome], study: Study, entries: Mapping[str, Settings]
+) -> Comparison | None:
+    """The rows of a study beside its reference, that one at its best learning rate.
+
+    Returns:
+        What was found; None if the reference is not there, or no row can be compared with it.
+    """
+    tuned = best_rates(outcomes, study.tuned_by) if study.tuned_by else outcomes
+    reference = next((row for row in tuned if network_of(row.label) == study.reference), None)
+    if reference is None:
+        return None
+
+    def right(row: Outcome) -> dict[int, np.ndarray]:
+        found = {}
+        for record in row.runs:
+            seed = record.settings["seed"]
+            predictions = record.evaluations["validation"].get("predictions")
+            if predictions:  # records that are older than they have none
+                data = of_seed(entries[row.label], seed, study.folds).data
+                found[seed] = np.asarray(predictions) == image_labels(data, "validation")
+        return found
+
+    other, found = right(reference), {}
+    for row in outcomes:
+        measured = difference(right(row), other, folds=study.folds)
+        if measured and row is not reference:
+            found[row.label] = "{:+.2f} ± {:.2f}".format(*(100 * share for share in measured))
+    return Comparison(reference.label, found) if found else None
 
 
 def difference(own: Right, other: Right, *, folds: bool) -> tuple[float, float] | None:

@@ -27,7 +27,8 @@ class Study:
         origins: of rows that need another row's network, by label.
         folds: whether a seed is the number of a fold too, so that no two seeds validate on the same
             image.
-        reference: the label of the row that others are compared with, image by image.
+        reference: the label of the row, without its learning rate where that is tuned, with which
+            the others are compared, image by image.
         published: rows to compare with: label, parameters, accuracy.
         published_note: where they are from.
         note: a sentence for the report on trainings of a number of epochs, if there is more to say.

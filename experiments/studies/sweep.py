@@ -268,6 +268,12 @@ def at_rates(entries: Mapping[str, Settings], rates: Sequence[float]) -> dict[st
     }
 
 
+def network_of(label: str) -> str:
+    """The label of an entry before `at_rates`, if it is one of those."""
+    before, at, _ = label.rpartition(AT_RATE)
+    return before if at else label
+
+
 def best_rates(outcomes: Sequence[Outcome], figure: str) -> list[Outcome]:
     """Of outcomes that differ in their learning rate alone the best, by the first seed's figure.
 
@@ -283,7 +289,7 @@ def best_rates(outcomes: Sequence[Outcome], figure: str) -> list[Outcome]:
 
     best: dict[str, Outcome] = {}
     for outcome in sorted(outcomes, key=badness):
-        best.setdefault(outcome.label.rpartition(AT_RATE)[0], outcome)
+        best.setdefault(network_of(outcome.label), outcome)
     return [outcome for outcome in outcomes if outcome in best.values()]
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from experiments.reporting import plots
 from experiments.studies.overfit import UNREGULARISED
 from experiments.studies.study import Study
-from experiments.studies.sweep import AT_RATE, Outcome, at_rates, best_rates, changed, entries
+from experiments.studies.sweep import Outcome, at_rates, best_rates, changed, entries, network_of
 from experiments.training.settings import RECIPES, DataSettings, Settings
 
 # `subkernel-w6` has 24,987 parameters, `chansel` 27,363: as many as a dense network comes near it.
@@ -44,7 +44,7 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
     for outcome in best_rates(outcomes, TUNED_BY):
         losses = np.array([[row["train_loss"] for row in run.metrics] for run in outcome.runs])
         epochs = range(1, losses.shape[1] + 1)
-        network = outcome.label.rpartition(AT_RATE)[0]
+        network = network_of(outcome.label)
         colour = f"C{NETWORKS.index(network.removesuffix(RANDOM))}"
         line = "--" if network.endswith(RANDOM) else "-"
         plots.draw_runs(axes, epochs, losses, outcome.label, color=colour, linestyle=line)
@@ -62,4 +62,5 @@ STUDY = Study(
     note=note,
     scored=("train", "validation"),
     tuned_by=TUNED_BY,
+    reference=NETWORKS[0],
 )

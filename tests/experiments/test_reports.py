@@ -30,6 +30,7 @@ from experiments.cli.errors import CommandError
 from experiments.cli.flags import parse, typed
 from experiments.reporting import plots, report, tables
 from experiments.studies import STUDIES, data, length, optimizers, overfit, runs, sweep, width
+from experiments.studies.paired import Comparison, compared
 from experiments.training.experiment import build
 from experiments.training.load import load_images, load_run
 from experiments.training.settings import (
@@ -240,7 +241,7 @@ def test_every_row_of_a_study_is_a_network(name):
     order = list(entries)
     for label, origin in origins.items():
         assert order.index(origin.label) < order.index(label)
-    assert STUDIES[name].reference in (None, *entries)
+    assert STUDIES[name].reference in (None, *map(sweep.network_of, entries))
 
 
 def test_factors_change_what_they_say():
@@ -398,16 +399,17 @@ def test_differences_over_folds_take_the_images_of_each(settings, images, tmp_pa
             records.append(dataclasses.replace(measured(), settings={"seed": seed}))
             records[-1] = dataclasses.replace(records[-1], evaluations=found)
         outcomes.append(sweep.Outcome(label, records))
-    found = study.compared(outcomes, STUDIES["cost"], entries)
+    found = compared(outcomes, STUDIES["cost"], entries)
     # Two thirds and one third of the images are lost: their mean, and half of their distance.
-    assert found == {"subkernel-w6": "-50.00 ± 16.67"}
+    assert found == Comparison("chansel-w16", {"subkernel-w6": "-50.00 ± 16.67"})
     older = [
         sweep.Outcome(
             o.label, [dataclasses.replace(r, evaluations={"validation": {}}) for r in o.runs]
         )
         for o in outcomes
     ]
-    assert study.compared(older, STUDIES["cost"], entries) == {}
+    assert compared(older, STUDIES["cost"], entries) is None
+    assert compared(outcomes[1:], STUDIES["cost"], entries) is None
 
 
 def test_every_picture_can_be_drawn():
