@@ -273,20 +273,20 @@ def mixed(
         partner's is the rest.
     """
     size = images.shape[1:3]
-    choice_key, mixup_key, cutmix_key, *centre_keys = jax.random.split(key, 5)
-    weights = []
-    if augmentation.mixup:
-        share = _beta(mixup_key, augmentation.mixup)
-        weights.append(jnp.broadcast_to(share, (1, *size, 1)))
-    if augmentation.cutmix:
-        pairs = zip(centre_keys, size, strict=True)
-        centre = jnp.stack([jax.random.randint(each, (), 0, n, jnp.int32) for each, n in pairs])
-        weights.append(box_weights(_beta(cutmix_key, augmentation.cutmix), centre, size))
-    of_batch = weights[0]
-    if len(weights) == 2:
-        of_batch = jnp.where(jax.random.bernoulli(choice_key, jnp.float32(0.5)), *weights)
-    return with_reversed(images, of_batch), jnp.mean(of_batch)
+    choice_key, share_key, *centre_keys = jax.random.split(key, 4)
+    is_mixup = jnp.bool_(not augmentation.cutmix)
+    if augmentation.mixup and augmentation.cutmix:
+        is_mixup = jax.random.bernoulli(choice_key, jnp.float32(0.5))
+    # One draw for either: it takes XLA longer to compile than all other augmentation.
+    alpha = jnp.where(is_mixup, jnp.float32(augmentation.mixup), jnp.float32(augmentation.cutmix))
+    share = _beta(share_key, alpha)
+    pairs = zip(centre_keys, size, strict=True)
+    centre = jnp.stack([jax.random.randint(each, (), 0, n, jnp.int32) for each, n in pairs])
+    weights = jnp.where(is_mixup, share, box_weights(share, centre, size))
+    return with_reversed(images, weights), jnp.mean(weights)
 
 
-def _beta(key: jax.Array, alpha: float) -> jax.Array:
-    return jax.random.beta(key, jnp.float32(alpha), jnp.float32(alpha), dtype=jnp.float32)
+def _beta(key: jax.Array, alpha: jax.Array) -> jax.Array:
+    """A share whose distribution is Beta(alpha, alpha): that of one of two equal gammas."""
+    logs = jax.random.loggamma(key, alpha, (2,), jnp.float32)
+    return jax.nn.sigmoid(logs[0] - logs[1])
