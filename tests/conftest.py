@@ -7,6 +7,8 @@ import signal
 import tempfile
 from pathlib import Path
 
+import pytest
+
 gc.disable()  # until all is imported
 
 # What a script starts in the background ignores Ctrl-C, and under `nohup` the end of a terminal: so
@@ -58,6 +60,16 @@ def pytest_configure(config):
     # Both must be set before anything is computed.
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def initial_parameters_by_numpy():
+    """Layers that tests make, and not the processes that they start, have them so."""
+    import initial
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(initial.drawing, "truncated_normal", initial.truncated_normal)
+        yield
 
 
 def pytest_collection_finish():

@@ -78,6 +78,11 @@ def forked_workers():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def initial_parameters_by_numpy():
+    """Here runs of this process are held against those of others: both draw as users' do."""
+
+
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory):
     """Prepared data sets stay out of the user's own folder."""
