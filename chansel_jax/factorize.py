@@ -154,7 +154,7 @@ def _factored(own: Tree, dense: Tree, path: str) -> Tree:
             raise ValueError(f"{path} is of {shape} in network and of {kernel.shape} in dense")
         parts = factorize_kernel(kernel, rank)
         cut = dict(zip(("pointwise", "depthwise"), parts, strict=True))
-        cut = {name: jnp.asarray(part, kernel.dtype) for name, part in cut.items()}
+        cut = {name: jax.device_put(part.astype(kernel.dtype)) for name, part in cut.items()}
         dense = {name: leaf for name, leaf in dense.items() if name != "kernel"} | cut
     if lonely := own.keys() ^ dense.keys():
         holder = "network" if min(lonely, key=str) in own else "dense"

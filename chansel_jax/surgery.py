@@ -338,7 +338,8 @@ def _factors(layer: DenseConv, rank: int) -> tuple[dict[str, nnx.Initializer], f
     kernel = np.asarray(layer.kernel[...])
     energy = min(1.0, float(component_energies(kernel)[:rank].sum()))
     factors = factorize_kernel(kernel, rank)
-    pointwise, depthwise = (jnp.asarray(factor, kernel.dtype) for factor in factors)
+    # Not by jnp.asarray, which compiles a program for every shape.
+    pointwise, depthwise = jax.device_put([factor.astype(kernel.dtype) for factor in factors])
     inits = {"pointwise_init": lambda *_: pointwise, "depthwise_init": lambda *_: depthwise}
     return inits, energy
 

@@ -26,6 +26,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -264,8 +265,9 @@ def from_torch(
         raise ValueError(_summary(problems))
     for name, (variable, layout) in entries.items():
         array = np.flip(arrays[name], layout.flipped).transpose(np.argsort(layout.axes))
-        # A copy: on CPUs JAX would share the memory, which PyTorch goes on to change.
-        variable[...] = jnp.asarray(np.array(array.reshape(variable.shape)), variable.dtype)
+        # A copy: on CPUs JAX would share the memory, which PyTorch goes on to change. Not by
+        # jnp.asarray, which compiles a program for every shape.
+        variable[...] = jax.device_put(np.array(array.reshape(variable.shape), variable.dtype))
 
 
 def to_numpy(

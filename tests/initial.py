@@ -1,7 +1,6 @@
 """Initial parameters drawn by NumPy: for every shape of them JAX would compile a program."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
@@ -15,7 +14,7 @@ class Drawn(np.ndarray):
 
     def __mul__(self, scale):
         product = np.asarray(self) * np.asarray(scale)
-        return jnp.asarray(product.astype(self.dtype))
+        return jax.device_put(product.astype(self.dtype))
 
 
 def truncated_normal(key, lower, upper, shape, dtype, **how):

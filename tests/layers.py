@@ -38,7 +38,7 @@ ANY_LAYER = {
 def normal(*shapes, dtype=jnp.float32):
     """Random arrays."""
     rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.standard_normal(shape).astype(dtype)) for shape in shapes]
+    return [jax.device_put(rng.standard_normal(shape).astype(dtype)) for shape in shapes]
 
 
 def with_random_norms(module):

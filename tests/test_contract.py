@@ -25,7 +25,7 @@ LAYERS = [SubKernelConv, ChannelSelectionConv]
 
 
 def normal(*shape, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(0).standard_normal(shape).astype(dtype))
+    return jax.device_put(np.random.default_rng(0).standard_normal(shape).astype(dtype))
 
 
 def flax_twin(layer, *sizes, **options):
@@ -122,7 +122,7 @@ def test_attributes_may_be_set_after_construction(layer_type):
 
 def drawn(key, shape, dtype):
     """An initialiser in NumPy, which compiles nothing."""
-    return jnp.asarray(np.random.default_rng(len(shape)).standard_normal(shape).astype(dtype))
+    return jax.device_put(np.random.default_rng(len(shape)).standard_normal(shape).astype(dtype))
 
 
 @hypothesis.settings(max_examples=20, derandomize=True, deadline=None, database=None)

@@ -44,7 +44,7 @@ def dense(stem="plain"):
     network = ResNet(config, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     tree = jax.tree.map(
-        lambda leaf: leaf + jnp.asarray(rng.uniform(0.1, 0.5, leaf.shape).astype(leaf.dtype)),
+        lambda leaf: leaf + jax.device_put(rng.uniform(0.1, 0.5, leaf.shape).astype(leaf.dtype)),
         network_tree(network),
     )
     nnx.update(network, tree["params"], tree["batch_stats"])
@@ -142,7 +142,7 @@ def test_merged_layers_keep_groups_windows_and_biases():
     )
     layer.bias[...] = jnp.arange(12.0)
     layer.pointwise = Frozen(layer.pointwise[...], note="kept")
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 6, 8)).astype(jnp.float32))
+    x = jax.device_put(np.random.default_rng(0).normal(size=(2, 7, 6, 8)).astype(jnp.float32))
     merged = merge_subspaces(layer)
     assert type(merged) is ChannelSelectionConv and merged.pointwise.shape == (4, 12)
     np.testing.assert_allclose(merged(x), layer(x), rtol=1e-5, atol=1e-5)
@@ -205,7 +205,9 @@ def test_precision_lowering_dtype_and_mode_stay():
 
 def conv(*sizes, **given):
     def drawn(key, shape, dtype):
-        return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape).astype(dtype))
+        return jax.device_put(
+            np.random.default_rng(sum(shape)).standard_normal(shape).astype(dtype)
+        )
 
     return nnx.Conv(*sizes, kernel_init=drawn, rngs=nnx.Rngs(0), **given)
 
@@ -357,7 +359,7 @@ def test_statistics_by_hand_with_two_arguments():
 
 def test_after_one_batch_evaluation_is_what_training_computes_on_it():
     network = factorize(dense(), rank=1)
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 12, 10, 3)).astype(jnp.float32))
+    x = jax.device_put(np.random.default_rng(1).standard_normal((2, 12, 10, 3)).astype(jnp.float32))
     found = recalibrate(network, [x])
     training = nnx.clone(network)
     training.train()
@@ -378,7 +380,7 @@ def test_what_is_not_called_in_training_keeps_its_statistics():
             x = self.fixed(x, use_running_average=True)
             return self.other(x) if auxiliary else self.called(x)
 
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 3)).astype(jnp.float32))
+    x = jax.device_put(np.random.default_rng(0).standard_normal((8, 3)).astype(jnp.float32))
     found = recalibrate(TwoHeads(), [x])
     assert jnp.all(found.other.mean[...] == 7) and jnp.all(found.fixed.mean[...] == 7)
     np.testing.assert_allclose(found.called.mean[...], x.mean(0) - 7, rtol=1e-4)

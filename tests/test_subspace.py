@@ -24,7 +24,7 @@ from chansel_jax.training.batches import Batch
 
 def drawn(key, shape, dtype):
     """An initialiser in NumPy, which compiles nothing."""
-    return jnp.asarray(np.random.default_rng(len(shape)).standard_normal(shape).astype(dtype))
+    return jax.device_put(np.random.default_rng(len(shape)).standard_normal(shape).astype(dtype))
 
 
 def made(*sizes, **options):

@@ -21,7 +21,7 @@ CONVS = {"nnx": nnx.Conv, "subkernel": SubKernelConv}
 
 def conv(inputs=4, outputs=6, size=(3, 3), kind=nnx.Conv, seed=0, **given):
     def drawn(key, shape, dtype):  # by NumPy, which compiles nothing
-        return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
+        return jax.device_put(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
 
     return kind(inputs, outputs, size, kernel_init=drawn, rngs=nnx.Rngs(0), **given)
 
@@ -60,7 +60,7 @@ def test_a_kernel_by_hand():
 def test_full_rank_computes_what_the_dense_layer_does(kind, shape, given):
     layer = conv(kind=CONVS[kind], bias_init=nnx.initializers.normal(), **given)
     new, report = replace_convs(layer, rank=100)
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, *shape)).astype(jnp.float32))
+    x = jax.device_put(np.random.default_rng(0).standard_normal((2, *shape)).astype(jnp.float32))
     np.testing.assert_allclose(new(x), layer(x), rtol=1e-4, atol=1e-5)
     groups = layer.feature_group_count
     assert new.rank == report.rows[0].rank == min(4 // groups, np.prod(layer.kernel_size))
@@ -205,7 +205,7 @@ def test_every_place_of_a_layer():
     kept = (new.list[0], new.dict.own, new.body.layers[2])
     assert [type(layer) for layer in kept] == [nnx.Conv, OwnCall, nnx.Conv]
     assert new.norm.use_running_average and not new.dropout.deterministic
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 5, 4)).astype(jnp.float32))
+    x = jax.device_put(np.random.default_rng(0).standard_normal((2, 5, 5, 4)).astype(jnp.float32))
     for each in (network, new):
         each.eval()
     np.testing.assert_allclose(new(x), network(x), rtol=1e-3, atol=1e-4)

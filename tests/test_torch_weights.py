@@ -572,7 +572,7 @@ def assorted(seed):
     module = nnx.eval_shape(lambda: Assorted(nnx.Rngs(0)))
     rng, kept = np.random.default_rng(seed), nnx.Not(nnx.RngState)
     state = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.integers(0, 99, leaf.shape).astype(leaf.dtype)),
+        lambda leaf: jax.device_put(rng.integers(0, 99, leaf.shape).astype(leaf.dtype)),
         nnx.state(module, kept),
     )
     nnx.update(module, state)

@@ -68,7 +68,7 @@ def test_any_shape_like_float64(size, channels, stride, mean):
     x, pointwise, depthwise, kernel = normal(
         (*size, channels[0]), channels, (3, 3, 1, channels[1]), (3, 3, *channels)
     )
-    x = jnp.asarray(np.asarray(x) + np.float32(mean))
+    x = jax.device_put(np.asarray(x) + np.float32(mean))
     how = {"strides": stride, "padding": "VALID"}  # a border of zeros would be the variance
     for convolve, kernels in ((channel_selection, (pointwise, depthwise)), (dense_conv, (kernel,))):
         convolve = functools.partial(convolve, **how)

@@ -31,7 +31,9 @@ def arrays(shape, residual, dtype=jnp.float32, mean=40):
     sizes = shape, shape, shape, shape[-1:], shape[-1:]
     x, added, dy, scale, bias = (rng.standard_normal(size) for size in sizes)
     operands = [3 * x + mean, scale, bias, *([added] if residual else [])]
-    return [jnp.asarray(each.astype(dtype)) for each in operands], jnp.asarray(dy.astype(dtype))
+    return jax.device_put([each.astype(dtype) for each in operands]), jax.device_put(
+        dy.astype(dtype)
+    )
 
 
 def in_torch(operands, dy, relu, epsilon=1e-5):

@@ -307,7 +307,7 @@ def test_each_batch_is_mixed_in_one_way_and_by_its_share(settings, kinds):
 
 
 def test_equal_keys_mix_equally_and_nothing_is_mixed_by_default():
-    images = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, 5, 2)).astype(jnp.float32))
+    images = jax.device_put(np.random.default_rng(0).normal(size=(4, 6, 5, 2)).astype(jnp.float32))
     both = Augmentation(mixup=0.5, cutmix=0.5)
     first, again, other = (mixed(both, jax.random.key(i), images)[0] for i in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
