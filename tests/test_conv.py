@@ -38,7 +38,7 @@ GRID = [
 
 
 def normal(shape):
-    return jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
+    return jax.device_put(np.random.default_rng(0).standard_normal(shape, np.float32))
 
 
 def relative_error(actual, expected):
@@ -71,7 +71,8 @@ def torch_twin(layer):
     if layer.bias is not None:
         parameters["bias"] = (conv.bias, lambda b: b)
     for name, (parameter, to_flax) in parameters.items():
-        getattr(layer, name)[...] = jnp.array(to_flax(parameter.detach().numpy()))
+        values = np.array(to_flax(parameter.detach().numpy()))
+        getattr(layer, name)[...] = jax.device_put(values)
     return twin, parameters
 
 

@@ -176,7 +176,8 @@ def test_without_the_compiled_library(monkeypatch):
 )
 def test_shapes_that_do_not_fit(shapes, message, lowering):
     with pytest.raises(ValueError) as error:
-        dense_conv(*map(jnp.zeros, shapes), padding="VALID", lowering=lowering)
+        operands = [jax.device_put(np.zeros(shape, np.float32)) for shape in shapes]
+        dense_conv(*operands, padding="VALID", lowering=lowering)
     assert message in str(error.value)
 
 

@@ -462,8 +462,9 @@ def test_accumulated_gradients_update_once_in_a_while_by_their_mean(optimizer):
 
     def trained(optimizer, gradients):
         found, current, state = [], params, optimizer.init(params)
+        update = jax.jit(optimizer.update)
         for gradient in gradients:
-            updates, state = optimizer.update({"dense": {"kernel": gradient}}, state, current)
+            updates, state = update({"dense": {"kernel": gradient}}, state, current)
             current = optax.apply_updates(current, updates)
             found.append(current["dense"]["kernel"])
         return np.stack(found)

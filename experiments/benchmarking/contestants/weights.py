@@ -46,7 +46,7 @@ def uninitialised(config: ResNetConfig) -> ResNet:
 def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.key(0)
-    return jnp.asarray(np.zeros(leaf.shape, leaf.dtype))
+    return jax.device_put(np.zeros(leaf.shape, leaf.dtype))
 
 
 def layer_weights(case: Case, conv: str) -> dict[str, np.ndarray]:
