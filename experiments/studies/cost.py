@@ -1,14 +1,13 @@
 """What accuracy costs, in parameters, multiply-adds and seconds, over five folds."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
+from experiments.studies.drawing import draw_costs
 from experiments.studies.study import Study
-from experiments.studies.sweep import ACCURACY, Outcome, draw_seeds, entries
-from experiments.training.settings import RECIPES, DataSettings, Settings
+from experiments.studies.sweep import Outcome, best_recipe, entries
+from experiments.training.settings import DataSettings, Settings
 
 WIDER = tuple(f"chansel-w{width}" for width in (16, 24, 32, 44))
 HIGHER = ("chansel-r4",)
@@ -22,33 +21,19 @@ COSTS = {
 
 def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
     """Every network, with one recipe."""
-    base = Settings(data=data, training=dataclasses.replace(RECIPES["best"], epochs=epochs))
+    base = best_recipe(data, epochs)
     return entries([*WIDER, *HIGHER, *DENSE], base)
 
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:
     """Accuracy against each cost."""
-    picture = Figure(figsize=(13, 4.2), layout="constrained")
-    groups = {
+    names = {
         "channel selection, wider": WIDER,
         "channel selection, rank 4": HIGHER,
         "dense": DENSE,
     }
-    for axes, (cost, heading) in zip(
-        picture.subplots(1, len(COSTS), sharey=True), COSTS.items(), strict=True
-    ):
-        for colour, (label, names) in enumerate(groups.items()):
-            group = [outcome for outcome in outcomes if outcome.label in names]
-            places = [outcome.mean(cost) for outcome in group]
-            draw_seeds(axes, places, group, "final_val_accuracy", label, f"C{colour}")
-        axes.set(xscale="log", xlabel=heading)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(EngFormatter())
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.grid(alpha=0.3, which="both")
-    picture.axes[0].set_ylabel(ACCURACY)
-    picture.axes[0].legend(fontsize=8)
-    return picture
+    groups = {label: [o for o in outcomes if o.label in of] for label, of in names.items()}
+    return draw_costs(groups, COSTS)
 
 
 STUDY = Study(

@@ -1,13 +1,13 @@
 """The same parameters, trained better: by where they begin, and by what decays."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
+from experiments.studies.drawing import ACCURACY, draw_rows
 from experiments.studies.study import Study
-from experiments.studies.sweep import ACCURACY, Origin, Outcome, changed, draw_rows
-from experiments.training.settings import RECIPES, DataSettings, Settings
+from experiments.studies.sweep import Origin, Outcome, best_recipe, changed
+from experiments.training.settings import DataSettings, Settings
 
 PLAIN, DENSE, FROM_DENSE = "plain", "the dense network", "begins with the dense network's factors"
 MERGED = "two matrices in training"
@@ -27,7 +27,7 @@ FACTORS = {
 
 def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
     """Channel selection with each change, and the dense network."""
-    base = Settings(data=data, training=dataclasses.replace(RECIPES["best"], epochs=epochs))
+    base = best_recipe(data, epochs)
     return {label: changed(base, changes) for label, changes in FACTORS.items()}
 
 

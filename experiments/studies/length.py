@@ -1,13 +1,13 @@
 """How much longer trainings, averaged parameters and a teacher bring."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
+from experiments.studies.drawing import ACCURACY, draw_seeds
 from experiments.studies.study import Study
-from experiments.studies.sweep import ACCURACY, Origin, Outcome, changed, draw_seeds
-from experiments.training.settings import RECIPES, DataSettings, Settings
+from experiments.studies.sweep import Origin, Outcome, best_recipe, changed
+from experiments.training.settings import DataSettings, Settings
 
 LENGTHS = (1, 2, 4)  # times the epochs
 MIXED = {"mixup": 0.2}
@@ -22,7 +22,7 @@ KINDS = {
 
 def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
     """Channel selection of every length and kind; before them the network that teaches."""
-    base = Settings(data=data, training=dataclasses.replace(RECIPES["best"], epochs=epochs))
+    base = best_recipe(data, epochs)
     found = {TEACHER: changed(base, {"conv": "subkernel", "width": 32})}
     for kind, (lengths, changes) in KINDS.items():
         for times in lengths:

@@ -1,21 +1,13 @@
 """Which optimiser, each at its best learning rate."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
+from experiments.studies.drawing import ACCURACY, draw_seeds
 from experiments.studies.study import Study
-from experiments.studies.sweep import (
-    ACCURACY,
-    AT_RATE,
-    Outcome,
-    at_rates,
-    changed,
-    draw_seeds,
-    entries,
-)
-from experiments.training.settings import RECIPES, DataSettings, Settings
+from experiments.studies.sweep import AT_RATE, Outcome, at_rates, best_recipe, changed, entries
+from experiments.training.settings import DataSettings, Settings
 
 NETWORKS = ("chansel", "subkernel")
 # The second of each is its usual one, about which the others lie by factors of three.
@@ -30,7 +22,7 @@ DECAY = {"sgd": 5e-4, "adamw": 0.05, "muon": 0.05}
 
 def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
     """Both networks with every optimiser at each of its rates; all else is the recipe `best`."""
-    base = Settings(data=data, training=dataclasses.replace(RECIPES["best"], epochs=epochs))
+    base = best_recipe(data, epochs)
     found = {}
     for optimizer, rates in RATES.items():
         changes = {"optimizer": optimizer, "weight_decay": DECAY[optimizer]}

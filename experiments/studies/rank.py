@@ -1,13 +1,13 @@
 """How many channel selections a convolution needs."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
+from experiments.studies.drawing import ACCURACY, draw_seeds
 from experiments.studies.study import Study
-from experiments.studies.sweep import ACCURACY, Outcome, draw_seeds, entries
-from experiments.training.settings import RECIPES, DataSettings, Settings
+from experiments.studies.sweep import Outcome, best_recipe, entries
+from experiments.training.settings import DataSettings, Settings
 
 RANKS = (1, 2, 3, 4, 6, 9)
 PREFIX = "chansel-r"
@@ -15,7 +15,7 @@ PREFIX = "chansel-r"
 
 def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
     """Every rank, and the dense network."""
-    base = Settings(data=data, training=dataclasses.replace(RECIPES["best"], epochs=epochs))
+    base = best_recipe(data, epochs)
     return entries(["subkernel", *(f"{PREFIX}{rank}" for rank in RANKS)], base)
 
 

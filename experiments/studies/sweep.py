@@ -12,8 +12,6 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from flax import nnx
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from chansel_jax.errors import OneLineError
@@ -25,11 +23,10 @@ from experiments.training.load import load_run
 from experiments.training.loop import DivergedError
 from experiments.training.records import Row
 from experiments.training.scores import Wanted
-from experiments.training.settings import Settings, build_network, with_dense
+from experiments.training.settings import RECIPES, DataSettings, Settings, build_network, with_dense
 
 NAME_FORMAT = "CONV[-wWIDTH][-rRANK]"
 AT_RATE = " at "  # between the label of an entry and its learning rate
-ACCURACY = "validation accuracy, last epoch\n(bars: 95 %, for the choice of the images)"
 NO_ORIGINS: Mapping[str, "Origin"] = MappingProxyType({})
 
 
@@ -247,6 +244,11 @@ def entries(names: Sequence[str], settings: Settings) -> dict[str, Settings]:
     return {name: named(name, settings) for name in names}
 
 
+def best_recipe(data: DataSettings, epochs: int) -> Settings:
+    """The recipe `best` with so many epochs, which most studies change one thing of."""
+    return Settings(data=data, training=dataclasses.replace(RECIPES["best"], epochs=epochs))
+
+
 def changed(settings: Any, changes: Mapping[str, Any]) -> Any:
     """`settings` with the named values, wherever in it they are."""
     new = {}
@@ -291,51 +293,6 @@ def best_rates(outcomes: Sequence[Outcome], figure: str) -> list[Outcome]:
     for outcome in sorted(outcomes, key=badness):
         best.setdefault(network_of(outcome.label), outcome)
     return [outcome for outcome in outcomes if outcome in best.values()]
-
-
-def draw_seeds(
-    axes: Axes,
-    places: Sequence[float],
-    outcomes: Sequence[Outcome],
-    name: str,
-    label: str,
-    color: str,
-) -> None:
-    """A line through the means of a figure, each at its place, and a dot for every seed.
-
-    Of an accuracy there is `image_error` too.
-    """
-    order = sorted(range(len(places)), key=places.__getitem__)
-    line = [places[i] for i in order], [outcomes[i].mean(name) for i in order]
-    errors = [image_error(outcomes[i], name) for i in order]
-    axes.errorbar(*line, yerr=errors, color=color, label=label, linewidth=1.2, elinewidth=0.7)
-    for place, outcome in zip(places, outcomes, strict=True):
-        axes.plot([place] * len(outcome.runs), outcome.values(name), "o", color=color, alpha=0.6)
-
-
-def image_error(outcome: Outcome, name: str) -> float:
-    """Half of the 95 % interval of an accuracy, for the choice of the images; else 0."""
-    if not name.endswith("accuracy"):
-        return 0.0
-    accuracy, images = outcome.mean(name), outcome.runs[0].summary["images"]["validation"]
-    return 1.96 * math.sqrt(accuracy * (1 - accuracy) / images)
-
-
-def draw_rows(outcomes: Sequence[Outcome], name: str, heading: str) -> Figure:
-    """A figure of every outcome, one below the other: a dot for every seed, a bar at the mean."""
-    picture = Figure(figsize=(8, 1.1 + 0.4 * len(outcomes)), layout="constrained")
-    axes = picture.add_subplot()
-    for place, outcome in enumerate(outcomes):
-        values = outcome.values(name)
-        axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.6)
-        axes.plot(outcome.mean(name), place, "|", color="black", markersize=16)
-        error = image_error(outcome, name)
-        axes.errorbar(outcome.mean(name), place, xerr=error, color="black", elinewidth=0.7)
-    axes.set_yticks(range(len(outcomes)), [outcome.label for outcome in outcomes])
-    axes.set_ylim(len(outcomes) - 0.5, -0.5)  # the first on top
-    axes.set(xlabel=heading)
-    axes.grid(alpha=0.3)
-    return picture
 
 
 def overfitting_epoch(history: Sequence[Row], window: int = 5, rise: float = 0.02) -> int | None:

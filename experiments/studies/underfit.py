@@ -1,6 +1,5 @@
 """Whether channel selection, its few parameters, or the optimiser keeps it from fitting."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,8 +8,16 @@ from matplotlib.figure import Figure
 from experiments.reporting import plots
 from experiments.studies.overfit import UNREGULARISED
 from experiments.studies.study import Study
-from experiments.studies.sweep import Outcome, at_rates, best_rates, changed, entries, network_of
-from experiments.training.settings import RECIPES, DataSettings, Settings
+from experiments.studies.sweep import (
+    Outcome,
+    at_rates,
+    best_rates,
+    best_recipe,
+    changed,
+    entries,
+    network_of,
+)
+from experiments.training.settings import DataSettings, Settings
 
 # `subkernel-w6` has 24,987 parameters, `chansel` 27,363: as many as a dense network comes near it.
 NETWORKS = ("chansel", "subkernel", "subkernel-w6", "chansel-w32", "chansel-r4")
@@ -22,7 +29,7 @@ TUNED_BY = "plain_train_loss"
 
 def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
     """Every network at every rate, with nothing that keeps it from fitting its images."""
-    base = Settings(data=data, training=dataclasses.replace(RECIPES["best"], epochs=epochs))
+    base = best_recipe(data, epochs)
     plain = changed(base, PLAIN)
     by_heart = entries(NETWORKS[:3], changed(plain, {"random_labels": True}))
     by_heart = {f"{name}{RANDOM}": settings for name, settings in by_heart.items()}

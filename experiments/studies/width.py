@@ -5,13 +5,13 @@ import functools
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from chansel_jax.counting import count_network
 from chansel_jax.networks.resnet import CONVS, PRESETS
+from experiments.studies.drawing import draw_costs
 from experiments.studies.study import Study
-from experiments.studies.sweep import ACCURACY, Outcome, draw_seeds, entries
-from experiments.training.settings import RECIPES, DataSettings, Settings
+from experiments.studies.sweep import Outcome, best_recipe, entries
+from experiments.training.settings import DataSettings, Settings
 
 WIDTHS = (16, 24, 32, 44)
 RANKS = (2, 3, 4)
@@ -20,7 +20,7 @@ DENSE_WIDTHS = range(4, 21)
 
 def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
     """Channel selection of every width and rank, and dense networks that cost as much."""
-    base = Settings(data=data, training=dataclasses.replace(RECIPES["best"], epochs=epochs))
+    base = best_recipe(data, epochs)
     names = [f"chansel-w{width}" for width in WIDTHS] + [f"chansel-r{rank}" for rank in RANKS]
     return entries([*names, *(f"subkernel-w{width}" for width in dense_widths())], base)
 
@@ -44,7 +44,6 @@ def costs(conv: str, width: int) -> tuple[int, int]:
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:
     """Accuracy against parameters and against multiply-adds."""
-    picture = Figure(figsize=(10, 4.2), layout="constrained")
     groups = {
         "channel selection, wider": [o for o in outcomes if o.label.startswith("chansel-w")],
         "channel selection, of higher rank": [
@@ -52,22 +51,8 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
         ],
         "dense": [o for o in outcomes if o.label.startswith("subkernel")],
     }
-    for axes, name, heading in zip(
-        picture.subplots(1, 2, sharey=True),
-        ("parameters", "multiply_adds"),
-        ("parameters", "multiply-adds an image"),
-        strict=True,
-    ):
-        for colour, (label, group) in enumerate(groups.items()):
-            costs = [outcome.mean(name) for outcome in group]
-            draw_seeds(axes, costs, group, "final_val_accuracy", label, f"C{colour}")
-        axes.set(xscale="log", xlabel=heading, ylabel=ACCURACY)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(EngFormatter())
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
-    return picture
+    costs = {"parameters": "parameters", "multiply_adds": "multiply-adds an image"}
+    return draw_costs(groups, costs)
 
 
 STUDY = Study(

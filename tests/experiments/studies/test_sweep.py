@@ -7,7 +7,7 @@ from rich.console import Console
 
 from experiments.cli.errors import CommandError
 from experiments.reporting import report
-from experiments.studies import sweep
+from experiments.studies import drawing, sweep
 from experiments.studies.runs import Record
 from experiments.studies.sweep import Origin, Outcome, named, overfitting_epoch, run_all
 from experiments.training.loop import DivergedError
@@ -52,8 +52,8 @@ def test_mean_and_deviation_by_hand():
 def test_the_error_of_an_accuracy_by_hand():
     """Of 100 images, half of them right, the standard deviation is 5 %."""
     found = Outcome("a", [record({"accuracy": 0.5, "loss": 1, "images": {"validation": 100}})])
-    assert sweep.image_error(found, "accuracy") == pytest.approx(1.96 * 0.05)
-    assert sweep.image_error(found, "loss") == 0
+    assert drawing.image_error(found, "accuracy") == pytest.approx(1.96 * 0.05)
+    assert drawing.image_error(found, "loss") == 0
 
 
 def history(losses):
