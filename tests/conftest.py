@@ -1,10 +1,13 @@
 """What every test runs under."""
 
+import functools
 import gc
 import importlib.metadata
 import os
+import shutil
 import signal
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,10 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # `experiments` is not installed: the processes that tests start find it here, wherever they run.
 paths = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+# The tests write thousands of small files, and much faster into memory, where it has room for them.
+memory = Path("/dev/shm")
+if memory.is_dir() and shutil.disk_usage(memory).free > 8 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
 # Two devices stand in for a machine with several; more are in processes of their own. On few cores
 # their threads, waiting for each other in a sum over devices, could leave none to compute what they
 # wait for: let there be more.
@@ -36,7 +43,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # pytest-xdist's inherit what is se
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(flags)
     # The same functions are compiled for many tests, and in processes of their own too.
-    compiled = tempfile.TemporaryDirectory(prefix="compiled-")
+    root = os.environ.get("PYTEST_DEBUG_TEMPROOT")
+    compiled = tempfile.TemporaryDirectory(prefix="compiled-", dir=root)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
@@ -51,7 +59,15 @@ def pytest_configure(config):
         return  # the processes of pytest-xdist run the tests, and come here too
     import jax
     import torch
+    from jax._src.interpreters import mlir, partial_eval
 
+    # For every program JAX before 0.12 makes a context of MLIR, which takes longer than to fill it
+    # does. Later versions keep each for a while, and for one thread.
+    of_thread = functools.cache(lambda thread, make=mlir.make_ir_context: make())
+    mlir.make_ir_context = lambda: of_thread(threading.get_ident())
+    # Flax asks what is traced for its sharding, and for the message of the error that answers JAX
+    # looks through all that was traced before.
+    partial_eval.DynamicJaxprTracer._origin_msg = lambda tracer: ""
     # On a processor without AVX-512, oneDNN's float32 convolutions were off by 7e-4, and with one
     # core wrote beyond their arrays: PyTorch's own are the reference.
     torch.backends.mkldnn.enabled = False

@@ -1,9 +1,12 @@
 """Layers that both convolutions are tested with, PyTorch's values, and how results are compared."""
 
+import contextlib
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 
 from chansel_jax.ops.window import Window
@@ -33,6 +36,15 @@ ANY_LAYER = {
     "dilation": st.tuples(st.integers(1, 3), st.integers(1, 3)),
     "channels": st.tuples(st.integers(1, 35), st.integers(1, 35)),
 }
+
+
+@contextlib.contextmanager
+def torch_shapes():
+    """Within it PyTorch's layers have shapes alone, which it would draw as slowly as numbers."""
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        for name in ("kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_"):
+            patch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
+        yield
 
 
 def normal(*shapes, dtype=jnp.float32):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from bsconv.pytorch import get_model
 from flax import nnx
+from layers import torch_shapes
 
 from chansel_jax import (
     ChannelSelectionConv,
@@ -33,7 +34,7 @@ def config_of(preset, kind="chansel", **changes):
 
 
 def abstract_twin(kind, config):
-    with torch.device("meta"):
+    with torch_shapes():
         return torch_twin(kind, config)
 
 
@@ -113,7 +114,7 @@ BSCONV_NETWORKS = {  # besides those that a test of the commands' settings names
 )
 @pytest.mark.parametrize("name", BSCONV_NETWORKS)
 def test_networks_have_the_parameters_of_bsconv(name, variant, conv):
-    with torch.device("meta"):
+    with torch_shapes():
         expected = sum(p.numel() for p in get_model(name + variant, num_classes=10).parameters())
     config = dataclasses.replace(BSCONV_NETWORKS[name], conv=conv)
     assert sum(row.parameters for row in count_network(config, 32)) == expected
@@ -128,7 +129,7 @@ def test_networks_have_the_parameters_of_bsconv(name, variant, conv):
     ],
 )
 def test_networks_have_the_multiply_adds_of_bsconv(name, conv):
-    with torch.device("meta"):
+    with torch_shapes():
         counts = torch_multiply_adds(get_model(name, num_classes=10), (64, 48))
     config = dataclasses.replace(BSCONV_NETWORKS[name.partition("_bsconv")[0]], conv=conv)
     expected = sum(count for _, count in counts.values())

@@ -54,7 +54,7 @@ def abstract(kind, *args, **kwargs):
 
 def torch_multiply_adds(function):
     """Half of the floating-point operations that PyTorch counts while `function` runs."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with layers.torch_shapes(), FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops() / 2
 
@@ -198,7 +198,7 @@ def test_the_networks_count_as_their_closed_forms(preset, kind, given, options):
 def test_a_network_against_pytorch(kind, training):
     # PyTorch counts the kernel gradients of grouped convolutions as those of dense ones.
     config = dataclasses.replace(PRESETS["resnet14"], conv=CONVS[kind], width=8, blocks=(1, 1))
-    with torch.device("meta"):
+    with layers.torch_shapes():
         twin = torch_twin(kind, config)
 
     def of_torch():
@@ -230,7 +230,7 @@ def test_convolutions_and_their_gradients_against_pytorch(of_flax, of_torch, opt
     kernel, strides, dilation = (options.get(name, 1) for name in ("kernel", "strides", "dilation"))
     given = {"padding": "VALID", "kernel_dilation": dilation}
     same = abstract(of_flax, 4, 6, (kernel, kernel), strides, **given)
-    with torch.device("meta"):
+    with layers.torch_shapes():
         twin = of_torch(4, 6, kernel, strides, dilation=dilation)
 
     def both(gradients):

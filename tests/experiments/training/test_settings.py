@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from bsconv.pytorch import get_model
 from flax import nnx
+from layers import torch_shapes
 from rich.console import Console
 
 from chansel_jax import resnet14
@@ -373,7 +373,7 @@ ITS_CONVS = {
 @pytest.mark.parametrize("name", ITS_NETWORKS)
 @pytest.mark.parametrize("variant", ITS_CONVS)
 def test_flags_give_the_networks_of_bsconv(name, variant):
-    with torch.device("meta"):
+    with torch_shapes():
         expected = sum(p.numel() for p in get_model(name + variant, num_classes=10).parameters())
     words = f"{ITS_NETWORKS[name]} {ITS_CONVS[variant]}".split()
     config = network_config(parse(Settings, "train", words), 10)
