@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import functools
 import math
+import numbers
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -57,7 +58,8 @@ class SubKernelConv(nnx.Module):
             `chansel_jax.ops.dense.dense_conv`. Default `"auto"`, the fastest.
 
     Raises:
-        ValueError: naming the argument that is wrong, and its value.
+        ValueError: naming the argument that is wrong, and its value. Of initialisers, metadata,
+            dtypes and the precision JAX says what is wrong.
     """
 
     LOWERINGS: ClassVar[tuple[str, ...]] = dense.LOWERINGS
@@ -96,9 +98,12 @@ class SubKernelConv(nnx.Module):
         channels = self.in_features // self.feature_group_count, self.out_features
         self.kernel_shape = (*self.kernel_size, *channels)
         self.mask, self.conv_general_dilated = mask, conv_general_dilated
-        if mask is not None and mask.shape != self.kernel_shape:
+        if mask is not None and getattr(mask, "shape", None) != self.kernel_shape:
+            given = (
+                f"shape {mask.shape}" if hasattr(mask, "shape") else f"type {type(mask).__name__}"
+            )
             raise ValueError(
-                f"mask of shape {mask.shape} must have the kernel's shape {self.kernel_shape}"
+                f"mask of {given} must be an array of the kernel's shape {self.kernel_shape}"
             )
         self.lowering = lowering
         able(lowering, dense.LOWERINGS, window_of(self), _options(self))
@@ -208,7 +213,8 @@ class ChannelSelectionConv(nnx.Module):
         depthwise_metadata: metadata of `depthwise`, likewise.
 
     Raises:
-        ValueError: naming the argument that is wrong, and its value.
+        ValueError: naming the argument that is wrong, and its value. Of initialisers, metadata,
+            dtypes and the precision JAX says what is wrong.
     """
 
     LOWERINGS: ClassVar[tuple[str, ...]] = selection.LOWERINGS
@@ -370,7 +376,8 @@ class SubspaceChannelSelectionConv(ChannelSelectionConv):
     The other arguments are those of `ChannelSelectionConv`.
 
     Raises:
-        ValueError: naming the argument that is wrong, and its value.
+        ValueError: naming the argument that is wrong, and its value. Of initialisers, metadata,
+            dtypes and the precision JAX says what is wrong.
     """
 
     def __init__(
@@ -534,8 +541,8 @@ def subspace_size(in_features: int, share: float) -> int:
     Raises:
         ValueError: if `share` is not in (0, 1].
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share={share} must be in (0, 1]")
+    if not isinstance(share, numbers.Real) or not 0 < share <= 1:
+        raise ValueError(f"share={share!r} must be in (0, 1]")
     return min(in_features, max(4, math.ceil(share * in_features)))
 
 
@@ -741,7 +748,8 @@ def _checked_rank(rank: int, channels: int, kernel_size: Sequence[int]) -> int:
     rank = positive("rank", rank)
     if rank > most:
         raise ValueError(
-            f"rank={rank} must be at most {most}, the least of C_in/G and the kernel's elements: a "
-            "sum of more channel selections can express nothing that the dense convolution cannot"
+            f"rank={rank} must be at most {most}, the least of the channels that are selected from "
+            "(C_in/G, or those of its subspace) and the kernel's elements: a sum of more channel "
+            "selections can express nothing that the dense convolution cannot"
         )
     return rank

@@ -11,6 +11,8 @@ The energy of a component is its squared singular value.
 
 import numpy as np
 
+from chansel_jax.ops.window import is_int
+
 
 def factorize_kernel(kernel: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Both parts of the best channel selection of `rank` for a dense kernel, in float64.
@@ -24,13 +26,14 @@ def factorize_kernel(kernel: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndar
         each has the square root of a component's singular value.
 
     Raises:
-        ValueError: if `rank` is out of range, or `kernel` holds what is not finite or not real.
+        ValueError: if `rank` is not an integer in this range, or `kernel` holds what is not finite
+            or not real.
     """
     *kernel_size, in_channels, out_channels = kernel.shape
     matrices = _matrices(kernel)
     most = min(matrices.shape[1:])
-    if not 1 <= rank <= most:
-        raise ValueError(f"rank={rank} must be from 1 to min(C_in/G, K) = {most}")
+    if not is_int(rank) or not 1 <= rank <= most:
+        raise ValueError(f"rank={rank!r} must be from 1 to min(C_in/G, K) = {most}")
     left, values, right = np.linalg.svd(matrices, full_matrices=False)
     roots = np.sqrt(values[:, :rank])
     # (C_out, C_in/G, R) and (C_out, R, K).

@@ -70,13 +70,16 @@ def factorize(
 
     Raises:
         ValueError: if not exactly one of the three is given, or it cannot be had, `module` has no
-            convolution that could be factorised, or one is not as `replace_convs` takes it.
+            convolution that could be factorised, one is not as `replace_convs` takes it, or one is
+            in a `ResNet` whose `config` builds channel selection from a subspace or with BatchNorm
+            between its parts: no `config` builds that beside the plain one.
     """
     given = {"rank": rank, "energy": energy, "parameter_budget": parameter_budget}
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) != 1:
         raise ValueError(f"exactly one of rank, energy and parameter_budget is needed, not {given}")
     layers = factorizable(module, where)
+    _check_describable(module, layers)
     if rank is not None:
         rank = positive("rank", rank)
         ranks = {path: min(rank, max_rank(layer)) for path, layer in layers.items()}
@@ -336,6 +339,18 @@ def _ranks_within(budget: int, layers: Mapping[str, DenseConv], dense: int) -> d
     return ranks
 
 
+def _check_describable(module: nnx.Module, layers: Mapping[str, DenseConv]) -> None:
+    chosen = {*map(id, layers.values())}
+    for path, part in nnx.iter_graph(module, graph=True):
+        if not isinstance(part, ResNet):
+            continue
+        conv = part.config.conv
+        other = _has_subspaces(part.config) or getattr(conv, "keywords", {}).get("norm")
+        if other and any(id(layer) in chosen for _, layer in nnx.iter_graph(part, graph=True)):
+            name = ".".join(map(str, path)) or "module"
+            raise ValueError(f"{name}: no config builds plain channel selection beside conv={conv}")
+
+
 def _has_channel_selection(network: ResNet) -> bool:
     return any(isinstance(part, ChannelSelectionConv) for _, part in nnx.iter_modules(network))
 
@@ -346,6 +361,8 @@ def _described(network: ResNet) -> ResNetConfig:
     if unwrapped(config.conv) in DENSE:  # whose shortcuts have stayed
         conv = _channel_selection_like(config.conv)
         config = dataclasses.replace(config, conv=conv, replaced="spatial")
+    elif isinstance(network.stem.conv, ChannelSelectionConv) and not config.replaces_stem:
+        config = dataclasses.replace(config, replaced="spatial", rank=1)
     parts = {".".join(map(str, path)): part for path, part in nnx.iter_modules(network)}
     spatial = [
         parts[layer.path]

@@ -138,6 +138,7 @@ def what_to_type(settings: Settings) -> str:
     pinned = len(cores) < os.cpu_count()
     if pinned:
         command = f"taskset -c {','.join(map(str, cores))} {command}"
+    command = machine.with_variables(command)
     if processes > 1:
         command += f" --coordinator=HOST:PORT --num-processes={processes} --process-id=0"
         command += f"  # in the others 1 to {processes - 1}" if processes > 2 else "  # and 1"

@@ -44,8 +44,9 @@ class Settings:
     parameters from other beginnings and with another weight decay; length has longer trainings,
     averaged parameters and a teacher; cost sets accuracy against parameters, multiply-adds and
     seconds, with a fold of the images for each seed; rank compares ranks 1 to 9 with the dense
-    network; width compares widths 16 to 44 with dense networks of equal cost; data compares both
-    convolutions on CIFAR-10 with BSConv's recipe (it takes cifar10 for dog_cat_bird)."""
+    network; width compares widths 16 to 44 and ranks 2 to 4 with dense networks of equal cost; data
+    compares both convolutions on CIFAR-10 with BSConv's recipe (it takes cifar10 for
+    dog_cat_bird)."""
     data: DataSettings = DataSettings(dataset="dog_cat_bird")
     reading: ReadingSettings = ReadingSettings()
     epochs: int | None = None

@@ -281,6 +281,8 @@ def test_a_mask_and_a_function_that_convolves():
     assert len(calls) == 2 and calls[0] == calls[1]
     with pytest.raises(ValueError, match=re.escape("mask of shape (3, 3)")):
         SubKernelConv(*sizes, mask=mask[..., 0, 0], rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="mask of type list must be an array of the kernel's"):
+        SubKernelConv(*sizes, mask=[[1.0]], rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(

@@ -53,9 +53,9 @@ def test_elements_in_other_dimensions_are_the_same_elements(kernel):
         np.testing.assert_array_equal(part, same.reshape(part.shape))
 
 
-@pytest.mark.parametrize("rank", [0, 6])
+@pytest.mark.parametrize("rank", [0, 6, 1.5, True, "a"])
 def test_rank_out_of_range(rank):
-    with pytest.raises(ValueError, match=rf"rank={rank} must be from 1 to .* = 5"):
+    with pytest.raises(ValueError, match=rf"rank={rank!r} must be from 1 to .* = 5"):
         factorize_kernel(KERNEL, rank)
 
 

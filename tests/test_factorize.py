@@ -5,6 +5,7 @@ import functools
 import math
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -307,6 +308,24 @@ def test_channel_selection_is_refused():
     config = dataclasses.replace(dense().config, conv=ChannelSelectionConv)
     network = nnx.eval_shape(lambda: ResNet(config, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="module of type ResNet has no convolution to factorise"):
+        factorize(network, rank=1)
+
+
+def test_a_pooled_stem_is_described_too():
+    config = ResNetConfig(ChannelSelectionConv, 3, (1,), 8, "pooled", replaced="3x3", rank=(0, 2))
+    factored = factorize(ResNet(config, rngs=nnx.Rngs(0)), rank=1)
+    again = nnx.eval_shape(lambda: ResNet(factored.config, rngs=nnx.Rngs(0)))
+    assert factored.config.ranks == (1, 1, 2) and isinstance(again.stem.conv, ChannelSelectionConv)
+    chex.assert_trees_all_equal_shapes(network_tree(again), network_tree(factored))
+
+
+@pytest.mark.parametrize(
+    "kind", [SubspaceChannelSelectionConv, functools.partial(ChannelSelectionConv, norm=True)]
+)
+def test_no_config_has_the_plain_one_beside_another_channel_selection(kind):
+    config = ResNetConfig(kind, 3, (1,), 16, "plain", rank=(0, 1))
+    network = ResNet(config, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="module: no config builds plain channel selection beside"):
         factorize(network, rank=1)
 
 

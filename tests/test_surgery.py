@@ -143,6 +143,7 @@ def test_another_layer_takes_the_place():
         (ChannelSelectionConv, {"norm": True}, True, "conv brings norm, which .*from_weights=Fal"),
         (SubspaceChannelSelectionConv, {}, True, "conv=SubspaceChannelSelectionConv can only be"),
         (SubspaceChannelSelectionConv, {"share": 2}, False, r"share=2 must be in \(0, 1\]"),
+        (SubspaceChannelSelectionConv, {"share": "a"}, False, r"share='a' must be in \(0, 1\]"),
     ],
 )
 def test_what_cannot_take_the_place(kind, given, from_weights, message):

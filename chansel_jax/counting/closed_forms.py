@@ -39,16 +39,18 @@ def subkernel_cost(
     *,
     output_size: int | Pair,
     use_bias: bool = True,
+    feature_group_count: int = 1,
 ) -> tuple[int, int]:
     """Parameters and multiply-adds of the dense convolution.
 
     With I, O channels, K = K_h·K_w and an output of P = H_out·W_out pixels: I·O·K parameters, O
-    more for the bias, and P·I·O·K multiply-adds.
+    more for the bias, and P·I·O·K multiply-adds. With G groups I is the input channels of one.
 
     Raises:
         ValueError: if a size is neither an integer of at least 1 nor a pair of them.
     """
-    weights = in_channels * out_channels * math.prod(per_axis("kernel_size", kernel_size))
+    selected_from = in_channels // feature_group_count
+    weights = selected_from * out_channels * math.prod(per_axis("kernel_size", kernel_size))
     pixels = math.prod(per_axis("output_size", output_size))
     return weights + use_bias * out_channels, pixels * weights
 
@@ -64,6 +66,7 @@ def chansel_cost(
     use_bias: bool = True,
     norm: bool = False,
     share: float | None = None,
+    feature_group_count: int = 1,
 ) -> tuple[int, int]:
     """Parameters and multiply-adds of channel selection of rank R.
 
@@ -74,17 +77,18 @@ def chansel_cost(
     With a `share`, it is channel selection from a subspace of M = min(I, max(4, ⌈share·I⌉))
     channels: there are I·M + M·O·R in the place of I·O·R, and normalisation has 2·M more.
 
+    With G groups I is the input channels of one, and each has M channels of its own.
+
     Raises:
         ValueError: if a size is neither an integer of at least 1 nor a pair of them, or `share` is
             not in (0, 1].
     """
-    selected = out_channels * rank
-    inner = None if share is None else subspace_size(in_channels, share)
-    pointwise = in_channels * selected if inner is None else inner * (in_channels + selected)
+    selected, selected_from = out_channels * rank, in_channels // feature_group_count
+    inner = 0 if share is None else subspace_size(selected_from, share)
+    pointwise = inner * (in_channels + selected) if inner else selected_from * selected
     depthwise = selected * math.prod(per_axis("kernel_size", kernel_size))
-    parameters = (
-        pointwise + depthwise + use_bias * out_channels + norm * 2 * (selected + (inner or 0))
-    )
+    normalised = selected + inner * feature_group_count
+    parameters = pointwise + depthwise + use_bias * out_channels + norm * 2 * normalised
     pixels_in = math.prod(per_axis("input_size", input_size))
     pixels_out = math.prod(per_axis("output_size", output_size))
     return parameters, pixels_in * pointwise + pixels_out * depthwise
@@ -133,6 +137,7 @@ def _count_layer(layer: Layer, image_size: Pair) -> LayerCount:
         return LayerCount(layer.path, "batch_norm", (*size, channels), 2 * channels, 0)
     output_size = tuple(-(-pixels // given["strides"]) for pixels in size)
     options = {"output_size": output_size, "use_bias": given["use_bias"]}
+    options |= {"feature_group_count": given.get("feature_group_count", 1)}
     if make in DENSE:
         kind, cost = "subkernel", subkernel_cost(*layer.make.args, **options)
     else:

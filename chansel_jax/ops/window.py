@@ -170,7 +170,7 @@ class Window(NamedTuple):
             raise ValueError(
                 f"an input of size ({axis_names(len(size))})={tuple(size)} with "
                 f"padding={self.padding!r} is smaller than a kernel of "
-                f"kernel_size={tuple(kernel_size)} at dilation={self.dilation}"
+                f"kernel_size={tuple(kernel_size)}, dilated by {self.dilation}"
             )
         return output
 

@@ -38,7 +38,7 @@ def everywhere(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
-    """Raises `ValueError`, with the nearest that are, if a batch is not divisible by the devices.
+    """Raises `ValueError` if a batch is not divisible by the devices, with the nearest that are.
 
     Args:
         batch_size: images of a batch, over all devices.
@@ -48,7 +48,9 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
     divisor = mesh.size * accumulate
     if batch_size < 1 or batch_size % divisor:
         lower = batch_size // divisor * divisor
-        nearest = " or ".join(str(b) for b in (lower, lower + divisor) if b > 0)
+        nearest = sorted({max(divisor, batch) for batch in (lower, lower + divisor)})
+        nearest = " or ".join(map(str, nearest))
+        kind = "divisible" if batch_size > 0 else "positive and divisible"
         by = "the one device" if mesh.size == 1 else f"the {mesh.size} devices"
         by += f" times accumulate={accumulate}" * (accumulate > 1)
-        raise ValueError(f"batch_size={batch_size} must be divisible by {by}: take {nearest}")
+        raise ValueError(f"batch_size={batch_size} must be {kind} by {by}: take {nearest}")

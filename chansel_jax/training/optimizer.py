@@ -176,12 +176,18 @@ def composed_decay(params: Any) -> Any:
     Of ordinary kernels, and of all other parameters, that is the parameter itself. Of the two parts
     of a channel selection it is the gradient by way of the dense kernel that they compose, so that
     the norm of what is computed decays: the Frobenius decay of Khodak et al., "Initialization and
-    Regularization of Factorized Neural Layers" (2021).
+    Regularization of Factorized Neural Layers" (2021). If one of the two is not among `params`, as
+    when it is frozen, the other decays by itself.
+
+    Raises:
+        ValueError: if there is a channel selection from a subspace, which has three parts.
     """
     found, tree = jax.tree_util.tree_flatten_with_path(params)
     leaves = {tuple(key.key for key in path if isinstance(key, DictKey)): x for path, x in found}
     for *owner, name in list(leaves):
-        if name == "depthwise":
+        if name == "subspace":
+            raise ValueError(f"decay_composed=True: {'.'.join([*owner, name])} is of a subspace")
+        if name == "depthwise" and (*owner, "pointwise") in leaves:
             parts = {name: leaves[*owner, name] for name in ("pointwise", "depthwise")}
             gradients = jax.grad(lambda parts: jnp.sum(composed_kernel(**parts) ** 2) / 2)(parts)
             leaves |= {(*owner, name): gradient for name, gradient in gradients.items()}

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from chansel_jax.functional import apply_function, network_tree
+from chansel_jax.ops.window import positive
 from chansel_jax.training.augmentation import normalise
 
 BATCH_SIZE = 250
@@ -62,9 +63,11 @@ def predict_all(
     """Probabilities `(N, classes)` of all `images` `(N, H, W, C)`, batch by batch.
 
     Raises:
-        ValueError: if `predict` takes fewer than `batch_size` images at once.
+        ValueError: if `batch_size` is not an integer of at least 1, or `predict` takes fewer images
+            at once.
     """
-    batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+    starts = range(0, max(1, len(images)), positive("batch_size", batch_size))
+    batches = [images[start : start + batch_size] for start in starts]
     return np.concatenate([predict(batch) for batch in batches])
 
 
@@ -122,7 +125,7 @@ def scores(probabilities: np.ndarray, labels: np.ndarray) -> Scores:
     return Scores(
         loss=float(-np.log(likelihoods.astype(np.float64)).mean()),
         accuracy=float(correct.sum() / count),
-        top5_accuracy=float((more_probable < 5).mean()),
+        top5_accuracy=float(((more_probable < 5) & (own == own)).mean()),
         predictions=taken_for,
         probabilities=own,
         confusion=confusion,

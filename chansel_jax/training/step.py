@@ -101,7 +101,7 @@ def in_top5(logits: jax.Array, labels: jax.Array) -> jax.Array:
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     earlier = jnp.arange(logits.shape[-1])[None] < labels[:, None]
     larger = ~(logits <= own) | ((logits == own) & earlier)
-    return jnp.sum(larger, axis=-1, dtype=jnp.int32) < 5
+    return (jnp.sum(larger, axis=-1, dtype=jnp.int32) < 5) & ~jnp.isnan(own[:, 0])
 
 
 def init_state(

@@ -36,8 +36,12 @@ def image_error(outcome: Outcome, name: str) -> float:
     """Half of the 95 % interval of an accuracy, for the choice of the images; else 0."""
     if not name.endswith("accuracy"):
         return 0.0
-    accuracy, images = outcome.mean(name), outcome.runs[0].summary["images"]["validation"]
-    return 1.96 * math.sqrt(accuracy * (1 - accuracy) / images)
+    # Seeds have the same images, or each has a fold of its own.
+    counts = {
+        run.data["digests"]["validation"]: run.data["images"]["validation"] for run in outcome.runs
+    }
+    accuracy = outcome.mean(name)
+    return 1.96 * math.sqrt(accuracy * (1 - accuracy) / sum(counts.values()))
 
 
 def draw_costs(groups: Mapping[str, Sequence[Outcome]], costs: Mapping[str, str]) -> Figure:

@@ -219,6 +219,11 @@ def finished(
         record = record_of(workdir)
     for each in wanted:
         if not record.has(each):
+            if not workdir.is_dir():
+                raise CommandError(
+                    f"the line of {name} in {path} has no score {each.name}, and the run's folder "
+                    f"{workdir}, from which it could be measured, is gone"
+                )
             console.print(f"{name}: ", end="")
             trained = load_run(workdir, each.checkpoint, refuse)
             measure(trained, each, settings.data.data_dir, workdir, console)

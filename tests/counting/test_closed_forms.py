@@ -5,6 +5,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 import torch
 from bsconv.pytorch import get_model
@@ -14,6 +15,7 @@ from layers import torch_shapes
 from chansel_jax import (
     ChannelSelectionConv,
     ResNet,
+    ResNetConfig,
     SubspaceChannelSelectionConv,
     cifar_resnet,
     wide_resnet,
@@ -22,6 +24,7 @@ from chansel_jax.counting import (
     LayerCount,
     break_even,
     chansel_cost,
+    count,
     count_network,
     subkernel_cost,
 )
@@ -193,6 +196,17 @@ def test_layers_are_the_modules_of_the_network(preset, width, kind, rank):
     for row in rows:
         assert row.parameters == parameter_count(modules[row.name]), row.name
     assert sum(row.parameters for row in rows) == parameter_count(network)
+
+
+@pytest.mark.parametrize("kind", [*KINDS.values(), nnx.Conv])
+def test_groups_are_counted(kind):
+    conv = functools.partial(kind, feature_group_count=2)
+    config = ResNetConfig(conv, 3, (1, 1), 8, "plain")
+    network = nnx.eval_shape(lambda: ResNet(config, rngs=nnx.Rngs(0)))
+    counted = count(network, jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32))
+    rows = count_network(config, 8)
+    assert sum(row.parameters for row in rows) == counted.parameters
+    assert sum(row.multiply_adds for row in rows) == counted.multiply_adds
 
 
 @pytest.mark.parametrize("kind", CONVS)

@@ -420,13 +420,14 @@ def test_every_picture_can_be_drawn():
             *("plain_train_accuracy", "plain_train_loss"),
             *("parameters", "multiply_adds", "seconds_per_epoch"),
         )
-    } | {"epochs": 1, "images": {"validation": 100}}
+    } | {"epochs": 1}
+    data = {"images": {"validation": 100}, "digests": {"validation": "a"}}
     row = {
         name: 0.5 for name in ("epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy")
     }
     for name, chosen in STUDIES.items():
         outcomes = [
-            sweep.Outcome(label, [runs.Record("", {}, {}, [row], summary, {})])
+            sweep.Outcome(label, [runs.Record("", {}, data, [row], summary, {})])
             for label in chosen.entries(DataSettings(), 5)
         ]
         for shown in (outcomes, outcomes[:1], outcomes[1:]):

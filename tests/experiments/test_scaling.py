@@ -115,6 +115,8 @@ def test_report_has_every_case_and_the_prediction(outcome):
     assert "| 1,024 |" in report and "virtual devices" in report and "all-reduces" in report
     assert (folder / "efficiency.png").stat().st_size > 1000
     results = json.loads((folder / "results.json").read_text())
+    variables, _, _ = results["command"].partition("python -m experiments.scaling")
+    assert "XLA_FLAGS=" in variables  # as tests set them
     speeds = [point[kind] for point in results["points"] for kind in ("weak", "strong", "apart")]
     assert min(speeds) > 0 and results["link"]["latency"] > 0
 

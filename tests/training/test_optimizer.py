@@ -11,7 +11,13 @@ import pytest
 import torch
 from flax import nnx
 
-from chansel_jax import ChannelSelectionConv, SubKernelConv, resnet14
+from chansel_jax import (
+    ChannelSelectionConv,
+    SubKernelConv,
+    SubspaceChannelSelectionConv,
+    resnet14,
+)
+from chansel_jax.functional import network_tree
 from chansel_jax.training.optimizer import (
     OptimizerSettings,
     accumulated,
@@ -234,6 +240,16 @@ def test_composed_decay_by_hand():
     found = composed_decay(layer)
     np.testing.assert_allclose(found["pointwise"], [[3 * 4], [4 * 4]])
     np.testing.assert_allclose(found["depthwise"], [[[[2 * 25]]]])
+
+
+def test_composed_decay_of_other_parts():
+    """What is frozen is not among the parameters; three parts make another kernel."""
+    alone = {"a": {"pointwise": jnp.ones((2, 3))}, "b": {"depthwise": jnp.ones((3, 3, 1, 2))}}
+    chex.assert_trees_all_equal(composed_decay(alone), alone)
+    layer = SubspaceChannelSelectionConv(8, 6, (3, 3), rngs=nnx.Rngs(0))
+    params = {"blocks": {"conv": network_tree(layer)["params"]}}
+    with pytest.raises(ValueError, match="decay_composed=True: blocks.conv.subspace is of a sub"):
+        composed_decay(params)
 
 
 def test_composed_decay_in_flax_s_optimiser():

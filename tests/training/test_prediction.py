@@ -34,7 +34,7 @@ def expected_of_all():
     return expected(IMAGES)
 
 
-@pytest.mark.parametrize("count", [1, 5, 8, 17])
+@pytest.mark.parametrize("count", [0, 1, 5, 8, 17])
 def test_all_images_in_order_whatever_their_number(count):
     predict = make_predict(network(), MEAN, STD, batch_size=8)
     found = predict_all(predict, IMAGES[:count], 8)
@@ -50,3 +50,5 @@ def test_flip_average_is_the_mean_of_both():
 def test_too_many_at_once():
     with pytest.raises(ValueError, match="9 images must be at most batch_size=8"):
         make_predict(network(), MEAN, STD, batch_size=8)(IMAGES[:9])
+    with pytest.raises(ValueError, match="batch_size=0 must be an integer of at least 1"):
+        predict_all(np.asarray, IMAGES, 0)

@@ -42,6 +42,7 @@ def test_five_most_probable_by_hand():
     probabilities = np.concatenate([sure, sure, unsure, unsure, np.full((1, 7), np.nan)])
     found = scores(probabilities.astype(np.float32), np.array([4, 5, 4, 5, 4]))
     assert found.top5_accuracy == 2 / 5
+    assert scores(np.full((1, 3), np.nan), np.array([2])).top5_accuracy == 0
 
 
 @pytest.mark.parametrize(("shape", "count"), [((0, 2), 0), ((3, 2), 2), ((4,), 4)])

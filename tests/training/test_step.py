@@ -303,6 +303,7 @@ def test_accuracy_among_five_is_that_of_pytorch(classes):
 def test_five_largest_by_hand():
     logits = jnp.array([[6.0, 5, 4, 3, 2, 1]] * 3 + [[jnp.nan] * 6])
     assert in_top5(logits, jnp.array([0, 4, 5, 0])).tolist() == [True, True, False, False]
+    assert in_top5(logits[2:, :3], jnp.array([2, 2])).tolist() == [True, False]
     among_equals = in_top5(jnp.zeros((7, 7)), jnp.arange(7))
     assert among_equals.tolist() == [True] * 5 + [False] * 2
 
@@ -349,7 +350,9 @@ def test_digest_sees_every_name_dtype_shape_and_bit():
     assert digest(tree) == digest(jax.tree.map(jnp.asarray, tree))
 
 
-@pytest.mark.parametrize(("batch_size", "nearest"), [(13, "12 or 14"), (1, "2"), (0, "2")])
+@pytest.mark.parametrize(
+    ("batch_size", "nearest"), [(13, "12 or 14"), (1, "2"), (0, "2"), (-5, "2")]
+)
 def test_batch_that_does_not_divide_is_refused(batch_size, nearest):
     with pytest.raises(
         ValueError, match=rf"batch_size={batch_size} must .* 2 devices: take {nearest}$"

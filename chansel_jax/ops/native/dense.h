@@ -15,10 +15,8 @@ class DenseLayer {
         padded_out(RoundUp(g.out, kLanes<C>)),
         taps(g.kernel_h * g.kernel_w),
         tile_width(g.TileWidth()),
-        gradient_left(std::max<int64_t>(
-            0, CeilDiv((g.kernel_w - 1) * g.dilation_w - g.left, g.stride_w))),
-        gradient_width(gradient_left +
-                       std::max(g.out_w, CeilDiv(g.w + g.left, g.stride_w))) {}
+        gradient_left(g.GradientLeft()),
+        gradient_width(g.GradientWidth()) {}
 
   // The kernel (taps * in, out) in panels, for Forward.
   Buffer<C> Panels(const S* kernel) const {

@@ -65,6 +65,15 @@ struct Geometry {
     return std::max((out_w - 1) * stride_w + (kernel_w - 1) * dilation_w + 1, left + w);
   }
 
+  // How far the columns of the output's gradient are moved to the right in its tile, so that every
+  // tap of every pixel finds a column, and the columns of that tile.
+  int64_t GradientLeft() const {
+    return std::max<int64_t>(0, CeilDiv((kernel_w - 1) * dilation_w - left, stride_w));
+  }
+  int64_t GradientWidth() const {
+    return GradientLeft() + std::max(out_w, CeilDiv(w + left, stride_w));
+  }
+
   // Input rows that so many rows of outputs read, from row first * stride_h - top on.
   int64_t InputRows(int64_t outputs) const {
     return (outputs - 1) * stride_h + (kernel_h - 1) * dilation_h + 1;

@@ -43,7 +43,7 @@ class SelectionLayer {
   }
 
   int64_t InputRowsPerUnit() const {
-    int64_t rows = kTileBytes / (GradientWidth() * padded_out * int64_t(sizeof(C)));
+    int64_t rows = kTileBytes / (g.GradientWidth() * padded_out * int64_t(sizeof(C)));
     return std::clamp(rows, std::min<int64_t>(4, g.h), g.h);
   }
 
@@ -98,7 +98,7 @@ class SelectionLayer {
     Scratch<C>& scratch = ThreadScratch<C>();
     const int64_t first_out = g.FirstOutput(first);
     FillTile(dy, g.out_h, g.out_w, g.out, first_out, g.EndOfOutputs(end),
-             {GradientWidth(), GradientLeft(), padded_out}, scratch.output_gradient);
+             {g.GradientWidth(), g.GradientLeft(), padded_out}, scratch.output_gradient);
     // The gradient of the unit that this thread is likely to take next.
     const int64_t end_out = std::max(first_out, g.EndOfOutputs(end));
     const int64_t read = (end_out - first_out) * g.out_w * g.out;
@@ -197,16 +197,6 @@ class SelectionLayer {
 
   int64_t KeptRows() const { return (g.kernel_h - 1) * g.dilation_h + 1; }
 
-  // How far the columns of the output's gradient are moved to the right in its tile, so that every
-  // tap of every pixel finds a column.
-  int64_t GradientLeft() const {
-    return std::max<int64_t>(0, CeilDiv((g.kernel_w - 1) * g.dilation_w - g.left, g.stride_w));
-  }
-
-  int64_t GradientWidth() const {
-    return GradientLeft() + std::max(g.out_w, CeilDiv(g.w + g.left, g.stride_w));
-  }
-
   // One row of outputs, so many vectors of channels from o on, of the rows of sums that it reads.
   template <int VECTORS, bool STREAMED, bool MOMENTS>
   void DepthwiseRow(const C* const* rows, int64_t o, Ahead& ahead, C* line,
@@ -264,7 +254,7 @@ class SelectionLayer {
     const C** rows = Grow(scratch.rows, g.kernel_h);
     for (int64_t a = 0; a < g.kernel_h; ++a) {
       int64_t output = g.OutputRow(row, a);
-      int64_t line = (output - first_out) * GradientWidth() + GradientLeft();
+      int64_t line = (output - first_out) * g.GradientWidth() + g.GradientLeft();
       rows[a] = output < 0 ? nullptr : scratch.output_gradient.data() + line * padded_out;
     }
     return rows;
