@@ -28,6 +28,7 @@ from chansel_jax.training.augmentation import (
     normalise,
     with_reversed,
 )
+from chansel_jax.training.batches import Batch
 from chansel_jax.training.devices import everywhere, replicate
 from chansel_jax.training.distillation import Teacher, distillation_loss
 
@@ -205,13 +206,7 @@ def make_train_step(
         _, steps_key = jax.random.split(jax.random.wrap_key_data(state.key))
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(steps_key, state.step))
         with jax.named_scope("augmentation"):  # scopes are what a profile shows
-            images = augmented(augmentation, augment_key, batch.images, mean, std)
-            labels = batch.labels
-            if augmentation.mixes:
-                # `augmented` has made keys below 4 of this one.
-                mixing_key = jax.random.fold_in(augment_key, 4)
-                images, own_share = mixed(augmentation, mixing_key, images)
-                labels = jnp.where(own_share >= 0.5, labels, labels[::-1])
+            images, labels, own_share = _varied(augmentation, augment_key, batch, mean, std)
         if teacher is not None:
             (tree,) = of_teacher
             with jax.named_scope("teacher"):
@@ -219,11 +214,7 @@ def make_train_step(
 
         def loss_function(params):
             logits, batch_stats = apply(params, state.batch_stats, images, dropout_key)
-            one_hot = jax.nn.one_hot(batch.labels, logits.shape[-1], dtype=logits.dtype)
-            if augmentation.mixes:
-                one_hot = with_reversed(one_hot, own_share.astype(one_hot.dtype))
-            targets = optax.smooth_labels(one_hot, label_smoothing)
-            loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+            loss = _cross_entropy(logits, batch.labels, own_share, label_smoothing)
             if teacher is not None:
                 how = teacher.distillation
                 divergence = distillation_loss(logits, teacher_logits, how.temperature)
@@ -251,6 +242,32 @@ def make_train_step(
         return dataclasses.replace(state, step=state.step + 1, **changed), totals
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=everywhere(mesh))
+
+
+def _varied(
+    augmentation: Augmentation, key: jax.Array, batch: Batch, mean: jax.Array, std: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The images as the network sees them, the labels that count, and the share of an image's own.
+
+    The share is None where no images are mixed.
+    """
+    images = augmented(augmentation, key, batch.images, mean, std)
+    if not augmentation.mixes:
+        return images, batch.labels, None
+    # `augmented` has made keys below 4 of this one.
+    images, own_share = mixed(augmentation, jax.random.fold_in(key, 4), images)
+    return images, jnp.where(own_share >= 0.5, batch.labels, batch.labels[::-1]), own_share
+
+
+def _cross_entropy(
+    logits: jax.Array, labels: jax.Array, own_share: jax.Array | None, label_smoothing: float
+) -> jax.Array:
+    """The mean over a batch, whose targets are mixed as its images are."""
+    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    if own_share is not None:
+        one_hot = with_reversed(one_hot, own_share.astype(one_hot.dtype))
+    targets = optax.smooth_labels(one_hot, label_smoothing)
+    return jnp.mean(optax.softmax_cross_entropy(logits, targets))
 
 
 def moved(averages: Tree, now: Tree, steps: jax.Array, decay: float, accumulate: int = 1) -> Tree:

@@ -116,8 +116,7 @@ def parse(
     """
     program = f"python -m experiments.{name}"
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    default, description = None, inspect.cleandoc(settings_type.__doc__)
-    file = None
+    default, description, file = None, inspect.cleandoc(settings_type.__doc__), None
     if read_config is not None:
         file, arguments = _with_config(program, arguments, settings_type, read_config)
         description += (
@@ -127,19 +126,11 @@ def parse(
     if recipes is not None:
         chosen, arguments = _take(program, arguments, "recipe", tuple(recipes))
         chosen = chosen or next(iter(recipes))
-        required = {
-            field.name: tyro.MISSING
-            for field in dataclasses.fields(settings_type)
-            if field.default is dataclasses.MISSING
-        }
-        default = settings_type(**required, training=recipes[chosen])
+        default = _with_training(settings_type, recipes[chosen])
         description += (
             f"\n\n--recipe={{{','.join(recipes)}}} chooses all settings of training that no other "
             f"flag gives; here {chosen}."
         )
-    registry = ConstructorRegistry()
-    registry.primitive_rule(_comma_separated)
-    registry.primitive_rule(_of_one_kind)
     if shutil.get_terminal_size().columns < NARROWEST:
         os.environ["COLUMNS"] = str(NARROWEST)
     framed = io.StringIO()
@@ -151,7 +142,7 @@ def parse(
                 description=description,
                 args=arguments,
                 default=default,
-                registry=registry,
+                registry=_registry(),
                 config=(tyro.conf.OmitArgPrefixes,),
             )
     except BrokenPipeError:  # of --help, say before `| head`
@@ -164,6 +155,24 @@ def parse(
             said += f"; --config={file} gives flags too" if file else ""
             print_error(f"{said} ({program} --help explains)")
         raise
+
+
+def _with_training(settings_type: type[Settings], training: object) -> Settings:
+    """The settings that flags change: `training`, all else as by default."""
+    required = {
+        field.name: tyro.MISSING
+        for field in dataclasses.fields(settings_type)
+        if field.default is dataclasses.MISSING
+    }
+    return settings_type(**required, training=training)
+
+
+def _registry() -> ConstructorRegistry:
+    """How words become values."""
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_comma_separated)
+    registry.primitive_rule(_of_one_kind)
+    return registry
 
 
 def in_flags(message: str, settings: Any) -> str:

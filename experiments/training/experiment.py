@@ -155,23 +155,8 @@ def build(
     in_memory = settings.reading.input == "memory"
     dataset = coordination.in_turn(lambda: load_data(settings.data, in_memory))
     recipe = settings.training
-    count = len(dataset.splits["train"].labels)
-    updates_per_epoch = count // recipe.batch_size
-    if not updates_per_epoch:
-        raise ValueError(
-            f"batch_size={recipe.batch_size} must be at most the {count} training images"
-        )
-    smallest = min(dataset.splits["train"].images.shape[1:3])
-    if recipe.augmentation.cutout >= smallest:
-        raise ValueError(
-            f"cutout={recipe.augmentation.cutout} must be less than the {smallest} pixels of the "
-            "images"
-        )
-    if recipe.augmentation.crop_padding > smallest:
-        raise ValueError(
-            f"crop_padding={recipe.augmentation.crop_padding} must be at most the {smallest} "
-            "pixels of the images"
-        )
+    check_sizes(recipe, dataset.splits["train"])
+    updates_per_epoch = len(dataset.splits["train"].labels) // recipe.batch_size
     schedule, optimizer = schedule_and_optimizer(recipe, updates_per_epoch)
     mesh = devices.data_mesh()
     devices.check_batch_size(recipe.batch_size, mesh, recipe.accumulate)
@@ -197,6 +182,22 @@ def build(
         teacher=teacher,
         new_classifier=not known,
     )
+
+
+def check_sizes(recipe: TrainingSettings, split: data.Split) -> None:
+    """Raises `ValueError`, naming a setting, if training images are too few or too small for it."""
+    count, smallest = len(split.labels), min(split.images.shape[1:3])
+    if recipe.batch_size > count:
+        raise ValueError(
+            f"batch_size={recipe.batch_size} must be at most the {count} training images"
+        )
+    cutout, crop_padding = recipe.augmentation.cutout, recipe.augmentation.crop_padding
+    if cutout >= smallest:
+        raise ValueError(f"cutout={cutout} must be less than the {smallest} pixels of the images")
+    if crop_padding > smallest:
+        raise ValueError(
+            f"crop_padding={crop_padding} must be at most the {smallest} pixels of the images"
+        )
 
 
 def take_parameters(network: ResNet, other: ResNet, *, with_classifier: bool) -> None:
