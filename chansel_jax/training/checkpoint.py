@@ -31,7 +31,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 from chansel_jax.digest import digest
 from chansel_jax.errors import OneLineError
 from chansel_jax.files import parse_json, read_json
-from chansel_jax.functional import network_tree
+from chansel_jax.functional import Tree, network_tree
 from chansel_jax.training.processes import is_loss, together, wait_for_all
 from chansel_jax.training.step import Totals, TrainState
 
@@ -337,7 +337,8 @@ def restore_network(
         The checkpoint's epoch.
 
     Raises:
-        CheckpointError: if there is no such checkpoint, or it does not fit the network.
+        CheckpointError: if there is no such checkpoint, it does not fit the network, or its arrays
+            are not those that were saved.
     """
     directory = _from_root(directory)
     epochs = saved_numbers(directory)
@@ -357,28 +358,38 @@ def restore_network(
         raise CheckpointError(
             f"{directory} holds no checkpoint of epoch {epoch}, only {', '.join(map(str, epochs))}"
         )
-    like = network_tree(network)
-    path = directory / str(epoch) / "state"
+    path = directory / str(epoch)
     try:
-        _read_through(path)
-        with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
-            metadata = checkpointer.metadata(path).item_metadata
-            if metadata is None:
-                raise CheckpointError("its metadata cannot be read")
-            averaged = "ema" in metadata.tree
-            _check_shapes(metadata.tree["ema"] if averaged else metadata.tree, like)
-            wanted = {"ema": like} if averaged else like
-            arguments = ocp.args.PyTreeRestore(
-                item=jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted),
-                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                partial_restore=True,
-            )
-            restored = checkpointer.restore(path, args=arguments)
-            restored = restored["ema"] if averaged else restored
+        restored = _restored_network(path, network_tree(network))
     except Exception as error:  # orbax has no exception of its own for a damaged file
         raise CheckpointError(f"cannot restore {path} ({_first_line(error)})") from error
     nnx.update(network, restored["params"], restored["batch_stats"])
     return epoch
+
+
+def _restored_network(checkpoint: Path, like: Tree) -> Tree:
+    """What `network_tree` gives of a network like `like`; any exception for what is damaged."""
+    path = checkpoint / "state"
+    _read_through(path)
+    with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(path).item_metadata
+        if metadata is None:
+            raise CheckpointError("its metadata cannot be read")
+        averaged = "ema" in metadata.tree
+        stored = metadata.tree["ema"] if averaged else metadata.tree
+        wanted = _in_stored_dtypes(like, {name: stored[name] for name in like})
+        wanted = {"ema": wanted} if averaged else wanted
+        arguments = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
+        )
+        restored = checkpointer.restore(path, args=arguments)
+        restored = restored["ema"] if averaged else restored
+    # Of an older version of this module a record does not have it.
+    if (saved := _saved_record(checkpoint).get("network_digest")) not in (None, digest(restored)):
+        raise CheckpointError(f"its arrays are not those that were saved, of digest {saved}")
+    return jax.tree.map(lambda array, own: array.astype(own.dtype), restored, like)
 
 
 def _tree(dataclass: TrainState | Totals) -> dict[str, Any]:
@@ -395,16 +406,25 @@ def _save_args(tree: dict[str, Any], record: dict, **others: float) -> ocp.args.
 
 
 class _RecordHandler(ocp.handlers.JsonCheckpointHandler):
-    """Saves the record; digests, of a state and of all else, are taken in the background."""
+    """Saves the record; digests of a state, of its network, and of all else are taken meanwhile."""
 
     async def async_save(self, directory, item=None, args=None):
         async def write():
             if jax.process_index() == 0:
-                record = args.item | {"digest": digest(args.item["digest"])}
+                tree = args.item["digest"]
+                record = args.item | {
+                    "digest": digest(tree),
+                    "network_digest": digest(_network_of(tree)),
+                }
                 record[SEAL] = digest(json.dumps(record))
                 (directory / "metadata").write_text(json.dumps(record))
 
         return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="record")]
+
+
+def _network_of(state: Mapping[str, Any]) -> Tree:
+    """Of a training state the parameters and batch statistics that `restore_network` takes."""
+    return state.get("ema") or {name: state[name] for name in ("params", "batch_stats")}
 
 
 def saved_numbers(directory: Path) -> list[int]:
@@ -454,18 +474,30 @@ def _saved_record(checkpoint: Path) -> dict[str, Any]:
     return record
 
 
-def _check_shapes(stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises `ValueError` naming the first array of `wanted` that is not stored in its shape."""
-    found, shapes = (
-        {
-            jax.tree_util.keystr(path, simple=True, separator="."): getattr(leaf, "shape", None)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (stored, wanted)
+def _in_stored_dtypes(wanted: Tree, stored: Tree) -> Tree:
+    """Shapes and placement of `wanted`, in the dtypes in which its arrays are stored.
+
+    Raises:
+        ValueError: naming the first array that only one of both has, or in another shape.
+    """
+    own, there = _named(wanted), _named(stored)
+    for name in [*own, *there]:
+        here, other = (getattr(tree.get(name), "shape", None) for tree in (own, there))
+        if here != other:
+            raise ValueError(f"{name} has shape {here} here and {other} there")
+    shapes = (
+        jax.ShapeDtypeStruct(leaf.shape, there[name].dtype, sharding=leaf.sharding)
+        for name, leaf in own.items()
     )
-    for name, shape in shapes.items():
-        if found.get(name) != shape:
-            raise ValueError(f"{name} has shape {shape} here and {found.get(name)} there")
+    return jax.tree.unflatten(jax.tree.structure(wanted), shapes)
+
+
+def _named(tree: Tree) -> dict[str, Any]:
+    """The leaves, by their paths."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 @contextlib.contextmanager
@@ -487,14 +519,21 @@ def _first_line(error: Exception) -> str:
 
 
 def _read_through(directory: Path) -> None:
-    """Reads every stored value once, one after another, so that damage ends in one exception.
+    """Reads and decodes every stored value, one by one, so that damage ends in one exception.
 
     Orbax reads them all at once, and a damaged file then ends in a traceback for each.
     """
-    base = {"driver": "file", "path": f"{directory}/"}
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    values = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory}/"}}
+    store = tensorstore.KvStore.open(values).result()
     keys = store.list().result()
     if not keys:
         raise CheckpointError(f"{directory} holds no arrays")
     for key in keys:
         store.read(key).result()
+    arrays = [key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")]
+    for name in arrays:
+        spec = {"driver": "zarr", "kvstore": values | {"path": f"{name}/"}}
+        try:
+            tensorstore.open(spec).result().read().result()
+        except ValueError as error:
+            raise CheckpointError(f"its array {name} cannot be decoded") from error

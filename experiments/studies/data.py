@@ -80,7 +80,8 @@ STUDY = Study(
     draw=draw,
     note=note,
     dataset="cifar10",
-    scored=("test",),
+    scored=("validation", "test"),
+    reference=NETWORKS[0],
     published=PUBLISHED,
     published_note=(
         "Haase and Amthor (CVPR 2020), 200 epochs of all 50,000 training images, on CIFAR-10's "

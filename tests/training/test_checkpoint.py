@@ -68,7 +68,7 @@ def newest(checkpoints, report=print, like=None):
 
 
 def data_file(directory, epoch):
-    """The largest file of those that hold the arrays of a checkpoint."""
+    """The largest file of those that hold small arrays and tell where the others are."""
     return max((directory / str(epoch) / "state" / "d").iterdir(), key=lambda p: p.stat().st_size)
 
 
@@ -426,6 +426,29 @@ def test_best_passes_over_what_is_damaged_and_names_it(network_run, tmp_path, fi
     damage(copy / "2" / file)
     with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint .* restored \(epoch 2: "):
         checkpoint.restore_network(copy, network)
+
+
+def test_a_network_of_changed_bytes_is_refused(tmp_path):
+    """Larger arrays have no checksum of their own, and can be decoded after some changes."""
+    network = small_network(width=32)
+    state = init_state(network, optax.sgd(1.0), 0, devices.data_mesh())
+    with checkpoint.open_checkpoints(tmp_path, print) as checkpoints:
+        checkpoint.save(checkpoints, 1, state, {}, 1.0)
+    directory, whole, refused = tmp_path / "checkpoints", network_tree(network), []
+    file = max((directory / "1" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = file.read_bytes()
+    for place in np.linspace(0, len(content) - 1, 16).astype(int):
+        changed = bytearray(content)
+        changed[place] ^= 8
+        file.write_bytes(changed)
+        try:
+            checkpoint.restore_network(directory, network)
+        except checkpoint.CheckpointError as error:
+            refused.append(str(error))
+        else:
+            chex.assert_trees_all_equal(network_tree(network), whole)
+    assert any("arrays are not those that were saved" in line for line in refused)
+    assert all("\n" not in line and len(line) < 500 for line in refused)
 
 
 def test_network_that_does_not_fit_is_refused(network_run):
