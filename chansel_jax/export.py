@@ -90,7 +90,10 @@ def save_stablehlo(program: jax.export.Exported, path: str | Path) -> None:
     Raises:
         ModuleNotFoundError: if the package is not installed.
         OSError: if the file cannot be written.
+        TypeError: if `program` is no such program.
     """
+    if not isinstance(program, jax.export.Exported):
+        raise TypeError(f"program of type {type(program).__name__} must be one of to_stablehlo")
     content = program.serialize()
     with replaced(Path(path)) as partial:
         partial.write_bytes(content)
@@ -102,8 +105,15 @@ def load_stablehlo(path: str | Path) -> jax.export.Exported:
     Raises:
         ModuleNotFoundError: if the package `flatbuffers` is not installed.
         OSError: if the file cannot be read.
+        ValueError: if it holds no such program.
     """
-    return jax.export.deserialize(bytearray(Path(path).read_bytes()))
+    content = bytearray(Path(path).read_bytes())
+    try:
+        return jax.export.deserialize(content)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # flatbuffers has none of its own for other bytes
+        raise ValueError(f"path={path} holds no StableHLO program of jax.export") from error
 
 
 def _statistics(
@@ -124,8 +134,8 @@ def _statistics(
 
 def _sizes(shape: Sequence[int | str | None], constraints: Sequence[str]) -> tuple:
     """`shape` as JAX takes it, with a name for each None."""
-    if not shape:
-        raise ValueError("shape=() must have at least one size")
+    if not isinstance(shape, Sequence) or not shape:
+        raise ValueError(f"shape={shape!r} must be a sequence of one size or more")
     for size in shape:
         if not (size is None or isinstance(size, str) or (is_int(size) and size > 0)):
             raise ValueError(

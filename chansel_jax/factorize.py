@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import heapq
 import math
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -84,8 +85,8 @@ def factorize(
         rank = positive("rank", rank)
         ranks = {path: min(rank, max_rank(layer)) for path, layer in layers.items()}
     elif energy is not None:
-        if not 0 < energy <= 1:
-            raise ValueError(f"energy={energy} must be in (0, 1]")
+        if not isinstance(energy, numbers.Real) or not 0 < energy <= 1:
+            raise ValueError(f"energy={energy!r} must be in (0, 1]")
         wanted = energy * (1 - 1e-12)  # rounding may leave the sum of all below 1
         ranks = {
             path: min(int((np.cumsum(shares) < wanted).sum()) + 1, len(shares))
@@ -161,7 +162,8 @@ def _factored(own: Tree, dense: Tree, path: str) -> Tree:
         dense = {name: leaf for name, leaf in dense.items() if name != "kernel"} | cut
     if lonely := own.keys() ^ dense.keys():
         holder = "network" if min(lonely, key=str) in own else "dense"
-        raise ValueError(f"{path}.{min(map(str, lonely))} is in {holder} only")
+        name = f"{path}.{min(map(str, lonely))}"
+        raise ValueError(f"{name} is in {holder} only: the two differ in structure")
     return {name: _factored(own[name], leaf, f"{path}.{name}") for name, leaf in dense.items()}
 
 

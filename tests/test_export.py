@@ -128,7 +128,8 @@ def test_layers_that_ask_for_a_lowering_are_exported_without_what_is_in_cpp(lowe
         ((None, 2), {"mean": 1, "std": [1, 0]}, r"std=\[1. 0.\] must be above 0"),
         ((None, 2), {"platforms": ("gpu",)}, r"platforms=\('gpu',\) must be some of 'cpu'"),
         ((None, True), {}, r"shape=\(None, True\) must have sizes above 0"),
-        ((), {}, r"shape=\(\) must have at least one size"),
+        ((), {}, r"shape=\(\) must be a sequence of one size or more"),
+        (32, {}, "shape=32 must be a sequence of one size or more"),
     ],
 )
 def test_wrong_arguments_are_named(shape, given, message):
@@ -139,3 +140,13 @@ def test_wrong_arguments_are_named(shape, given, message):
 def test_functions_are_no_modules():
     with pytest.raises(TypeError, match="must be an nnx.Module"):
         to_stablehlo(jnp.sin, (None, 2))
+
+
+def test_modules_are_no_programs_and_other_files_hold_none(tmp_path):
+    with pytest.raises(TypeError, match="program of type Doubled must be one of to_stablehlo"):
+        save_stablehlo(Doubled(), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    for content in (b"", b"text", b"x" * 1000):
+        (tmp_path / "a").write_bytes(content)
+        with pytest.raises(ValueError, match="path=.*a holds no StableHLO program"):
+            load_stablehlo(tmp_path / "a")

@@ -294,6 +294,7 @@ def test_higher_ranks_are_nearer_and_the_dense_network_stays():
         ({"rank": 0}, "rank=0 must be an integer of at least 1"),
         ({"energy": 0.0}, r"energy=0.0 must be in \(0, 1\]"),
         ({"energy": math.nan}, "energy=nan must be"),
+        ({"energy": "0.9"}, "energy='0.9' must be"),
         ({"parameter_budget": 0.5}, "parameter_budget=0.5 must be an integer"),
         ({"rank": 1, "where": lambda path, layer: False}, "module of type Dict has no convolution"),
         ({"rank": 1, "where": "stem"}, "where='stem' must be a function of a path and a layer"),

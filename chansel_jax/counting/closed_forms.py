@@ -10,7 +10,7 @@ from flax import nnx
 
 from chansel_jax.conv import SHARE, SubspaceChannelSelectionConv, subspace_size, unwrapped
 from chansel_jax.networks.resnet import CONVS, DENSE, Layer, ResNetConfig
-from chansel_jax.ops.window import Pair, per_axis
+from chansel_jax.ops.window import Pair, per_axis, positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +80,12 @@ def chansel_cost(
     With G groups I is the input channels of one, and each has M channels of its own.
 
     Raises:
-        ValueError: if a size is neither an integer of at least 1 nor a pair of them, or `share` is
-            not in (0, 1].
+        ValueError: if channels or rank are no integers of at least 1, a size is neither that nor a
+            pair of them, or `share` is not in (0, 1].
     """
+    named = {"in_channels": in_channels, "out_channels": out_channels, "rank": rank}
+    for name, value in named.items():
+        positive(name, value)
     selected, selected_from = out_channels * rank, in_channels // feature_group_count
     inner = 0 if share is None else subspace_size(selected_from, share)
     pointwise = inner * (in_channels + selected) if inner else selected_from * selected
@@ -116,6 +119,8 @@ def count_network(config: ResNetConfig, image_size: int | Pair) -> list[LayerCou
             `functools.partial` of one, or `image_size` is neither an integer of at least 1 nor a
             pair of them.
     """
+    if not isinstance(config, ResNetConfig):
+        raise ValueError(f"config={config!r} must be a ResNetConfig, as in PRESETS")
     if unwrapped(config.conv) not in (*CONVS.values(), nnx.Conv):
         raise ValueError(
             f"conv={config.conv!r} must be one of {', '.join(k.__name__ for k in CONVS.values())}, "

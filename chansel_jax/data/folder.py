@@ -157,7 +157,7 @@ def _check_classes(wanted: Sequence[str], there: Sequence[str], root: Path) -> N
     if len(set(wanted)) < len(wanted):
         raise DataError(f"--classes={','.join(wanted)} names a class twice")
     if len(wanted) < 2:
-        raise DataError(f"there is one class only, {wanted[0]}: to tell classes apart takes two")
+        raise DataError(f"{root} has one class only, {wanted[0]}: to tell classes apart takes two")
     for name in wanted:
         if name not in there:
             raise DataError(f"there is no class {name} in {root}, but {', '.join(there)}")

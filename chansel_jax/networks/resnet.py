@@ -8,6 +8,7 @@ are NHWC, logits `(N, num_classes)`.
 import collections
 import dataclasses
 import functools
+import numbers
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
@@ -123,7 +124,8 @@ class ResNetConfig:
         if self.stem_width is not None:
             positive("stem_width", self.stem_width)
         if not isinstance(self.blocks, Sequence) or not self.blocks:
-            raise ValueError(f"blocks={self.blocks!r} must name at least one stage")
+            raise ValueError(f"blocks={self.blocks!r} must be a sequence of one stage or more")
+        object.__setattr__(self, "blocks", tuple(self.blocks))
         for count in self.blocks:
             positive("blocks", count)
         choices_of = {"stem": _STEMS, "block": _BLOCKS, "replaced": get_args(Replaced)}
@@ -131,8 +133,8 @@ class ResNetConfig:
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
         self._check_ranks()
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"dropout_rate={self.dropout_rate} must be in [0, 1)")
+        if not isinstance(self.dropout_rate, numbers.Real) or not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate={self.dropout_rate!r} must be in [0, 1)")
 
     def _check_ranks(self) -> None:
         ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
@@ -450,7 +452,7 @@ _STEMS = {"plain": PlainStem, "small": SmallStem, "pooled": PooledStem}
 
 
 def cifar_resnet(depth: int) -> ResNetConfig:
-    """The residual network of so many layers for small images, as `bsconv` has it.
+    """The residual network of so many layers for small images, built as `bsconv` builds its own.
 
     It is He et al.'s for CIFAR-10, but that shortcuts are 1 × 1 convolutions where the shape
     changes.
@@ -466,7 +468,7 @@ def cifar_resnet(depth: int) -> ResNetConfig:
 
 
 def wide_resnet(depth: int, widening: int) -> ResNetConfig:
-    """WRN-depth-widening for small images, as `bsconv` has it.
+    """WRN-depth-widening for small images, built as `bsconv` builds its own.
 
     Args:
         depth: 6n + 4, as 16, 28 or 40: three stages of n blocks.

@@ -150,8 +150,8 @@ def parse(
         sys.exit()
     except SystemExit:
         if said := framed.getvalue():
-            said = in_flags(_without_frame(said), settings_type)
-            said += _hint(said, arguments, settings_type)
+            said = _as_typed(in_flags(_without_frame(said), settings_type), arguments)
+            said = _without_help(said) + _hint(said, arguments, settings_type)
             said += f"; --config={file} gives flags too" if file else ""
             print_error(f"{said} ({program} --help explains)")
         raise
@@ -229,6 +229,22 @@ def _without_frame(framed: str) -> str:
         flag for text in others if "erhaps" in text for flag in re.findall("--[a-z-]+", text)
     ]
     return f"{first}; perhaps {' or '.join(suggested)}" if suggested else first
+
+
+def _as_typed(said: str, arguments: Sequence[str]) -> str:
+    """`said`, where `in_flags` has put dashes before what was typed without them."""
+    for argument in arguments:
+        if said.startswith(f"Unrecognized options: --{argument}") and argument[0] != "-":
+            return f"Unrecognized options: {argument}; perhaps --{argument}"
+    return said
+
+
+def _without_help(said: str) -> str:
+    """`said`, without the whole help of the one flag or argument that is missing."""
+    missing = re.match(r"Missing from [^:]*: (\{[^}]*\}|--[\w-]+) ", said)
+    if missing is None:
+        return said
+    return f"Missing: {missing[1]}" if missing[1][0] == "-" else f"Missing: one of {missing[1]}"
 
 
 def _hint(said: str, arguments: Sequence[str], settings_type: type) -> str:

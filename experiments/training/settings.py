@@ -52,7 +52,8 @@ class NetworkSettings:
     model: Model = "resnet14"
     """resnet14 is the original's network for small images. resnet18, resnet34 and resnet50 are
     torchvision's, for images of 224 × 224. The others are residual and wide residual networks for
-    small images as the package bsconv has them, with their depth and the factor of their width."""
+    small images, built as the package bsconv builds its own, with their depth and the factor of
+    their width."""
     blocks: tuple[int, ...] = ()
     """The stages have these numbers of residual blocks; by default they are the model's own."""
     width: int | None = None

@@ -77,6 +77,9 @@ def torch_multiply_adds(network, image_size):
         ("resnet34", "subkernel", {}, 21_797_672),  # torchvision's, as the next
         ("resnet50", "subkernel", {}, 25_557_032),
         ("resnet14", "subspace", {}, 15_971),
+        ("cifar_resnet32", "subkernel", {}, 466_912),
+        ("cifar_resnet32", "chansel", {}, 67_152),
+        ("cifar_resnet44", "chansel", {}, 93_584),
     ],
 )
 def test_parameters_of_the_networks(preset, kind, options, parameters):
@@ -304,6 +307,10 @@ def test_channel_selection_is_smaller_above_the_break_even(kernel_size):
 def test_other_convolutions_have_no_closed_form():
     with pytest.raises(ValueError, match="conv=.*Conv"):
         count_network(dataclasses.replace(PRESETS["resnet14"], conv=nnx.ConvTranspose), 32)
+    with pytest.raises(ValueError, match="config='resnet14' must be a ResNetConfig"):
+        count_network("resnet14", 32)
+    with pytest.raises(ValueError, match="in_channels=0 must be an integer of at least 1"):
+        chansel_cost(0, 3, 3, input_size=1, output_size=1)
 
 
 @pytest.mark.parametrize("image_size", [0, (32,), (32, 32, 3), 32.0])

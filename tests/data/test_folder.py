@@ -448,11 +448,11 @@ def test_each_choice_is_prepared_by_itself(root, write_images, cache_dir, option
             {"classes": ("dog", "eel")},
             "the class eel of {root}/train is not in {root}/validation",
         ),
-        ({"cat": 5}, {}, "there is one class only, cat: to tell classes apart takes two"),
+        ({"cat": 5}, {}, "{root} has one class only, cat: to tell classes apart takes two"),
         (
             {"cat": 5, "dog": 5},
             {"classes": ("dog",)},
-            "there is one class only, dog: to tell classes apart takes two",
+            "{root} has one class only, dog: to tell classes apart takes two",
         ),
         (
             {**SPLITS, "train": 1},

@@ -386,6 +386,7 @@ def test_builders_build_their_preset_with_changes(build):
         ("dropout_rate", 1.0, {}),
         ("dropout_rate", -0.1, {}),
         ("dropout_rate", float("nan"), {}),
+        ("dropout_rate", "a", {}),
     ],
 )
 def test_wrong_argument(name, value, others):
@@ -399,6 +400,7 @@ def test_wrong_number_of_blocks():
     config = PRESETS["resnet14"]
     with pytest.raises(ValueError, match="blocks=0"):
         dataclasses.replace(config, blocks=(2, 0))
+    assert dataclasses.replace(config, blocks=[1, 1]) == dataclasses.replace(config, blocks=(1, 1))
 
 
 def test_forward_mode_derivatives_of_a_network():

@@ -404,13 +404,16 @@ def test_results_of_unknown_origin_are_not_replaced(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    ("command", "word", "told"),
+    ("command", "words", "told"),
     [
-        (evaluate, "--run=RUN", "--run=RUN is none of its flags"),
-        (study, "--name=rank", "it stands alone, without --name="),
+        (evaluate, ["--run=RUN"], "Missing: --workdir; --run=RUN is none of its flags (python"),
+        (evaluate, [], "Missing: --workdir (python"),
+        (study, [], "Missing: one of {overfit,underfit,"),
+        (study, ["--name=rank"], "it stands alone, without --name="),
+        (study, ["rank", "epochs=3"], "Unrecognized options: epochs=3; perhaps --epochs=3 (python"),
     ],
 )
-def test_what_was_typed_in_the_place_of_what_is_missing_is_named(command, word, told, capsys):
+def test_what_is_missing_or_was_typed_in_its_place_is_named(command, words, told, capsys):
     with pytest.raises(SystemExit):
-        parse(command.Settings, "command", [word])
+        parse(command.Settings, "command", words)
     assert told in capsys.readouterr().err
