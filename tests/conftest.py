@@ -32,6 +32,8 @@ os.environ.setdefault("PJRT_NPROC", "16")
 # Compiling is most of what the tests do, and what they compile computes little: LLVM's
 # optimisations would cost more than they save. XLA's own are made all the same.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# PyTorch's compiler has little to do too, for which it need not start processes.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 # To note for every operation which lines of Python led to it took a tenth of the time.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # pytest-xdist's inherit what is set here
