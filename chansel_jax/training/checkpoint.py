@@ -524,7 +524,9 @@ def _read_through(directory: Path) -> None:
     Orbax reads them all at once, and a damaged file then ends in a traceback for each.
     """
     values = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory}/"}}
-    store = tensorstore.KvStore.open(values).result()
+    # Without a cache the file that tells where all values are would be read anew for each.
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 2**26}})
+    store = tensorstore.KvStore.open(values, context=context).result()
     keys = store.list().result()
     if not keys:
         raise CheckpointError(f"{directory} holds no arrays")
@@ -534,6 +536,6 @@ def _read_through(directory: Path) -> None:
     for name in arrays:
         spec = {"driver": "zarr", "kvstore": values | {"path": f"{name}/"}}
         try:
-            tensorstore.open(spec).result().read().result()
+            tensorstore.open(spec, context=context).result().read().result()
         except ValueError as error:
             raise CheckpointError(f"its array {name} cannot be decoded") from error
