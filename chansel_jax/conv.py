@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import functools
 import math
-import numbers
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -26,7 +25,15 @@ from chansel_jax import norm as normalization
 from chansel_jax.ops import dense, depthwise, selection
 from chansel_jax.ops.limits import Options, able
 from chansel_jax.ops.lowerings import defining, here
-from chansel_jax.ops.window import Padding, Window, axis_names, is_int, kernel_sizes, positive
+from chansel_jax.ops.window import (
+    Padding,
+    Window,
+    axis_names,
+    is_int,
+    kernel_sizes,
+    positive,
+    share_of_all,
+)
 
 lecun_normal = nnx.initializers.lecun_normal()
 zeros = nnx.initializers.zeros_init()
@@ -541,9 +548,8 @@ def subspace_size(in_features: int, share: float) -> int:
     Raises:
         ValueError: if `share` is not in (0, 1].
     """
-    if not isinstance(share, numbers.Real) or not 0 < share <= 1:
-        raise ValueError(f"share={share!r} must be in (0, 1]")
-    return min(in_features, max(4, math.ceil(share * in_features)))
+    size = math.ceil(share_of_all("share", share) * in_features)
+    return min(in_features, max(4, size))
 
 
 def unwrapped(conv: Callable[..., nnx.Module]) -> Callable[..., nnx.Module]:

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import heapq
 import math
-import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ from chansel_jax.conv import ChannelSelectionConv, SubspaceChannelSelectionConv,
 from chansel_jax.decomposition import component_energies, factorize_kernel
 from chansel_jax.functional import Tree, network_tree
 from chansel_jax.networks.resnet import DENSE, ResNet, ResNetConfig
-from chansel_jax.ops.window import positive
+from chansel_jax.ops.window import positive, share_of_all
 from chansel_jax.surgery import (
     SAME,
     DenseConv,
@@ -85,9 +84,9 @@ def factorize(
         rank = positive("rank", rank)
         ranks = {path: min(rank, max_rank(layer)) for path, layer in layers.items()}
     elif energy is not None:
-        if not isinstance(energy, numbers.Real) or not 0 < energy <= 1:
-            raise ValueError(f"energy={energy!r} must be in (0, 1]")
-        wanted = energy * (1 - 1e-12)  # rounding may leave the sum of all below 1
+        wanted = share_of_all("energy", energy) * (
+            1 - 1e-12
+        )  # rounding may leave the sum of all below 1
         ranks = {
             path: min(int((np.cumsum(shares) < wanted).sum()) + 1, len(shares))
             for path, shares in _energies(layers).items()

@@ -4,6 +4,7 @@ Every argument is brought into one canonical form here, so that layers, lowering
 all accept the same spellings and refuse the same mistakes in the same words.
 """
 
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,6 +28,13 @@ def positive(name: str, value: int) -> int:
     if not is_int(value) or value < 1:
         raise ValueError(f"{name}={value!r} must be an integer of at least 1")
     return int(value)
+
+
+def share_of_all(name: str, value: float) -> float:
+    """`value` if it is a number in (0, 1]; otherwise `ValueError` naming the argument."""
+    if not isinstance(value, numbers.Real) or not 0 < value <= 1:
+        raise ValueError(f"{name}={value!r} must be in (0, 1]")
+    return value
 
 
 def per_axis(name: str, value: int | Sequence[int], dimensions: int = 2) -> Sizes:

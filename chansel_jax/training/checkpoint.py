@@ -375,17 +375,14 @@ def _restored_network(checkpoint: Path, like: Tree) -> Tree:
         metadata = checkpointer.metadata(path).item_metadata
         if metadata is None:
             raise CheckpointError("its metadata cannot be read")
-        averaged = "ema" in metadata.tree
-        stored = metadata.tree["ema"] if averaged else metadata.tree
-        wanted = _in_stored_dtypes(like, {name: stored[name] for name in like})
-        wanted = {"ema": wanted} if averaged else wanted
+        wanted = _in_stored_dtypes(like, _network_of(metadata.tree))
+        wanted = {"ema": wanted} if "ema" in metadata.tree else wanted
         arguments = ocp.args.PyTreeRestore(
             item=wanted,
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
             partial_restore=True,
         )
-        restored = checkpointer.restore(path, args=arguments)
-        restored = restored["ema"] if averaged else restored
+        restored = _network_of(checkpointer.restore(path, args=arguments))
     # Of an older version of this module a record does not have it.
     if (saved := _saved_record(checkpoint).get("network_digest")) not in (None, digest(restored)):
         raise CheckpointError(f"its arrays are not those that were saved, of digest {saved}")
