@@ -1,13 +1,11 @@
 """What every test runs under."""
 
-import functools
 import gc
 import importlib.metadata
 import os
 import shutil
 import signal
 import tempfile
-import threading
 from pathlib import Path
 
 import pytest
@@ -61,15 +59,9 @@ def pytest_configure(config):
         return  # the processes of pytest-xdist run the tests, and come here too
     import jax
     import torch
-    from jax._src.interpreters import mlir, partial_eval
+    from tracing import trace_without_notes
 
-    # For every program JAX before 0.12 makes a context of MLIR, which takes longer than to fill it
-    # does. Later versions keep each for a while, and for one thread.
-    of_thread = functools.cache(lambda thread, make=mlir.make_ir_context: make())
-    mlir.make_ir_context = lambda: of_thread(threading.get_ident())
-    # Flax asks what is traced for its sharding, and for the message of the error that answers JAX
-    # looks through all that was traced before.
-    partial_eval.DynamicJaxprTracer._origin_msg = lambda tracer: ""
+    trace_without_notes()
     # On a processor without AVX-512, oneDNN's float32 convolutions were off by 7e-4, and with one
     # core wrote beyond their arrays: PyTorch's own are the reference.
     torch.backends.mkldnn.enabled = False

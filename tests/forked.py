@@ -18,11 +18,14 @@ import signal
 import socket
 import sys
 
+from tracing import trace_without_notes
+
 
 def main() -> None:
     for module in sys.argv[2:]:
         with contextlib.suppress(ImportError):  # which is the command's to tell
             importlib.import_module(module)
+    trace_without_notes()
     gc.freeze()  # what is imported stays, and is shared with the commands
     gc.set_threshold(50_000)
     with socket.socket(fileno=int(sys.argv[1])) as asked:
