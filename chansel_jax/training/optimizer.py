@@ -11,6 +11,7 @@ import optax
 from jax.tree_util import DictKey
 
 from chansel_jax.ops.selection import composed_kernel
+from chansel_jax.training.branches import SCALES, branched, is_kernel
 
 Undecayed = Literal["biases", "norms", "depthwise"]
 
@@ -43,8 +44,15 @@ class OptimizerSettings:
     decay_composed: bool = False
     """Of channel selection the composed kernel decays, by its own norm, instead of each of its two
     parts."""
+    branches: int = 1
+    """Each kernel of a convolution is trained as a sum of this many, which have a scale for every
+    output channel; the network has their sum."""
 
     def __post_init__(self):
+        if self.branches < 1:
+            raise ValueError(f"branches={self.branches} must be at least 1")
+        if self.branches > 1 and self.decay_composed:
+            raise ValueError(f"branches={self.branches} must be 1 with decay_composed=True")
         for name in ("learning_rate", "weight_decay", "clip_norm"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} must be finite")
@@ -113,9 +121,9 @@ def make_optimizer(
         ValueError: if `settings.optimizer` is unknown.
     """
     optimizer = _unclipped(settings, schedule)
-    if not settings.clip_norm:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
+    if settings.clip_norm:
+        optimizer = optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
+    return optimizer if settings.branches == 1 else branched(optimizer, settings.branches)
 
 
 def _unclipped(
@@ -203,7 +211,7 @@ def as_matrices(params: Any) -> Any:
 
     def axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
         name = path[-1].key
-        if name in ("pointwise", "subspace") or (name == "kernel" and leaf.ndim == 4):
+        if is_kernel(name, leaf) and name != "depthwise":
             *rows, columns = range(leaf.ndim)
             return optax.contrib.MuonDimensionNumbers(tuple(rows), columns)
         return None
@@ -214,14 +222,15 @@ def as_matrices(params: Any) -> Any:
 def decayed(params: Any, undecayed: tuple[Undecayed, ...]) -> Any:
     """A tree like `params` that is True where weight decay applies.
 
-    `norms` are the scales and biases of normalisation layers (modules named `norm…` or `…_norm`),
-    `biases` all other biases, `depthwise` the depthwise kernels of channel selection.
+    `norms` are the scales and biases of normalisation layers (modules named `norm…` or `…_norm`)
+    and the scales of branches, `biases` all other biases, `depthwise` the depthwise kernels of
+    channel selection.
     """
 
     def is_decayed(path: tuple, _: jax.Array) -> bool:
         *owners, name = [entry.key for entry in path if isinstance(entry, DictKey)]
         owner = str(owners[-1]) if owners else ""
-        if owner.startswith("norm") or owner.endswith("_norm"):
+        if owner.startswith("norm") or owner.endswith("_norm") or owner == SCALES:
             return "norms" not in undecayed
         return {"bias": "biases", "depthwise": "depthwise"}.get(name, "others") not in undecayed
 

@@ -10,7 +10,7 @@ from experiments.studies.sweep import Origin, Outcome, best_recipe, changed
 from experiments.training.settings import DataSettings, Settings
 
 PLAIN, DENSE, FROM_DENSE = "plain", "the dense network", "begins with the dense network's factors"
-MERGED = "two matrices in training"
+MERGED, BRANCHED = "two matrices in training", "four branches in training"
 SPECTRAL, COMPOSED = {"initialiser": "spectral"}, {"decay_composed": True}
 FACTORS = {
     PLAIN: {},
@@ -18,6 +18,7 @@ FACTORS = {
     "the composed kernel decays": COMPOSED,
     "both": SPECTRAL | COMPOSED,
     MERGED: {"conv": "subspace", "share": 1.0},
+    BRANCHED: {"branches": 4},
     DENSE: {"conv": "subkernel"},
     FROM_DENSE: {},
     f"{FROM_DENSE}, the composed kernel decays": COMPOSED,
@@ -37,7 +38,9 @@ def note(epochs: int) -> str:
         f'In the row "{MERGED}" the pointwise part is the product of two, which '
         "`chansel_jax.factorize.merge_subspaces` can put in their place: the network then computes "
         "the same with the parameters of the plain one. A loss of its own holds the first of the "
-        "two near a rotation, as in BSConv-S. The rows that begin with the dense "
+        f'two near a rotation, as in BSConv-S. In the row "{BRANCHED}" every kernel is the sum of '
+        "four, each with a scale for every output channel, as in `chansel_jax.training.branches`; "
+        "the network has the sum at every step. The rows that begin with the dense "
         "network's factors have been trained twice as long in all: that network first, then what "
         "its kernels' leading singular vectors make."
     )

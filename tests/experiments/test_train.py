@@ -299,7 +299,7 @@ def test_a_stopped_run_with_every_option_ends_like_the_whole(
         settings,
         tmp_path / "whole",
         init=settings.workdir,
-        optimization=dataclasses.replace(settings.training.optimization, clip_norm=0.5),
+        optimization=dataclasses.replace(settings.training.optimization, clip_norm=0.5, branches=2),
         augmentation=Augmentation(cutout=2, mixup=0.4, cutmix=1.0, resized_crop=True),
         accumulate=2,
         label_smoothing=0.1,

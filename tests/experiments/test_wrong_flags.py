@@ -102,6 +102,8 @@ WRONG = [
     ("train", "--momentum=-0.1", "--momentum=-0.1 must be in [0, 1)"),
     ("train", "--weight-decay=-1", "--weight-decay=-1.0 must not be negative"),
     ("train", "--weight-decay=inf", "--weight-decay=inf must be finite"),
+    ("train", "--branches=0", "--branches=0 must be at least 1"),
+    ("train", "--branches=2 --decay-composed", "--branches=2 must be 1 with --decay-composed"),
     ("train", "--clip-norm=-1", "--clip-norm=-1.0 must not be negative"),
     ("train", "--ema=1", "--ema=1.0 must be in [0, 1)"),
     ("train", "--undecayed=kernels", "'kernels' is none of biases, norms, depthwise"),
