@@ -26,6 +26,7 @@ Settings = TypeVar("Settings")
 
 
 NARROWEST = 40  # columns: in fewer tyro may never end with wrapping its help
+UNKNOWN = "Unrecognized options: "  # as tyro begins
 
 # These decide where results go and when, and none of them.
 WRITTEN = ("output", "workdir", "resume", "save_every_steps")
@@ -150,7 +151,9 @@ def parse(
         sys.exit()
     except SystemExit:
         if said := framed.getvalue():
-            said = _as_typed(in_flags(_without_frame(said), settings_type), arguments)
+            said = _without_frame(said)
+            if not said.startswith(UNKNOWN):  # which are quoted as they were typed
+                said = in_flags(said, settings_type)
             said = _without_help(said) + _hint(said, arguments, settings_type)
             said += f"; --config={file} gives flags too" if file else ""
             print_error(f"{said} ({program} --help explains)")
@@ -231,14 +234,6 @@ def _without_frame(framed: str) -> str:
     return f"{first}; perhaps {' or '.join(suggested)}" if suggested else first
 
 
-def _as_typed(said: str, arguments: Sequence[str]) -> str:
-    """`said`, where `in_flags` has put dashes before what was typed without them."""
-    for argument in arguments:
-        if said.startswith(f"Unrecognized options: --{argument}") and argument[0] != "-":
-            return f"Unrecognized options: {argument}; perhaps --{argument}"
-    return said
-
-
 def _without_help(said: str) -> str:
     """`said`, without the whole help of the one flag or argument that is missing."""
     missing = re.match(r"Missing from [^:]*: (\{[^}]*\}|--[\w-]+) ", said)
@@ -251,10 +246,13 @@ def _hint(said: str, arguments: Sequence[str], settings_type: type) -> str:
     """What was meant, where an error is due to a habit from other programs; empty if unknown."""
     if said.startswith("Missing "):
         return _hint_of_missing(said, arguments, settings_type)
-    if not said.startswith("Unrecognized options: ") or "; perhaps " in said:
+    if not said.startswith(UNKNOWN) or "; perhaps " in said:
         return ""
-    first = said.removeprefix("Unrecognized options: ").split(", ")[0]
+    first = said.removeprefix(UNKNOWN).split(", ")[0]
     settings = dict(_leaves(settings_type))
+    name, equals, _ = first.partition("=")
+    if equals and name.replace("-", "_") in settings:
+        return f"; perhaps --{first}"
     if first.startswith("--"):
         given = first.removeprefix("--").partition("=")[0].replace("-", "_")
         meant = [f"--{name.replace('_', '-')}" for name in settings if _means(given, name)]
