@@ -8,7 +8,7 @@ where it stopped.
 
 import dataclasses
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ from experiments.cli.errors import CommandError
 from experiments.cli.flags import typed
 from experiments.reporting import machine, report, tables
 from experiments.studies import STUDIES
-from experiments.studies.paired import Comparison, compared
+from experiments.studies.paired import compared
 from experiments.studies.runs import check_runs_output, image_digests
 from experiments.studies.study import Study
 from experiments.studies.sweep import Outcome, run_all
@@ -103,14 +103,14 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
         chosen.origins,
         chosen.folds,
     )
-    comparison = compared(outcomes, chosen, entries)
-    command, shown = typed("study", settings), table(outcomes, chosen, scored, comparison)
+    differences = compared(outcomes, chosen, entries)
+    command, shown = typed("study", settings), table(outcomes, chosen, scored, differences)
     results = {
         "command": command,
         "written_with": machine.versions(),
         "rows": {o.label: [run.figures for run in o.runs] for o in outcomes},
     }
-    described = text(outcomes, settings, chosen, shown, command, comparison)
+    described = text(outcomes, settings, chosen, shown, command, differences)
     pictures = {"picture": chosen.draw(outcomes)}
     report.publish(
         output, chosen.question, described, pictures, results, [shown], console, diverged
@@ -153,7 +153,7 @@ def table(
     outcomes: Sequence[Outcome],
     chosen: Study,
     scored: Collection[str],
-    comparison: Comparison | None,
+    differences: Mapping[str, str],
 ) -> tables.Table:
     """Headings and rows."""
     columns = {
@@ -179,9 +179,9 @@ def table(
             f"{first[name]:,}" if isinstance(first[name], int) else outcome.spread(name, form)
             for name, form in columns.values()
         )
-        gained = [comparison.differences.get(outcome.label, "")] if comparison else []
+        gained = [differences.get(outcome.label, "")] if differences else []
         rows.append([outcome.label, *cells, *gained])
-    gained = [f"points more than {comparison.reference}"] if comparison else []
+    gained = ["points more"] if differences else []
     for label, parameters, accuracy in chosen.published:
         measured = "test accuracy" if "test" in scored else "accuracy"
         cells = {"parameters": parameters, measured: accuracy}
@@ -196,7 +196,7 @@ def text(
     chosen: Study,
     shown: tables.Table,
     command: str,
-    comparison: Comparison | None,
+    differences: Mapping[str, str],
 ) -> str:
     """The report."""
     runs = [run.summary for outcome in outcomes for run in outcome.runs]
@@ -216,9 +216,8 @@ def text(
         else "The train loss is the mean over the steps of the last epoch."
     )
     error = (
-        f" Behind the points more than {comparison.reference} stands their standard error, from "
-        "the same images and seeds."
-        if comparison
+        " Behind the points more stands their standard error, from the same seeds and images."
+        if differences
         else ""
     )
     folds = " Each seed had another fold of the images for validation."

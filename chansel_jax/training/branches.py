@@ -8,6 +8,7 @@ optimiser knows of branches; the network has the sums at every step.
 """
 
 import functools
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 Tree = Any
-SCALES = "scales"
+SCALES = "branch_scales"
 
 
 class BranchedState(NamedTuple):
@@ -29,8 +30,11 @@ class BranchedState(NamedTuple):
 def branched(optimizer: optax.GradientTransformation, count: int) -> optax.GradientTransformation:
     """`optimizer`, which updates `count` branches of every kernel of a convolution, and its scales.
 
-    All other parameters are updated as without branches. Kernels are `kernel` `(H, W, I, O)`, and
-    `pointwise`, `depthwise` and `subspace`, whose last axis are the output channels too.
+    Kernels are `kernel` `(H, W, I, O)`, and `pointwise`, `depthwise` and `subspace`, each with a
+    scale for every element of its last axis. All other parameters are updated as without branches.
+    The parameters, nested dicts of arrays or a state of Flax, become what the branches sum up to:
+    whatever else has changed them since `init` is undone, so `branched` is the outermost of those
+    that change updates.
     """
 
     def init(params: Tree) -> BranchedState:
@@ -38,7 +42,8 @@ def branched(optimizer: optax.GradientTransformation, count: int) -> optax.Gradi
         return BranchedState(branches, optimizer.init(branches))
 
     def update(gradients: Tree, state: BranchedState, params: Tree) -> tuple[Tree, BranchedState]:
-        (of_branches,) = jax.vjp(together, state.branches)[1](_plain(gradients))
+        gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), _plain(gradients), _plain(params))
+        (of_branches,) = jax.vjp(together, state.branches)[1](gradients)
         updates, inner = optimizer.update(of_branches, state.optimizer, state.branches)
         branches = optax.apply_updates(state.branches, updates)
         changes = jax.tree.map(jnp.subtract, together(branches), _plain(params))
@@ -59,31 +64,42 @@ def is_kernel(name: str, parameter: jax.Array) -> bool:
 def apart(params: Tree, count: int) -> Tree:
     """`params`, with `count` branches and their scales in the place of every kernel.
 
-    In the place of `{"kernel": x}` stands `{"kernel": {"branch0": {"kernel": x0}, …, "scales":
-    {"scale": s}}}`, with `s` of shape `(count, O)`, of which each element begins as `1 / count`.
-    The branches are drawn at random around the kernel, so that each has `count` times its variance
-    and their mean is the kernel. With a rate that is the same for every branch, as those of AdamW
-    and Muon are, their sum then begins to move as far a step as without branches.
+    In the place of `{"kernel": x}` stands `{"kernel": {"branch0": {"kernel": x0}, …,
+    "branch_scales": {"scale": s}}}`, with `s` of shape `(count, O)`, whose elements begin as 1. The
+    branches are drawn at random around the kernel, so that each has `count` times its variance and
+    their mean is the kernel. With steps of the same size in every branch, as those of AdamW and
+    Muon are, the kernel then begins to move as far a step as without branches, and further by the
+    steps of the scales: with four branches up to 1.5 times as far by AdamW, and twice by Muon.
     """
+    return _apart(params, count, "")
+
+
+def _apart(params: Tree, count: int, path: str) -> Tree:
     found = {}
     for name, value in params.items():
         if isinstance(value, Mapping):
-            value = apart(value, count)
-        elif is_kernel(name, value):
-            branches = {f"branch{i}": {name: x} for i, x in enumerate(_drawn(value, count))}
-            scale = jnp.full((count, value.shape[-1]), 1 / count, value.dtype)
+            value = _apart(value, count, f"{path}{name}.")
+        elif jax.tree.leaves(value) and is_kernel(name, value):  # what is frozen has no leaves
+            drawn = _drawn(value, count, f"{path}{name}")
+            branches = {f"branch{i}": {name: branch} for i, branch in enumerate(drawn)}
+            scale = jnp.ones((count, value.shape[-1]), value.dtype)
             value = branches | {SCALES: {"scale": scale}}
         found[name] = value
     return found
 
 
 def together(branches: Tree) -> Tree:
-    """The parameters that a network has, of what `apart` returns."""
+    """The parameters that a network has, of what `apart` returns: means of the scaled branches."""
     found = {}
     for name, value in branches.items():
         if isinstance(value, Mapping) and SCALES in value:
-            parts = jnp.stack([each[name] for key, each in value.items() if key != SCALES])
-            value = jnp.einsum("b...o,bo->...o", parts, value[SCALES]["scale"])
+            scale = value[SCALES]["scale"]
+            scaled = (
+                branch * scale[i].reshape((1,) * (branch.ndim - 1) + (-1,))
+                for i in range(len(scale))
+                for branch in [value[f"branch{i}"][name]]
+            )
+            value = sum(scaled) / len(scale)
         elif isinstance(value, Mapping):
             value = together(value)
         found[name] = value
@@ -94,15 +110,16 @@ def _plain(params: Tree) -> Tree:
     """Nested dicts of arrays, also of a state of Flax, whose leaves are variables."""
     if isinstance(params, Mapping):
         return {name: _plain(value) for name, value in params.items()}
-    (array,) = jax.tree.leaves(params)
-    return array
+    leaves = jax.tree.leaves(params)
+    return leaves[0] if leaves else params
 
 
-def _drawn(kernel: jax.Array, count: int) -> jax.Array:
+def _drawn(kernel: jax.Array, count: int, path: str) -> jax.Array:
     """The branches `(count, *kernel.shape)`."""
+    key = jax.random.fold_in(jax.random.key(0), zlib.crc32(path.encode()))
     # Networks with other seeds begin with other kernels, and so draw other branches.
-    first = jax.lax.bitcast_convert_type(kernel.ravel()[0].astype(jnp.float32), jnp.uint32)
-    key = jax.random.fold_in(jax.random.key(0), first)
+    first = kernel[(0,) * kernel.ndim].astype(jnp.float32)
+    key = jax.random.fold_in(key, jax.lax.bitcast_convert_type(first, jnp.uint32))
     noise = jax.random.normal(key, (count, *kernel.shape), kernel.dtype)
     noise = (noise - jnp.mean(noise, axis=0, keepdims=True)) * (count**0.5 * jnp.std(kernel))
     return kernel[None] + noise

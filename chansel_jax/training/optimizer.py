@@ -45,8 +45,8 @@ class OptimizerSettings:
     """Of channel selection the composed kernel decays, by its own norm, instead of each of its two
     parts."""
     branches: int = 1
-    """Each kernel of a convolution is trained as a sum of this many, which have a scale for every
-    output channel; the network has their sum."""
+    """Each kernel of a convolution is trained as the mean of this many, which have a scale for
+    every output channel; the network has the mean."""
 
     def __post_init__(self):
         if self.branches < 1:

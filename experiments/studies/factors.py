@@ -38,9 +38,9 @@ def note(epochs: int) -> str:
         f'In the row "{MERGED}" the pointwise part is the product of two, which '
         "`chansel_jax.factorize.merge_subspaces` can put in their place: the network then computes "
         "the same with the parameters of the plain one. A loss of its own holds the first of the "
-        f'two near a rotation, as in BSConv-S. In the row "{BRANCHED}" every kernel is the sum of '
-        "four, each with a scale for every output channel, as in `chansel_jax.training.branches`; "
-        "the network has the sum at every step. The rows that begin with the dense "
+        f'two near a rotation, as in BSConv-S. In the row "{BRANCHED}" every kernel is the mean '
+        "of four, which have a scale for every output channel, as `chansel_jax.training.branches` "
+        "makes them; the network has the mean at every step. The rows that begin with the dense "
         "network's factors have been trained twice as long in all: that network first, then what "
         "its kernels' leading singular vectors make."
     )

@@ -64,4 +64,9 @@ STUDY = Study(
     scored=("validation",),
     origins={labelled("mixup and teacher", LENGTHS[-1]): Origin(TEACHER, "teacher")},
     reference=labelled("plain", LENGTHS[0]),
+    references={
+        labelled("mixup and teacher", LENGTHS[-1]): labelled("mixup", LENGTHS[-1]),
+        labelled("mixup", LENGTHS[-1]): labelled("plain", LENGTHS[-1]),
+        **{labelled("averaged", times): labelled("plain", times) for times in LENGTHS},
+    },
 )

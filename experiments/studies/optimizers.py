@@ -35,8 +35,8 @@ def settings_of(data: DataSettings, epochs: int) -> Mapping[str, Settings]:
 def note(epochs: int) -> str:
     """How the rate of further seeds was chosen."""
     return (
-        "Every optimiser was tried at each rate from the first seed, which flatters the best rate "
-        "a little; further seeds were trained at that one."
+        "Every optimiser was tried at each rate from the first seed. Further seeds were trained at "
+        "the best rate, and are alone in its row, for their validation images have chosen nothing."
     )
 
 
@@ -48,7 +48,13 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
             label = f"{network}, {optimizer}"
             rows = [o for o in outcomes if o.label.startswith(label + AT_RATE)]
             places = [float(o.label.rpartition(AT_RATE)[2]) for o in rows]
-            draw_seeds(axes, places, rows, "final_val_accuracy", optimizer, f"C{colour}")
+            tried = [Outcome(o.label, (o.tried or o.runs)[:1]) for o in rows]
+            draw_seeds(axes, places, tried, "final_val_accuracy", optimizer, f"C{colour}")
+            for place, further in ((p, o) for p, o in zip(places, rows, strict=True) if o.tried):
+                values = further.values("final_val_accuracy")
+                style = {"color": f"C{colour}", "mfc": "none", "linestyle": "none"}
+                label = f"{optimizer}, further seeds"
+                axes.plot([place] * len(values), values, "D", label=label, **style)
         axes.set(xscale="log", xlabel="highest learning rate", title=network)
         axes.grid(alpha=0.3, which="both")
         axes.legend()
@@ -64,5 +70,7 @@ STUDY = Study(
     note=note,
     scored=("validation",),
     tuned_by="final_val_accuracy",
+    folds=True,
     reference="chansel, muon",
+    references={f"subkernel, {optimizer}": "subkernel, muon" for optimizer in ("sgd", "adamw")},
 )

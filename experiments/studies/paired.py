@@ -1,6 +1,5 @@
 """Differences between rows of a study whose networks were measured on the same images."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -14,31 +13,16 @@ from experiments.training.settings import Settings
 Right = Mapping[int, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """How rows differ from one of them.
-
-    Attributes:
-        reference: the label of that row.
-        differences: of the others, by label: `points ± standard error`.
-    """
-
-    reference: str
-    differences: Mapping[str, str]
-
-
 def compared(
     outcomes: Sequence[Outcome], study: Study, entries: Mapping[str, Settings]
-) -> Comparison | None:
-    """The rows of a study beside its reference, that one at its best learning rate.
+) -> dict[str, str]:
+    """How rows of a study differ from their references, which are at their best learning rates.
 
     Returns:
-        What was found; None if the reference is not there, or no row can be compared with it.
+        `points ± standard error than REFERENCE`, by label, of those that can be compared.
     """
     tuned = best_rates(outcomes, study.tuned_by) if study.tuned_by else outcomes
-    reference = next((row for row in tuned if network_of(row.label) == study.reference), None)
-    if reference is None:
-        return None
+    references = {network_of(row.label): row for row in tuned}
 
     def right(row: Outcome) -> dict[int, np.ndarray]:
         found = {}
@@ -50,29 +34,42 @@ def compared(
                 found[seed] = np.asarray(predictions) == image_labels(data, "validation")
         return found
 
-    other, found = right(reference), {}
+    found = {}
     for row in outcomes:
-        measured = difference(right(row), other, folds=study.folds)
-        if measured and row is not reference:
-            found[row.label] = "{:+.2f} ± {:.2f}".format(*(100 * share for share in measured))
-    return Comparison(reference.label, found) if found else None
+        wanted = study.references.get(network_of(row.label), study.reference)
+        other = references.get(wanted)
+        if other is None or other is row:
+            continue
+        measured = difference(right(row), right(other), folds=_images_tested(row, study))
+        if measured:
+            points, error = (100 * share for share in measured)
+            found[row.label] = f"{points:+.2f} ± {error:.2f} than {other.label}"
+    return found
 
 
-def difference(own: Right, other: Right, *, folds: bool) -> tuple[float, float] | None:
+def _images_tested(row: Outcome, study: Study) -> float | None:
+    """For each image that trained a network, where every seed has a fold of its own."""
+    images = row.runs[0].data["images"]
+    return images["validation"] / images["train"] if study.folds else None
+
+
+def difference(own: Right, other: Right, *, folds: float | None) -> tuple[float, float] | None:
     """How much more often one row is right than another, and the standard error of this.
 
     Each seed's networks are compared on the same images. Where the images are the same for all
     seeds, the error holds the choice of the images and that of the seeds, of which a single seed
     says nothing: its square is the variance of the images' means over their number, and that of the
     seeds' means over theirs, less what is left besides the two, which both of them hold. Where
-    every seed has a fold of the images to itself, it is the deviation between the folds over the
-    root of their number. That is a little small, since the networks of two folds have most of their
-    training images in common (Bengio and Grandvalet, 2004).
+    every seed has a fold of the images to itself, its square is the variance between the folds,
+    times the share `1 / count` of a fold and `folds`, for the networks of two folds have most of
+    their training images in common (Nadeau and Bengio, "Inference for the Generalization Error",
+    2003).
 
     Args:
         own: by seed, which images `(N,)` bool the row's network is right about.
         other: likewise, of the row that it is compared with.
-        folds: whether each seed has images of its own.
+        folds: how many images each network was measured on for each that trained it, if each seed
+            has images of its own; None if all have the same.
 
     Returns:
         Both as shares of the images; None where the rows have no seed in common.
@@ -82,7 +79,8 @@ def difference(own: Right, other: Right, *, folds: bool) -> tuple[float, float] 
         return None
     if folds and seeds[1:]:
         means = [np.mean(own[seed].astype(float) - other[seed]) for seed in seeds]
-        return float(np.mean(means)), float(np.std(means, ddof=1) / math.sqrt(len(seeds)))
+        square = np.var(means, ddof=1) * (1 / len(seeds) + folds)
+        return float(np.mean(means)), math.sqrt(square)
     gains = np.array([own[seed].astype(float) - other[seed] for seed in seeds])
     count, images = gains.shape
     of_images, of_seeds = gains.mean(axis=0), gains.mean(axis=1)

@@ -49,4 +49,6 @@ STUDY = Study(
     epochs=100,
     entries=settings_of,
     draw=draw,
+    scored=("validation",),
+    reference="subkernel",
 )

@@ -29,6 +29,7 @@ class Study:
             image.
         reference: the label of the row, without its learning rate where that is tuned, with which
             the others are compared, image by image.
+        references: another one for some of the rows, by their labels likewise.
         published: rows to compare with: label, parameters, accuracy.
         published_note: where they are from.
         note: a sentence for the report on trainings of a number of epochs, if there is more to say.
@@ -44,6 +45,7 @@ class Study:
     origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict)
     folds: bool = False
     reference: str | None = None
+    references: Mapping[str, str] = dataclasses.field(default_factory=dict)
     published: Sequence[tuple[str, str, str]] = ()
     published_note: str = ""
     note: Callable[[int], str] = lambda epochs: ""

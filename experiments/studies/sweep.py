@@ -37,10 +37,13 @@ class Outcome:
     Attributes:
         label: what it is called.
         runs: in the order of the seeds.
+        tried: the run that chose the learning rate by its validation images, and is not reported
+            for that, where there are others.
     """
 
     label: str
     runs: Sequence[Record]
+    tried: Sequence[Record] = ()
 
     def values(self, name: str) -> list[float]:
         """A figure of all runs."""
@@ -95,7 +98,8 @@ def run_all(
         console: takes the progress.
         wanted: scores of each run.
         tuned_by: of entries `at_rates`, the figure by which `best_rates` chooses after the first
-            seed; the others are trained from no further one.
+            seed; the others are trained from no further one. If it is of validation images, the
+            best are reported by their further seeds alone.
         origins: of entries that need another's network, by label.
         folds: whether each seed has a fold of the images of its own, as in `of_seed`.
 
@@ -118,9 +122,15 @@ def run_all(
         best = {outcome.label: entries[outcome.label] for outcome in best_rates(outcomes, tuned_by)}
         further, lost = train(best, seeds[1:])
         runs = {outcome.label: outcome.runs for outcome in further}
-        outcomes = [Outcome(o.label, [*o.runs, *runs.get(o.label, ())]) for o in outcomes]
+        outcomes = [_with_further(o, runs.get(o.label, ()), tuned_by) for o in outcomes]
         diverged += lost
     return outcomes, diverged
+
+
+def _with_further(outcome: Outcome, runs: Sequence[Record], tuned_by: str) -> Outcome:
+    if runs and "val_" in tuned_by:
+        return Outcome(outcome.label, runs, tried=outcome.runs)
+    return Outcome(outcome.label, [*outcome.runs, *runs])
 
 
 def _train(
@@ -286,7 +296,7 @@ def best_rates(outcomes: Sequence[Outcome], figure: str) -> list[Outcome]:
     sign = -1 if figure.endswith("accuracy") else 1
 
     def badness(outcome: Outcome) -> tuple[bool, float]:
-        value = outcome.values(figure)[0]
+        value = (outcome.tried or outcome.runs)[0].figures[figure]
         return math.isnan(value), sign * value
 
     best: dict[str, Outcome] = {}

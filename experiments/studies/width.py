@@ -60,4 +60,6 @@ STUDY = Study(
     epochs=100,
     entries=settings_of,
     draw=draw,
+    scored=("validation",),
+    reference="chansel-w16",
 )

@@ -30,7 +30,7 @@ from experiments.cli.errors import CommandError
 from experiments.cli.flags import parse, typed
 from experiments.reporting import plots, report, tables
 from experiments.studies import STUDIES, data, length, optimizers, overfit, runs, sweep, width
-from experiments.studies.paired import Comparison, compared
+from experiments.studies.paired import compared
 from experiments.training.experiment import build
 from experiments.training.load import load_images, load_run
 from experiments.training.settings import (
@@ -396,20 +396,30 @@ def test_differences_over_folds_take_the_images_of_each(settings, images, tmp_pa
             labels = runs.image_labels(dataclasses.replace(data, fold=seed), "validation")
             taken = np.where(np.isin(labels, wrong[seed:]), 0, labels)
             found = {"validation": {"predictions": taken.tolist()}}
-            records.append(dataclasses.replace(measured(), settings={"seed": seed}))
-            records[-1] = dataclasses.replace(records[-1], evaluations=found)
+            given = {"settings": {"seed": seed}, "evaluations": found}
+            given["data"] = {"images": {"train": 4, "validation": 1}}
+            records.append(dataclasses.replace(measured(), **given))
         outcomes.append(sweep.Outcome(label, records))
     found = compared(outcomes, STUDIES["cost"], entries)
-    # Two thirds and one third of the images are lost: their mean, and half of their distance.
-    assert found == Comparison("chansel-w16", {"subkernel-w6": "-50.00 ± 16.67"})
+    # Two thirds and one third of the images are gained: their mean, and the root of their variance
+    # 1/18, times 1/2 for two folds and 1/4 for the images that both are trained on.
+    assert found == {"chansel-w16": "+50.00 ± 20.41 than subkernel-w6"}
     older = [
         sweep.Outcome(
             o.label, [dataclasses.replace(r, evaluations={"validation": {}}) for r in o.runs]
         )
         for o in outcomes
     ]
-    assert compared(older, STUDIES["cost"], entries) is None
-    assert compared(outcomes[1:], STUDIES["cost"], entries) is None
+    assert compared(older, STUDIES["cost"], entries) == {}
+    assert compared(outcomes[1:], STUDIES["cost"], entries) == {}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_rows_that_others_are_compared_with_are_rows(name):
+    chosen = STUDIES[name]
+    labels = {sweep.network_of(label) for label in chosen.entries(DataSettings(), 60)}
+    named = {*chosen.references, *chosen.references.values(), chosen.reference} - {None}
+    assert named <= labels
 
 
 def test_every_picture_can_be_drawn():

@@ -25,14 +25,16 @@ def params():
 
 
 def test_sum_by_hand():
-    """Two branches of two outputs: 1 · (1, 2) + 10 · (3, 4) and 100 · (5, 6) + 1000 · (7, 8)."""
+    """Two branches of two outputs: the means of 1 · (1, 2) and 10 · (3, 4), and so on."""
     kernels = {
         "branch0": {"pointwise": jnp.array([[1.0, 5.0], [2.0, 6.0]])},
         "branch1": {"pointwise": jnp.array([[3.0, 7.0], [4.0, 8.0]])},
-        "scales": {"scale": jnp.array([[1.0, 100.0], [10.0, 1000.0]])},
+        "branch_scales": {"scale": jnp.array([[1.0, 100.0], [10.0, 1000.0]])},
     }
     found = together({"conv": {"pointwise": kernels, "bias": jnp.ones(2)}})
-    np.testing.assert_array_equal(found["conv"]["pointwise"], [[31, 7500], [42, 8600]])
+    np.testing.assert_array_equal(
+        found["conv"]["pointwise"], [[31 / 2, 7500 / 2], [42 / 2, 8600 / 2]]
+    )
     np.testing.assert_array_equal(found["conv"]["bias"], [1, 1])
 
 
@@ -61,20 +63,20 @@ def test_a_network_computes_what_branches_beside_each_other_do():
     branches = jax.device_get(apart(network_tree(layer)["params"], 3))
     rng = np.random.default_rng(0)
     for part in branches.values():
-        scale = part["scales"]["scale"]
-        part["scales"]["scale"] = rng.normal(size=scale.shape).astype(scale.dtype)
+        scale = part["branch_scales"]["scale"]
+        part["branch_scales"]["scale"] = rng.normal(size=scale.shape).astype(scale.dtype)
     x = jnp.asarray(rng.normal(size=(2, 9, 8, 5)), jnp.float32)
     sums = 0.0
     for i in range(3):
         for j in range(3):
             pointwise, depthwise = branches["pointwise"], branches["depthwise"]
-            scales = (part["scales"]["scale"] for part in (pointwise, depthwise))
+            scales = (part["branch_scales"]["scale"] for part in (pointwise, depthwise))
             of_pair = {
                 "pointwise": pointwise[f"branch{i}"]["pointwise"] * next(scales)[i],
                 "depthwise": depthwise[f"branch{j}"]["depthwise"] * next(scales)[j],
             }
             nnx.update(layer, jax.tree.map(jnp.asarray, of_pair))
-            sums += layer(x)
+            sums += layer(x) / 9
     nnx.update(layer, together(jax.tree.map(jnp.asarray, branches)))
     np.testing.assert_allclose(layer(x), sums, rtol=1e-5, atol=1e-4)
 
@@ -117,32 +119,47 @@ def test_steps_are_those_of_branches_that_are_trained_themselves(optimizer, conv
     assert min(jax.tree.leaves(moved)) > 0
 
 
-def test_first_step_of_equal_sizes_moves_a_kernel_as_far_as_without_branches(params):
-    """AdamW's first step is the rate in every element, whichever the gradient is."""
-    settings = OptimizerSettings("adamw", weight_decay=0.0)
-    gradients = jax.tree.map(jnp.ones_like, params)
-    steps = []
+@pytest.mark.parametrize(("optimizer", "most"), [("adamw", 1.5), ("muon", 2.0)])
+def test_a_first_step_moves_kernels_at_least_as_far_as_without_branches(params, optimizer, most):
+    """The steps of the scales add to those of the branches."""
+    rng = np.random.default_rng(0)
+    gradients = jax.tree.map(lambda leaf: jnp.float32(rng.normal(size=leaf.shape)), params)
+    lengths = []
     for count in (1, 4):
-        given = OptimizerSettings(**vars(settings) | {"branches": count})
-        optimizer = make_optimizer(given, optax.constant_schedule(1e-3))
-        updates, _ = optimizer.update(gradients, optimizer.init(params), params)
-        steps.append(updates["classifier"]["bias"])
-        if count > 1:
-            branches = optimizer.init(params).branches["stem"]["conv"]["kernel"]
-            values = jnp.stack([branches[f"branch{i}"]["kernel"] for i in range(count)])
-            # Each branch moves by the rate, times its scale; each scale by the rate, likewise.
-            rates = jnp.sign(values.sum(axis=(1, 2, 3)))
-            expected = -1e-3 - jnp.sum(rates[:, None, None, None] * values * 1e-3, axis=0)
-            found = updates["stem"]["conv"]["kernel"]
-            np.testing.assert_allclose(found, expected, rtol=0.01, atol=1e-5)
-    np.testing.assert_allclose(*steps, rtol=1e-5)
+        settings = OptimizerSettings(optimizer, weight_decay=0.0, branches=count)
+        transformation = make_optimizer(settings, optax.constant_schedule(1e-3))
+        updates, _ = jax.jit(transformation.update)(gradients, transformation.init(params), params)
+        lengths.append(jax.tree.map(jnp.linalg.norm, jax.tree.map(jnp.ravel, updates)))
+    ratios = jax.tree.map(lambda many, one: float(many / one), *lengths[::-1])
+    assert ratios["classifier"]["kernel"] == pytest.approx(1, rel=1e-3)
+    of_layer = ratios["blocks"][0]["conv2"]
+    assert 0.99 < of_layer["pointwise"] < most
+    assert 0.99 < of_layer["depthwise"] < most
+
+
+def test_each_of_many_branches_has_its_own_scale():
+    """The tenth does not come before the second, whichever order a transformation leaves."""
+    values = {f"branch{i}": {"pointwise": jnp.full((1, 1), float(i))} for i in range(12)}
+    scales = {"branch_scales": {"scale": jnp.zeros((12, 1)).at[2].set(12.0)}}
+    branches = {"conv": {"pointwise": values | scales}}
+    for function in (together, jax.jit(together)):
+        assert float(function(branches)["conv"]["pointwise"][0, 0]) == 2
+
+
+def test_what_is_frozen_stays():
+    params = {"a": {"pointwise": jnp.ones((2, 3))}, "b": {"pointwise": jnp.ones((2, 3))}}
+    optimizer = optax.masked(branched(optax.sgd(0.1), 2), {"a": True, "b": False})
+    gradients = jax.tree.map(jnp.ones_like, params)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    assert float(updates["a"]["pointwise"].max()) < 0
+    chex.assert_trees_all_equal(updates["b"], gradients["b"])
 
 
 def test_scales_decay_like_those_of_norms(params):
     found = decayed(apart(params, 2), ("norms", "depthwise"))["blocks"][0]["conv1"]
     assert found["pointwise"]["branch1"]["pointwise"] is True
     assert found["depthwise"]["branch1"]["depthwise"] is False
-    assert found["pointwise"]["scales"]["scale"] is False
+    assert found["pointwise"]["branch_scales"]["scale"] is False
 
 
 def test_in_flax_s_optimiser():

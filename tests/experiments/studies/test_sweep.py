@@ -164,6 +164,21 @@ def test_further_seeds_are_trained_at_the_best_rate_only(monkeypatch, tmp_path):
     assert best == ["a at 0.02", "b at 0.02"]
 
 
+def test_a_run_that_chose_the_rate_by_validation_images_is_not_reported(monkeypatch, tmp_path):
+    def train(output, name, settings, console, wanted):
+        rate = settings.training.optimization.learning_rate
+        return record({"final_val_accuracy": 50 * rate - settings.seed / 10})
+
+    monkeypatch.setattr(sweep, "finished", train)
+    entries = sweep.at_rates({"a": Settings()}, (0.01, 0.02))
+    given = entries, (0, 1, 2), tmp_path, Console(quiet=True)
+    outcomes, _ = run_all(*given, tuned_by="final_val_accuracy")
+    values = [outcome.values("final_val_accuracy") for outcome in outcomes]
+    assert values == [[0.5], [0.9, 0.8]]
+    assert [[r.figures["final_val_accuracy"] for r in o.tried] for o in outcomes] == [[], [1.0]]
+    assert [o.label for o in sweep.best_rates(outcomes, "final_val_accuracy")] == ["a at 0.02"]
+
+
 def test_what_further_seeds_lose_does_not_take_the_first_away(monkeypatch, tmp_path):
     def train(output, name, settings, console, wanted):
         if settings.seed:
