@@ -31,6 +31,7 @@ class Study:
             the others are compared, image by image.
         references: another one for some of the rows, by their labels likewise.
         published: rows to compare with: label, parameters, accuracy.
+        published_classes: how many classes those are of; beside others they are not shown.
         published_note: where they are from.
         note: a sentence for the report on trainings of a number of epochs, if there is more to say.
     """
@@ -47,5 +48,6 @@ class Study:
     reference: str | None = None
     references: Mapping[str, str] = dataclasses.field(default_factory=dict)
     published: Sequence[tuple[str, str, str]] = ()
+    published_classes: int = 10
     published_note: str = ""
     note: Callable[[int], str] = lambda epochs: ""

@@ -70,4 +70,5 @@ STUDY = Study(
     scored=("train", "validation"),
     tuned_by=TUNED_BY,
     reference=NETWORKS[0],
+    references={f"{name}{RANDOM}": f"{NETWORKS[0]}{RANDOM}" for name in NETWORKS[:3]},
 )

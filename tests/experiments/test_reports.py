@@ -306,7 +306,10 @@ def test_a_study_from_beginning_to_end(settings, one_epoch, monkeypatch, tmp_pat
         }
 
     chosen = dataclasses.replace(
-        STUDIES["overfit"], entries=entries, published=[("theirs", "1 M", "99 %")]
+        STUDIES["overfit"],
+        entries=entries,
+        published=[("theirs", "1 M", "99 %")],
+        published_classes=3,
     )
     monkeypatch.setitem(STUDIES, "overfit", chosen)
     given = study.Settings("overfit", data=settings.data, epochs=1, only="^few|x", output=tmp_path)
@@ -320,6 +323,9 @@ def test_a_study_from_beginning_to_end(settings, one_epoch, monkeypatch, tmp_pat
     expected = "python -m experiments.study overfit --epochs=1 '--only=^few|x' --dataset"
     assert command.startswith(expected)
     assert "theirs (published)" in console.file.getvalue()
+    monkeypatch.setitem(STUDIES, "overfit", dataclasses.replace(chosen, published_classes=10))
+    study.study(given, console)
+    assert "published" not in (tmp_path / "report.md").read_text()  # the classes are others
     (record,) = runs.read_records(tmp_path / runs.RUNS).values()
     assert record == outcome.runs[0] == runs.record_of(tmp_path / "runs" / "few-none-all-seed0")
     with pytest.raises(CommandError, match="only=many matches none of: few, none / all; all"):
@@ -361,7 +367,7 @@ def test_rows_that_need_another_row_s_network(
     expected = f"{100 * gains.mean():+.2f} ± {100 * gains.std(ddof=1) / len(gains) ** 0.5:.2f}"
     text = (tmp_path / "report.md").read_text()
     (line,) = (line for line in text.splitlines() if line.startswith("| taught |"))
-    assert line.endswith(f"| {expected} |") and "| points more than dense |" in text
+    assert line.endswith(f"| {expected} than dense |") and "| points more |" in text
 
     # Finished runs need their lines only, although what they began with is gone.
     shutil.rmtree(tmp_path / "runs")
@@ -431,7 +437,7 @@ def test_every_picture_can_be_drawn():
             *("parameters", "multiply_adds", "seconds_per_epoch"),
         )
     } | {"epochs": 1}
-    data = {"images": {"validation": 100}, "digests": {"validation": "a"}}
+    data = {"images": {"validation": 100}, "digests": {"validation": "a"}, "class_names": "ab"}
     row = {
         name: 0.5 for name in ("epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy")
     }
