@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from experiments.studies.drawing import draw_costs
+from experiments.studies import drawing
 from experiments.studies.study import Study
 from experiments.studies.sweep import (
     Outcome,
@@ -54,13 +54,16 @@ def note(epochs: int) -> str:
 def draw(outcomes: Sequence[Outcome]) -> Figure:
     """Accuracy against each cost."""
     names = {
-        "channel selection, wider": WIDER,
-        "channel selection, rank 4": HIGHER,
-        "dense": DENSE,
+        "dense": (drawing.DENSE, DENSE),
+        "channel selection, wider": (drawing.SELECTION, WIDER),
+        "channel selection, rank 4": (drawing.HIGHER, HIGHER),
     }
     best = best_rates(outcomes, TUNED_BY)
-    groups = {name: [o for o in best if network_of(o.label) in of] for name, of in names.items()}
-    return draw_costs(groups, COSTS)
+    groups = {
+        name: (colour, [o for o in best if network_of(o.label) in of])
+        for name, (colour, of) in names.items()
+    }
+    return drawing.draw_costs(groups, COSTS)
 
 
 STUDY = Study(

@@ -11,6 +11,10 @@ from experiments.studies.sweep import Outcome
 
 ACCURACY = "validation accuracy, last epoch\n(bars: 95 %, for the choice of the images)"
 
+# One meaning in all studies, and in the curves of `plots`, which begin with the dense network.
+DENSE, SELECTION, WIDER, HIGHER, SMALL = "C0", "C1", "C2", "C3", "C4"
+OTHERS = ("C5", "C6", "C8")  # for what is not a kind of network
+
 
 def draw_seeds(
     axes: Axes,
@@ -44,14 +48,21 @@ def image_error(outcome: Outcome, name: str) -> float:
     return 1.96 * math.sqrt(accuracy * (1 - accuracy) / sum(counts.values()))
 
 
-def draw_costs(groups: Mapping[str, Sequence[Outcome]], costs: Mapping[str, str]) -> Figure:
-    """Accuracy against each of `costs`, whose headings are given by figure; a line a group."""
+def draw_costs(
+    groups: Mapping[str, tuple[str, Sequence[Outcome]]], costs: Mapping[str, str]
+) -> Figure:
+    """Accuracy against each of `costs`, whose headings are given by figure; a line a group.
+
+    Args:
+        groups: by label, a colour and what came out.
+        costs: headings, by figure.
+    """
     picture = Figure(figsize=(4 + 3 * len(costs), 4.2), layout="constrained")
     grid = picture.subplots(1, len(costs), sharey=True)
     for axes, (cost, heading) in zip(grid, costs.items(), strict=True):
-        for colour, (label, group) in enumerate(groups.items()):
+        for label, (colour, group) in groups.items():
             places = [outcome.mean(cost) for outcome in group]
-            draw_seeds(axes, places, group, "final_val_accuracy", label, f"C{colour}")
+            draw_seeds(axes, places, group, "final_val_accuracy", label, colour)
         axes.set(xscale="log", xlabel=heading)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(EngFormatter())

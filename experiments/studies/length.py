@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from experiments.studies.drawing import ACCURACY, draw_seeds
+from experiments.studies.drawing import ACCURACY, OTHERS, SELECTION, draw_seeds
 from experiments.studies.study import Study
 from experiments.studies.sweep import Origin, Outcome, best_recipe, changed
 from experiments.training.settings import DataSettings, Settings
@@ -39,10 +39,10 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
     """Accuracy against epochs, a line a kind."""
     picture = Figure(figsize=(7, 4.4), layout="constrained")
     axes = picture.add_subplot()
-    for colour, kind in enumerate(KINDS):
+    for colour, kind in zip((SELECTION, *OTHERS), KINDS, strict=True):
         rows = [o for o in outcomes if o.label.rpartition(", ")[0] == kind]
         epochs = [row.mean("epochs") for row in rows]
-        draw_seeds(axes, epochs, rows, "final_val_accuracy", kind, f"C{colour}")
+        draw_seeds(axes, epochs, rows, "final_val_accuracy", kind, colour)
     for outcome in outcomes:
         if outcome.label == TEACHER:
             level = outcome.mean("final_val_accuracy")

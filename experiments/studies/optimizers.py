@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from experiments.studies.drawing import ACCURACY, draw_seeds
+from experiments.studies.drawing import ACCURACY, OTHERS, draw_seeds
 from experiments.studies.study import Study
 from experiments.studies.sweep import AT_RATE, Outcome, at_rates, best_recipe, changed, entries
 from experiments.training.settings import DataSettings, Settings
@@ -44,15 +44,15 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
     """Accuracy against learning rate, a line an optimiser, both networks side by side."""
     picture = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, network in zip(picture.subplots(1, 2, sharey=True), NETWORKS, strict=True):
-        for colour, optimizer in enumerate(RATES):
+        for colour, optimizer in zip(OTHERS, RATES, strict=True):
             label = f"{network}, {optimizer}"
             rows = [o for o in outcomes if o.label.startswith(label + AT_RATE)]
             places = [float(o.label.rpartition(AT_RATE)[2]) for o in rows]
             tried = [Outcome(o.label, (o.tried or o.runs)[:1]) for o in rows]
-            draw_seeds(axes, places, tried, "final_val_accuracy", optimizer, f"C{colour}")
+            draw_seeds(axes, places, tried, "final_val_accuracy", optimizer, colour)
             for place, further in ((p, o) for p, o in zip(places, rows, strict=True) if o.tried):
                 values = further.values("final_val_accuracy")
-                style = {"color": f"C{colour}", "mfc": "none", "linestyle": "none"}
+                style = {"color": colour, "mfc": "none", "linestyle": "none"}
                 label = f"{optimizer}, further seeds"
                 axes.plot([place] * len(values), values, "D", label=label, **style)
         axes.set(xscale="log", xlabel="highest learning rate", title=network)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from experiments.studies.drawing import ACCURACY, draw_seeds
+from experiments.studies.drawing import ACCURACY, DENSE, SELECTION, draw_seeds
 from experiments.studies.study import Study
 from experiments.studies.sweep import Outcome, best_recipe, entries
 from experiments.training.settings import DataSettings, Settings
@@ -35,9 +35,9 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
     ):
         for dense in outcomes:
             if dense.label == "subkernel":
-                axes.axhline(dense.mean(name), color="C1", label="dense")
+                axes.axhline(dense.mean(name), color=DENSE, label="dense")
         places, rows = list(factored), list(factored.values())
-        draw_seeds(axes, places, rows, name, "channel selection", "C0")
+        draw_seeds(axes, places, rows, name, "channel selection", SELECTION)
         axes.set(xlabel="rank", ylabel=heading, xticks=RANKS)
         axes.grid(alpha=0.3)
     axes.legend()

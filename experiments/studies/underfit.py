@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.reporting import plots
+from experiments.studies.drawing import DENSE, HIGHER, SELECTION, SMALL, WIDER
 from experiments.studies.overfit import UNREGULARISED
 from experiments.studies.study import Study
 from experiments.studies.sweep import (
@@ -21,6 +22,7 @@ from experiments.training.settings import DataSettings, Settings
 
 # `subkernel-w6` has 24,987 parameters, `chansel` 27,363: as many as a dense network comes near it.
 NETWORKS = ("chansel", "subkernel", "subkernel-w6", "chansel-w32", "chansel-r4")
+COLOURS = dict(zip(NETWORKS, (SELECTION, DENSE, SMALL, WIDER, HIGHER), strict=True))
 RATES = (0.005, 0.02, 0.08)
 PLAIN = UNREGULARISED | {"cutout": 0, "label_smoothing": 0.0}
 RANDOM = ", random labels"
@@ -52,7 +54,7 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
         losses = np.array([[row["train_loss"] for row in run.metrics] for run in outcome.runs])
         epochs = range(1, losses.shape[1] + 1)
         network = network_of(outcome.label)
-        colour = f"C{NETWORKS.index(network.removesuffix(RANDOM))}"
+        colour = COLOURS[network.removesuffix(RANDOM)]
         line = "--" if network.endswith(RANDOM) else "-"
         plots.draw_runs(axes, epochs, losses, outcome.label, color=colour, linestyle=line)
     axes.set(yscale="log", xlabel="epoch", ylabel="train loss, mean over the epoch's steps")

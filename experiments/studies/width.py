@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from chansel_jax.counting import count_network
 from chansel_jax.networks.resnet import CONVS, PRESETS
-from experiments.studies.drawing import draw_costs
+from experiments.studies.drawing import DENSE, HIGHER, SELECTION, draw_costs
 from experiments.studies.study import Study
 from experiments.studies.sweep import Outcome, best_recipe, entries
 from experiments.training.settings import DataSettings, Settings
@@ -44,12 +44,14 @@ def costs(conv: str, width: int) -> tuple[int, int]:
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:
     """Accuracy against parameters and against multiply-adds."""
+    names = {
+        "dense": (DENSE, "subkernel"),
+        "channel selection, wider": (SELECTION, "chansel-w"),
+        "channel selection, of higher rank": (HIGHER, ("chansel-r", "chansel-w16")),
+    }
     groups = {
-        "channel selection, wider": [o for o in outcomes if o.label.startswith("chansel-w")],
-        "channel selection, of higher rank": [
-            o for o in outcomes if o.label.startswith(("chansel-r", "chansel-w16"))
-        ],
-        "dense": [o for o in outcomes if o.label.startswith("subkernel")],
+        name: (colour, [o for o in outcomes if o.label.startswith(of)])
+        for name, (colour, of) in names.items()
     }
     costs = {"parameters": "parameters", "multiply_adds": "multiply-adds an image"}
     return draw_costs(groups, costs)
