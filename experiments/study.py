@@ -40,13 +40,13 @@ class Settings:
     name: tyro.conf.Positional[Name]
     """overfit shows what keeps channel selection from fitting; underfit asks whether that is the
     layer, the number of parameters or the optimiser, at the best learning rate of each network;
-    optimizers compares SGD, AdamW and Muon, each at its best rate; factors trains the same
-    parameters from other beginnings and with another weight decay; length has longer trainings,
-    averaged parameters and a teacher; cost sets accuracy against parameters, multiply-adds and
-    seconds, with a fold of the images for each seed; rank compares ranks 1 to 9 with the dense
-    network; width compares widths 16 to 44 and ranks 2 to 4 with dense networks of equal cost; data
-    compares both convolutions on CIFAR-10 with BSConv's recipe (it takes cifar10 for
-    dog_cat_bird)."""
+    optimizers compares SGD, AdamW and Muon, each at its best rate, and cost sets accuracy against
+    parameters, multiply-adds and seconds (in both each seed has a fold of the images, and the first
+    chooses the rates); factors trains the same parameters from other beginnings, with another
+    weight decay and in several branches; length has longer trainings, averaged parameters and a
+    teacher; rank compares ranks 1 to 9 with the dense network; width compares widths 16 to 44 and
+    ranks 2 to 4 with dense networks of equal cost; data compares both convolutions on CIFAR-10 with
+    BSConv's recipe (it takes cifar10 for dog_cat_bird)."""
     data: DataSettings = DataSettings(dataset="dog_cat_bird")
     reading: ReadingSettings = ReadingSettings()
     epochs: int | None = None
