@@ -84,9 +84,8 @@ def factorize(
         rank = positive("rank", rank)
         ranks = {path: min(rank, max_rank(layer)) for path, layer in layers.items()}
     elif energy is not None:
-        wanted = share_of_all("energy", energy) * (
-            1 - 1e-12
-        )  # rounding may leave the sum of all below 1
+        # Rounding may leave the sum of all below 1.
+        wanted = share_of_all("energy", energy) * (1 - 1e-12)
         ranks = {
             path: min(int((np.cumsum(shares) < wanted).sum()) + 1, len(shares))
             for path, shares in _energies(layers).items()

@@ -103,8 +103,7 @@ def study(settings: Settings, console: Console) -> list[Outcome]:
         chosen.origins,
         chosen.folds,
     )
-    if len(outcomes[0].runs[0].data["class_names"]) != chosen.published_classes:
-        chosen = dataclasses.replace(chosen, published=())
+    chosen = dataclasses.replace(chosen, published=chosen.published_beside(outcomes))
     differences = compared(outcomes, chosen, entries)
     command, shown = typed("study", settings), table(outcomes, chosen, scored, differences)
     results = {

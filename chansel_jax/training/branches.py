@@ -42,11 +42,12 @@ def branched(optimizer: optax.GradientTransformation, count: int) -> optax.Gradi
         return BranchedState(branches, optimizer.init(branches))
 
     def update(gradients: Tree, state: BranchedState, params: Tree) -> tuple[Tree, BranchedState]:
-        gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), _plain(gradients), _plain(params))
+        own = _plain(params)
+        gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), _plain(gradients), own)
         (of_branches,) = jax.vjp(together, state.branches)[1](gradients)
         updates, inner = optimizer.update(of_branches, state.optimizer, state.branches)
         branches = optax.apply_updates(state.branches, updates)
-        changes = jax.tree.map(jnp.subtract, together(branches), _plain(params))
+        changes = jax.tree.map(jnp.subtract, together(branches), own)
         changes = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(changes))
         return changes, BranchedState(branches, inner)
 
@@ -93,13 +94,10 @@ def together(branches: Tree) -> Tree:
     found = {}
     for name, value in branches.items():
         if isinstance(value, Mapping) and SCALES in value:
-            scale = value[SCALES]["scale"]
-            scaled = (
-                branch * scale[i].reshape((1,) * (branch.ndim - 1) + (-1,))
-                for i in range(len(scale))
-                for branch in [value[f"branch{i}"][name]]
-            )
-            value = sum(scaled) / len(scale)
+            scales = value[SCALES]["scale"]
+            parts = [value[f"branch{i}"][name] for i in range(len(scales))]
+            scales = scales.reshape(len(parts), *[1] * (parts[0].ndim - 1), -1)
+            value = sum(part * scales[i] for i, part in enumerate(parts)) / len(parts)
         elif isinstance(value, Mapping):
             value = together(value)
         found[name] = value

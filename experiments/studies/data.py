@@ -71,8 +71,7 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
     """Losses and accuracies by epoch, and the published accuracies."""
     levels = {
         f"{label}, test images": float(accuracy.rstrip(" %")) / 100
-        for label, _, accuracy in PUBLISHED
-        if len(outcomes[0].runs[0].data["class_names"]) == STUDY.published_classes
+        for label, _, accuracy in STUDY.published_beside(outcomes)
     }
     return plots.curves({o.label: [run.metrics for run in o.runs] for o in outcomes}, levels)
 

@@ -51,3 +51,8 @@ class Study:
     published_classes: int = 10
     published_note: str = ""
     note: Callable[[int], str] = lambda epochs: ""
+
+    def published_beside(self, outcomes: Sequence[Outcome]) -> Sequence[tuple[str, str, str]]:
+        """`published`, if it is of as many classes as these are."""
+        classes = len(outcomes[0].runs[0].data["class_names"])
+        return self.published if classes == self.published_classes else ()
