@@ -184,6 +184,13 @@ def _none_restored(failure: tuple[Path, str, int, Exception]) -> str:
 def _managed(directory: Path, **options: Any) -> Iterator[ocp.CheckpointManager]:
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
     handlers.add("record", ocp.args.JsonSave, _RecordHandler())
+    # What every device has is written as it is. Orbax would have each device write a part of every
+    # array, and the training would wait until all of these many small parts have been cut.
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    state_handler = ocp.handlers.PyTreeCheckpointHandler(type_handler_registry=types)
+    for of_state in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
+        handlers.add("state", of_state, state_handler)
     options = ocp.CheckpointManagerOptions(
         **options,
         cleanup_tmp_directories=True,  # of a process that was killed while it saved
@@ -290,7 +297,8 @@ def _restore(
 ) -> tuple[dict[str, Any], Any]:
     """State, like `like`, and record of a checkpoint; any exception for one that is damaged."""
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+    how = ocp.checkpoint_utils.construct_restore_args(abstract)
+    arguments = ocp.args.Composite(state=ocp.args.PyTreeRestore(abstract, how))
     folder = Path(manager.directory) / str(number)
 
     def read():
@@ -397,7 +405,7 @@ def _tree(dataclass: TrainState | Totals) -> dict[str, Any]:
 def _save_args(tree: dict[str, Any], record: dict, **others: float) -> ocp.args.Composite:
     record = parse_json(json.dumps(record))  # it is written in the background
     return ocp.args.Composite(
-        state=ocp.args.StandardSave(tree),
+        state=ocp.args.PyTreeSave(tree),
         record=ocp.args.JsonSave({"digest": jax.device_get(tree), "run": record, **others}),
     )
 

@@ -310,7 +310,7 @@ def test_a_stopped_run_with_every_option_ends_like_the_whole(
     console = Console(file=io.StringIO(), width=120)
     expected = train_and_evaluate(every, console, teacher=teacher)
     assert "begins with the parameters of" in console.file.getvalue()
-    part = variant(every, tmp_path / "part", save_every_steps=3)
+    part = variant(every, tmp_path / "part", save_every_steps=5)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         signal_after(patch, 1, 7, signal.SIGTERM)  # within a batch, and between saves
         train_and_evaluate(part, console, teacher=teacher)

@@ -8,15 +8,27 @@ import optax
 import pytest
 from flax import nnx
 
-from chansel_jax import ChannelSelectionConv, SubKernelConv, resnet14
+from chansel_jax import ChannelSelectionConv, SubKernelConv
 from chansel_jax.functional import apply_function, network_tree
 from chansel_jax.training.branches import apart, branched, together
 from chansel_jax.training.optimizer import OptimizerSettings, decayed, make_optimizer
 
 
+class Network(nnx.Module):
+    """A convolution, BatchNorm, and a classifier."""
+
+    def __init__(self, conv, width, seed=0):
+        rngs = nnx.Rngs(seed)
+        self.conv = conv(width, width, (3, 3), use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
+        self.classifier = nnx.Linear(width, 3, rngs=rngs)
+
+    def __call__(self, x, rngs=None):
+        return self.classifier(jnp.mean(nnx.relu(self.norm(self.conv(x))), (1, 2)))
+
+
 def parameters(seed):
-    network = resnet14(ChannelSelectionConv, 3, blocks=(1,), width=48, rngs=nnx.Rngs(seed))
-    return network_tree(network)["params"]
+    return network_tree(Network(ChannelSelectionConv, 48, seed))["params"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +54,7 @@ def test_sum_by_hand():
 def test_they_begin_as_the_network_does_and_each_with_the_variance_of_so_many(params, count):
     branches = apart(params, count)
     chex.assert_trees_all_close(together(branches), params, atol=1e-5)
-    kernel, parts = (tree["blocks"][0]["conv2"]["pointwise"] for tree in (params, branches))
+    kernel, parts = (tree["conv"]["pointwise"] for tree in (params, branches))
     for i in range(count):
         ratio = jnp.var(parts[f"branch{i}"]["pointwise"]) / jnp.var(kernel)
         assert float(ratio) == pytest.approx(count, rel=0.15)
@@ -52,7 +64,7 @@ def test_they_begin_as_the_network_does_and_each_with_the_variance_of_so_many(pa
 def test_another_seed_draws_others(params):
     noise = []
     for own in (params, parameters(1)):
-        kernel, parts = (tree["blocks"][0]["conv2"]["pointwise"] for tree in (own, apart(own, 2)))
+        kernel, parts = (tree["conv"]["pointwise"] for tree in (own, apart(own, 2)))
         noise.append(np.ravel(parts["branch0"]["pointwise"] - kernel))
     assert abs(np.corrcoef(*noise)[0, 1]) < 0.1
 
@@ -86,10 +98,10 @@ def test_a_network_computes_what_branches_beside_each_other_do():
     [("sgd", ChannelSelectionConv), ("muon", ChannelSelectionConv), ("adamw", SubKernelConv)],
 )
 def test_steps_are_those_of_branches_that_are_trained_themselves(optimizer, conv):
-    network = resnet14(conv, 3, blocks=(1,), width=4, rngs=nnx.Rngs(0))
+    network = Network(conv, 4)
     tree = network_tree(network)
     apply = apply_function(network, train=False)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 4)), jnp.float32)
 
     def loss(params):
         logits, _ = apply(params, tree["batch_stats"], x, None)
@@ -132,7 +144,7 @@ def test_a_first_step_moves_kernels_at_least_as_far_as_without_branches(params, 
         lengths.append(jax.tree.map(jnp.linalg.norm, jax.tree.map(jnp.ravel, updates)))
     ratios = jax.tree.map(lambda many, one: float(many / one), *lengths[::-1])
     assert ratios["classifier"]["kernel"] == pytest.approx(1, rel=1e-3)
-    of_layer = ratios["blocks"][0]["conv2"]
+    of_layer = ratios["conv"]
     assert 0.99 < of_layer["pointwise"] < most
     assert 0.99 < of_layer["depthwise"] < most
 
@@ -156,7 +168,7 @@ def test_what_is_frozen_stays():
 
 
 def test_scales_decay_like_those_of_norms(params):
-    found = decayed(apart(params, 2), ("norms", "depthwise"))["blocks"][0]["conv1"]
+    found = decayed(apart(params, 2), ("norms", "depthwise"))["conv"]
     assert found["pointwise"]["branch1"]["pointwise"] is True
     assert found["depthwise"]["branch1"]["depthwise"] is False
     assert found["pointwise"]["branch_scales"]["scale"] is False

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -241,6 +242,21 @@ def test_folder_whose_name_is_no_number_is_let_be(directory, name):
     (_, record), lines = restore(directory)
     assert record == {"history": [5]} and lines == []
     assert checkpoint.saved_numbers(directory) == [2, 4, 5] and (directory / name).exists()
+
+
+def test_arrays_are_not_cut_into_parts_of_the_devices(tmp_path, monkeypatch):
+    def cut(*_, **__):
+        raise AssertionError("an array is cut")
+
+    assert len(jax.devices()) == 2
+    monkeypatch.setattr(jax.lax, "slice_in_dim", cut)
+    with checkpoint.open_checkpoints(tmp_path, print) as checkpoints:
+        checkpoint.save(checkpoints, 1, make_state(1), {}, 0.5)
+        checkpoint.save_unfinished(checkpoints, make_state(2), init_totals(devices.data_mesh()), {})
+    # Without this module it is read too.
+    path = tmp_path / "checkpoints" / "1" / "state"
+    found = ocp.StandardCheckpointer().restore(path)
+    chex.assert_trees_all_equal(found["params"]["blocks"]["0"], make_state(1).params["blocks"][0])
 
 
 def test_loss_that_is_not_finite_is_not_saved(tmp_path):
