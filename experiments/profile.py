@@ -89,6 +89,8 @@ def main(settings: Settings) -> None:
     console = make_console()
     # What the program calls its layers must be its own, where one that computes the same was kept.
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
+    # With this one too, JAX 0.10.2 fails where there are several devices.
+    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", False)
     if settings.output is not None:
         for folder in (settings.output, *(settings.output / conv for conv in settings.convs)):
             check_output(folder)

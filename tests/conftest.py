@@ -47,6 +47,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # pytest-xdist's inherit what is se
     compiled = tempfile.TemporaryDirectory(prefix="compiled-", dir=root)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_REMOVE_CUSTOM_PARTITIONING_PTR_FROM_CACHE_KEY"] = "1"  # as `keep_compiled` does
 
 
 def pytest_xdist_auto_num_workers(config):

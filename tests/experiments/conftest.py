@@ -9,6 +9,7 @@ import os
 import shutil
 import types
 
+import jax
 import numpy as np
 import pytest
 import tyro
@@ -81,6 +82,19 @@ def forked_workers():
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as running:
         patch.setattr(workers, "subprocess", types.SimpleNamespace(Popen=popen, DEVNULL=None))
         yield
+
+
+@pytest.fixture(autouse=True)
+def switches_of_commands():
+    """Those of JAX that a command sets for its process, as they were in the end."""
+    names = (
+        "jax_compilation_cache_include_metadata_in_key",
+        "jax_remove_custom_partitioning_ptr_from_cache_key",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(autouse=True, scope="module")

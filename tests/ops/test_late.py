@@ -3,6 +3,7 @@
 The oracle is the lowering "composed", which is a convolution of `jax.lax` alone.
 """
 
+import collections
 import functools
 import subprocess
 import sys
@@ -178,6 +179,46 @@ def test_meshes_of_automatic_and_explicit_axes(kind, devices):
 def compiled_for_one(operands):
     step = jax.jit(jax.value_and_grad(functools.partial(loss, late=True), EVERY))
     return step.lower(*operands).compile().as_text()
+
+
+@pytest.fixture
+def kept():
+    """Counts the programs that were compiled before and the new ones."""
+    events = collections.Counter()
+
+    def listener(name, **_):
+        events[name.rpartition("/")[2]] += 1
+
+    jax.monitoring.register_event_listener(listener)
+    yield events
+    jax.monitoring.unregister_event_listener(listener)
+
+
+def program(padding, derivative):
+    """A function that JAX has not seen yet."""
+
+    def output(x, pointwise, depthwise):
+        return channel_selection(x, pointwise, depthwise, padding=padding)
+
+    def scalar(*operands):
+        return jnp.sum(jnp.sin(output(*operands)))
+
+    return jax.jit(jax.grad(scalar, (0, 1, 2)) if derivative else output)
+
+
+@pytest.mark.parametrize("derivative", [False, True])
+def test_a_program_of_several_devices_is_known_again_by_what_it_computes(kept, derivative):
+    """With both windows the output has one shape."""
+    x, *kernels = normal((4, 6, 5, 3), (3, 7), (3, 3, 1, 7))
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,))
+    divided = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    for padding in (1, ((0, 2), (0, 2))):
+        for counts in ((0, 1), (1, 0)):
+            kept.clear()
+            found = program(padding, derivative)(divided, *kernels)
+            assert (kept["cache_hits"], kept["cache_misses"]) == counts
+        expected = program(padding, derivative)(x, *kernels)
+        assert_close(leaves(expected), leaves(found), 1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -25,9 +25,14 @@ print(events["cache_hits"], events["cache_misses"])
 @pytest.fixture
 def switches(monkeypatch):
     """JAX's, as where nobody has set them, and as they were in the end."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_remove_custom_partitioning_ptr_from_cache_key",
+    )
     before = {name: getattr(jax.config, name) for name in names}
     jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", False)
     yield
     for name, value in before.items():
         jax.config.update(name, value)
@@ -59,6 +64,7 @@ def test_folder_of_jax_is_kept(switches, tmp_path, monkeypatch):
     jax.config.update("jax_compilation_cache_dir", "elsewhere")
     keep_compiled()
     assert jax.config.jax_compilation_cache_dir == "elsewhere" and not list(tmp_path.iterdir())
+    assert jax.config.jax_remove_custom_partitioning_ptr_from_cache_key
 
 
 @pytest.mark.parametrize("cache", ["file", "/proc", "relative"])
