@@ -461,16 +461,22 @@ def _over_devices(computed: Callable, primitive: Primitive, types: Sequence, how
         partition=partition,
         sharding_rule=_sharding_rule(types, batches, which),
     )
-    # In the program stands only where in memory `divided` is. By what it computes, beside it, JAX
-    # knows the program again, also in another process.
+    # A program holds only the address of `divided`, and beside it what it computes and how that is
+    # divided, by which JAX can find the program again at a later start.
     shapes = (jax.ShapeDtypeStruct(t.shape, t.dtype) for t in types)
-    computes = f"{which} {jax.make_jaxpr(computed)(*shapes)}"
+    computes = f"{which} {jax.make_jaxpr(computed)(*shapes)} {_how_it_is_divided()}"
 
     def described(*arrays: jax.Array) -> Any:
         with set_xla_metadata(computes=hashlib.sha256(computes.encode()).hexdigest()):
             return divided(*arrays)
 
     return described
+
+
+@functools.cache
+def _how_it_is_divided() -> str:
+    """Of this module's source: a program that another version of it has divided is another one."""
+    return hashlib.sha256(__spec__.loader.get_data(__file__)).hexdigest()
 
 
 def _axes_of_batch(mesh: Mesh, images: Any) -> str | tuple[str, ...] | None:

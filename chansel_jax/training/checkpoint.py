@@ -184,8 +184,8 @@ def _none_restored(failure: tuple[Path, str, int, Exception]) -> str:
 def _managed(directory: Path, **options: Any) -> Iterator[ocp.CheckpointManager]:
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
     handlers.add("record", ocp.args.JsonSave, _RecordHandler())
-    # What every device has is written as it is. Orbax would have each device write a part of every
-    # array, and the training would wait until all of these many small parts have been cut.
+    # An array that every device holds is written whole, by one of them. By default each of them
+    # writes a part, and the training waits until all of these many small parts have been cut.
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
     types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     state_handler = ocp.handlers.PyTreeCheckpointHandler(type_handler_registry=types)
@@ -210,7 +210,7 @@ def _managed(directory: Path, **options: Any) -> Iterator[ocp.CheckpointManager]
 def save(
     checkpoints: Checkpoints, epoch: int, state: TrainState, record: dict, val_loss: float
 ) -> None:
-    """Begins to save `state` and `record` (JSON) as the checkpoint of `epoch`.
+    """Begins to save `state`, of `jax.Array`, and `record` (JSON) as the checkpoint of `epoch`.
 
     Both may change as soon as this returns.
 

@@ -19,8 +19,8 @@ def keep_compiled() -> None:
     Where JAX's own settings name a folder, it is that one. Where none can be written to, nothing is
     kept.
     """
-    # A program of several devices tells what each computes of its part, and where in memory that is
-    # described, by which no other process would know the program again.
+    # A program of several devices holds addresses in memory, which differ in every process, and
+    # beside them what stands there. Without the addresses JAX finds it again.
     if not jax.config.jax_compilation_cache_include_metadata_in_key:  # JAX 0.10.2 fails with both
         jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:

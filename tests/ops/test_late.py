@@ -211,8 +211,8 @@ def test_a_program_of_several_devices_is_known_again_by_what_it_computes(kept, d
     """With both windows the output has one shape."""
     x, *kernels = normal((4, 6, 5, 3), (3, 7), (3, 3, 1, 7))
     mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,))
-    divided = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
-    for padding in (1, ((0, 2), (0, 2))):
+    for padding, axis in ((1, "data"), (((0, 2), (0, 2)), "data"), (1, None)):
+        divided = jax.device_put(x, NamedSharding(mesh, PartitionSpec(axis)))
         for counts in ((0, 1), (1, 0)):
             kept.clear()
             found = program(padding, derivative)(divided, *kernels)
