@@ -297,8 +297,7 @@ def _restore(
 ) -> tuple[dict[str, Any], Any]:
     """State, like `like`, and record of a checkpoint; any exception for one that is damaged."""
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    how = ocp.checkpoint_utils.construct_restore_args(abstract)
-    arguments = ocp.args.Composite(state=ocp.args.PyTreeRestore(abstract, how))
+    arguments = ocp.args.Composite(state=_restore_args(abstract))
     folder = Path(manager.directory) / str(number)
 
     def read():
@@ -385,11 +384,7 @@ def _restored_network(checkpoint: Path, like: Tree) -> Tree:
             raise CheckpointError("its metadata cannot be read")
         wanted = _in_stored_dtypes(like, _network_of(metadata.tree))
         wanted = {"ema": wanted} if "ema" in metadata.tree else wanted
-        arguments = ocp.args.PyTreeRestore(
-            item=wanted,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-            partial_restore=True,
-        )
+        arguments = _restore_args(wanted, partial_restore=True)
         restored = _network_of(checkpointer.restore(path, args=arguments))
     # Of an older version of this module a record does not have it.
     if (saved := _saved_record(checkpoint).get("network_digest")) not in (None, digest(restored)):
@@ -400,6 +395,12 @@ def _restored_network(checkpoint: Path, like: Tree) -> Tree:
 def _tree(dataclass: TrainState | Totals) -> dict[str, Any]:
     """What it has, by name; what is None is as if it were not there, as in older checkpoints."""
     return {name: value for name, value in vars(dataclass).items() if value is not None}
+
+
+def _restore_args(like: Tree, **others: bool) -> ocp.args.PyTreeRestore:
+    """Of arrays in the shapes, dtypes and placement of `like`."""
+    how = ocp.checkpoint_utils.construct_restore_args(like)
+    return ocp.args.PyTreeRestore(item=like, restore_args=how, **others)
 
 
 def _save_args(tree: dict[str, Any], record: dict, **others: float) -> ocp.args.Composite:

@@ -88,7 +88,9 @@ def forked_workers():
 def switches_of_commands():
     """Those of JAX that a command sets for its process, as they were in the end."""
     names = (
+        "jax_compilation_cache_dir",
         "jax_compilation_cache_include_metadata_in_key",
+        "jax_persistent_cache_min_compile_time_secs",
         "jax_remove_custom_partitioning_ptr_from_cache_key",
     )
     before = {name: getattr(jax.config, name) for name in names}

@@ -23,19 +23,10 @@ print(events["cache_hits"], events["cache_misses"])
 
 
 @pytest.fixture
-def switches(monkeypatch):
-    """JAX's, as where nobody has set them, and as they were in the end."""
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_remove_custom_partitioning_ptr_from_cache_key",
-    )
-    before = {name: getattr(jax.config, name) for name in names}
+def switches(switches_of_commands):
+    """JAX's, as where nobody has set them."""
     jax.config.update("jax_compilation_cache_dir", None)
     jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", False)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 def test_second_process_compiles_nothing(tmp_path):
@@ -65,6 +56,13 @@ def test_folder_of_jax_is_kept(switches, tmp_path, monkeypatch):
     keep_compiled()
     assert jax.config.jax_compilation_cache_dir == "elsewhere" and not list(tmp_path.iterdir())
     assert jax.config.jax_remove_custom_partitioning_ptr_from_cache_key
+
+
+def test_two_switches_with_which_jax_fails_are_not_set_together(switches):
+    jax.config.update("jax_compilation_cache_dir", "elsewhere")
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
+    keep_compiled()
+    assert not jax.config.jax_remove_custom_partitioning_ptr_from_cache_key
 
 
 @pytest.mark.parametrize("cache", ["file", "/proc", "relative"])
